@@ -1,0 +1,49 @@
+"""Pretrains a flow-matching base policy, nothing else; one subcommand per environment family.
+
+    python pretrain_fm.py gym --env-id Hopper-v4 --out base.safetensors
+
+runs the same function as `rldt_gym.py --pretrain` and reports the validation loss and the policy's
+return. The file is what `rldt_gym.py --base` takes.
+"""
+
+from pathlib import Path
+
+import torch
+import tyro
+
+import rldt_gym
+from demos import dataset
+
+
+def gym(args: rldt_gym.Args, out: Path | None = None) -> dict[str, float]:
+    """Flow matching on demonstrations of a Gymnasium task.
+
+    Args:
+        args: the fields of rldt_gym.py; those of the base policy and the evaluation matter here.
+        out: file to write; default demos/<env_id>/base.safetensors.
+    """
+    args = rldt_gym.resolve(args)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    out = out or dataset.DEMOS / args.env_id / "base.safetensors"
+    envs = rldt_gym.VectorEnv(args.env_id, 1, args.chunk, args.backend)
+    policy = rldt_gym.pretrain(args, rldt_gym.get_demonstrations(args, envs))
+    scores = rldt_gym.evaluate(policy, args, args.final_eval_episodes, args.seed)
+    info = {
+        "env_id": args.env_id,
+        "validation_loss": policy.validation_loss,
+        "return_zero": scores["zero"].mean(),
+        "return_zero_std": scores["zero"].std(),
+        "return_sampled": scores["noise"].mean(),
+        "return_sampled_std": scores["noise"].std(),
+    }
+    rldt_gym.save_base(policy, out, **info)
+    print(f"{out}: validation loss {info['validation_loss']:.4f}, return {info['return_zero']:.0f} +- {info['return_zero_std']:.0f} "
+          f"from x_0 = 0, {info['return_sampled']:.0f} +- {info['return_sampled_std']:.0f} from noise")  # fmt: skip
+    return info
+
+
+if __name__ == "__main__":
+    tyro.extras.subcommand_cli_from_dict(
+        {"gym": gym}, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
+    )
