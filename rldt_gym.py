@@ -10,6 +10,7 @@ import copy
 import csv
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -38,6 +39,7 @@ from tqdm import tqdm
 from common.flow import VelocityMLP, expected_target, flow_matching_loss, interpolate, sample
 from common.svgd import transport_field
 from demos import dataset
+from envs.vector import VectorEnv
 
 
 # ---------------------------------------------------------------------------------- arguments
@@ -113,6 +115,8 @@ class Args:
     """Chunks per environment and iteration (paper: 500)."""
     exploration_steps: int = 2
     """Exploration noise |a - a_dagger_k| N(0, I) with k uniform over this many last ODE steps; 0: none (authors: 2)."""
+    zero_fraction: float = 0.25
+    """Share of environments and of particles that start from x_0 = 0 instead of noise, as the evaluation does (authors: 0)."""
     buffer_iterations: int = 10
     """Rollouts kept in the replay, in iterations (paper: 20)."""
     eval_every: int = 5
@@ -157,6 +161,8 @@ class Args:
     """Least fraction of the segments that comes from the newest rollout (authors: 0.33)."""
     warmup_iterations: int = 2
     """Training iterations before the actor starts (paper: 2)."""
+    warmup_lambda: float = 0.95
+    """lambda before the actor starts, so that values reach their true scale first (authors: as td_lambda)."""
     warmup_factor: int = 5
     """Factor on critic_steps before the actor starts (authors: 1; fewer, smaller batches need more)."""
 
@@ -189,115 +195,8 @@ PAPER = dict(
     bc_epochs=200, bc_batch=128, rollout_chunks=500, iterations=70, buffer_iterations=20, eval_episodes=100,
     td_lambda=0.0, target_momentum=0.998, critic_steps=64, critic_batch=50_000, critic_lr=1e-3, segments=100,
     segment_chunks=500, critic_layer_norm=False, critic_init="normal", warmup_factor=1, actor_batch=6250,
-    n_particles=8, actor_lr=2e-5, transport_loss="authors", bf16=False,
+    n_particles=8, zero_fraction=0.0, warmup_lambda=0.0, actor_lr=2e-5, transport_loss="authors", bf16=False,
 )  # fmt: skip
-
-
-# ------------------------------------------------------------------------------- environments
-class SkipNaN(gym.Wrapper):
-    """An action of NaN leaves the environment as it is: how one of a batch sits out a step."""
-
-    def reset(self, **kwargs):
-        self.obs, info = self.env.reset(**kwargs)
-        return self.obs, info
-
-    def step(self, action):
-        if np.isnan(action).any():
-            return self.obs, 0.0, False, False, {}
-        self.obs, *rest = self.env.step(action)
-        return self.obs, *rest
-
-
-def envpool_has(env_id: str) -> bool:
-    try:
-        import envpool
-    except ImportError:
-        return False
-    return env_id in envpool.list_all_envs()
-
-
-class VectorEnv:
-    """`num_envs` copies of one task that step whole action chunks, over EnvPool or Gymnasium.
-
-    Both backends run through one loop (`step`). An environment that ends inside a chunk sits out
-    the rest of it; `self.obs` then holds the first observation of its next episode.
-    """
-
-    def __init__(self, env_id: str, num_envs: int, chunk: int = 1, backend: str = "auto", seed: int = 0, threads: int = 1):
-        if backend == "auto":
-            backend = "envpool" if envpool_has(env_id) else "gymnasium"
-        elif backend == "envpool" and not envpool_has(env_id):
-            raise SystemExit(f"EnvPool is not installed or has no {env_id!r}: use --backend gymnasium.")
-        self.backend, self.num_envs, self.chunk, self.seed = backend, num_envs, chunk, seed
-        if backend == "envpool":
-            import envpool
-
-            self.envs = envpool.make_gymnasium(env_id, num_envs=num_envs, num_threads=threads, seed=seed)
-            space, self.action_space = self.envs.observation_space, self.envs.action_space
-        else:
-            try:
-                mode = gym.vector.AutoresetMode.SAME_STEP
-                self.envs = gym.vector.SyncVectorEnv([lambda: SkipNaN(gym.make(env_id))] * num_envs, autoreset_mode=mode)
-            except (gym.error.Error, ImportError) as error:
-                raise SystemExit(f"Cannot make the environment {env_id!r}: {error}") from error
-            space, self.action_space = self.envs.single_observation_space, self.envs.single_action_space
-        for name, box in ("observation", space), ("action", self.action_space):
-            if not isinstance(box, gym.spaces.Box) or len(box.shape) != 1:
-                raise SystemExit(f"{env_id}: the {name} space must be a flat Box, not {box}.")
-        self.obs_dim, self.action_dim = space.shape[0], self.action_space.shape[0]
-
-    def reset(self) -> np.ndarray:
-        """Starts a new episode everywhere; returns observations (N, obs_dim), float32."""
-        result = self.envs.reset() if self.backend == "envpool" else self.envs.reset(seed=self.seed)
-        self.obs = result[0].astype(np.float32)
-        return self.obs
-
-    def step(self, chunks: np.ndarray, active: np.ndarray | None = None):
-        """Steps action chunks (N, chunk, action_dim), clipped to the action space, where `active` (N,).
-
-        Returns next_obs (N, obs_dim) at the end of the chunk or of the episode inside it, the summed
-        reward, `terminated`, `truncated` and the steps taken, each (N,). Raises FloatingPointError
-        on a non-finite observation or reward.
-        """
-        chunks = np.clip(chunks, self.action_space.low, self.action_space.high).astype(self.action_space.dtype)
-        next_obs, new_obs = self.obs.copy(), self.obs.copy()
-        reward, length = np.zeros(self.num_envs), np.zeros(self.num_envs, np.int64)
-        terminated, truncated = np.zeros(self.num_envs, bool), np.zeros(self.num_envs, bool)
-        ids = np.arange(self.num_envs) if active is None else np.flatnonzero(active)
-        for c in range(self.chunk):
-            obs, r, term, trunc, ended = self._step(chunks[:, c], ids)
-            next_obs[ids], terminated[ids], truncated[ids] = obs, term, trunc & ~term
-            reward[ids] += r
-            length[ids] += 1
-            new_obs[ids[term | trunc]] = ended
-            ids = ids[~(term | trunc)]
-            if len(ids) == 0:
-                break
-        for name, value in ("observation", next_obs), ("reward", reward):
-            if not np.isfinite(value).all():
-                raise FloatingPointError(f"the environment returned a non-finite {name}")
-        done = terminated | truncated
-        if self.backend == "envpool" and done.any():
-            new_obs[done] = self.envs.reset(np.flatnonzero(done).astype(np.int32))[0]
-        self.obs = np.where(done[:, None], new_obs, next_obs)
-        return next_obs, reward, terminated, truncated, length
-
-    def _step(self, actions: np.ndarray, ids: np.ndarray):
-        """One step of environments `ids`; the last value is the new episodes' observations, if known yet."""
-        if self.backend == "envpool":
-            obs, r, term, trunc, _ = self.envs.step(actions[ids], ids.astype(np.int32))
-            return obs, r, term, trunc, obs[term | trunc]
-        padded = np.full_like(actions, np.nan)
-        padded[ids] = actions[ids]
-        obs, r, term, trunc, info = self.envs.step(padded)
-        done = term | trunc
-        new_obs = obs[done]
-        if done.any():
-            obs[done] = np.stack(info["final_obs"][done])
-        return obs[ids], r[ids], term[ids], trunc[ids], new_obs
-
-    def close(self):
-        self.envs.close()
 
 
 # ----------------------------------------------------------------------------------- networks
@@ -341,7 +240,7 @@ class Critic(nn.Module):
         self.layer_norm = layer_norm
         sizes = [obs_dim + action_size] + [width] * depth + [1]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True):
+        for n_in, n_out in itertools.pairwise(sizes):
             bound = 1 / math.sqrt(n_in)
             weight, bias = torch.empty(2, n_in, n_out), torch.zeros(2, 1, n_out)
             if init == "normal":
@@ -353,11 +252,12 @@ class Critic(nn.Module):
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         """obs (B, obs_dim), action (B, D) -> Q (2, B)."""
         x = torch.cat([obs, action], -1).expand(2, -1, -1)
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            if i > 0:
-                x = F.silu(F.layer_norm(x, x.shape[-1:]) if self.layer_norm else x)
-            x = torch.baddbmm(bias, x, weight)
-        return x[..., 0].float()
+        *hidden, (weight, bias) = zip(self.weights, self.biases, strict=True)
+        for w, b in hidden:
+            x = torch.baddbmm(b, x, w)
+            x = F.silu(F.layer_norm(x, x.shape[-1:]) if self.layer_norm else x)
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round Q = 100 to steps of 0.5
+            return torch.baddbmm(bias, x.float(), weight)[..., 0]
 
 
 def autocast(args: Args):
@@ -521,14 +421,15 @@ def td_lambda(reward, terminated, truncated, next_value, gamma: float, lam: floa
 
 
 @torch.no_grad()
-def critic_target(policy: FlowPolicy, target: Critic, batch: dict, reward_scale: float, args: Args) -> torch.Tensor:
+def critic_target(policy: FlowPolicy, target: Critic, batch: dict, reward_scale: float, args: Args, lam: float | None = None) -> torch.Tensor:
     """TD(lambda) targets (T, L); V(s') = mean over sampled actions of the minimum of the target networks."""
     T, L = batch["reward"].shape
     obs = batch["next_obs"].flatten(0, 1).repeat(args.value_samples, 1)  # (value_samples * T * L, obs_dim)
     with autocast(args):
         value = target(obs, policy.sample(obs)).min(0).values
     value = value.view(args.value_samples, T, L).mean(0)
-    return td_lambda(batch["reward"] / reward_scale, batch["terminated"], batch["truncated"], value, args.gamma, args.td_lambda)
+    lam = args.td_lambda if lam is None else lam
+    return td_lambda(batch["reward"] / reward_scale, batch["terminated"], batch["truncated"], value, args.gamma, lam)
 
 
 def update_critic(critic: Critic, target: Critic, optimizer, obs, action, y, args: Args) -> dict[str, torch.Tensor]:
@@ -605,7 +506,9 @@ def collect(policy: FlowPolicy, envs: VectorEnv, slot: dict, tape: list, returns
     for t in range(args.rollout_chunks):
         obs = policy.normalize(envs.obs)  # (N, obs_dim)
         with autocast(args):
-            x = policy.sample(obs, trajectory=True)  # (K + 1, N, D)
+            x0 = torch.randn(len(obs), policy.action_size, device=obs.device)
+            x0[: round(args.zero_fraction * len(obs))] = 0
+            x = policy.sample(obs, x0, trajectory=True)  # (K + 1, N, D)
         action = x[-1]
         if args.exploration_steps:
             k = K - 1 - torch.randint(args.exploration_steps, (len(obs),), device=obs.device)
@@ -684,6 +587,13 @@ def write_atomically(path: Path, write):
         raise SystemExit(f"Cannot write {path} ({error}): is the disk full? The last good file is kept.") from error
 
 
+def write_rows(path: Path, rows: list[dict]):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def save_policy(policy: FlowPolicy, path: Path):
     write_atomically(path, lambda p: torch.save({"config": policy.config, "state": policy.state_dict()}, p))
 
@@ -725,7 +635,7 @@ def git_commit() -> str:
 def parse_args(argv: list[str] | None = None) -> Args:
     """Command line -> Args: the preset sets the defaults, explicit flags win."""
     argv = sys.argv[1:] if argv is None else argv
-    paper = "--preset=paper" in argv or any(pair == ("--preset", "paper") for pair in zip(argv, argv[1:], strict=False))
+    paper = "--preset=paper" in argv or any(pair == ("--preset", "paper") for pair in itertools.pairwise(argv))
     default = Args(preset="paper", **PAPER) if paper else Args()
     return tyro.cli(Args, args=argv, default=default, description=__doc__)
 
@@ -798,6 +708,9 @@ def main(args: Args) -> dict | None:
     replay = Replay(args, envs.obs_dim, policy.action_size)
     state = dict(iteration=0, env_steps=0, wall_s=0.0, trained=0, actor_step=0, reward_scale=0.0, env_seed=0, best=-math.inf)
     best_policy, tape, returns = copy.deepcopy(policy.state_dict()), [], np.zeros(args.num_envs)
+    if world > 1:
+        for tensor in [*policy.state_dict().values(), *critic.parameters()]:
+            dist.broadcast(tensor.data, 0)
     torch.manual_seed(args.seed + 1000 * rank)
     modules = dict(policy=policy, reference=reference, critic=critic, target=target,
                    actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer)  # fmt: skip
@@ -878,14 +791,15 @@ def main(args: Args) -> dict | None:
                 dist.all_reduce(magnitude), magnitude.div_(world)
             rate = args.reward_ema if state["reward_scale"] else 1.0
             state["reward_scale"] = (1 - rate) * state["reward_scale"] + rate * magnitude.item()
-            row["train_return"] = np.mean(finished) if finished else ""
+            row["train_return"] = float(np.mean(finished)) if finished else ""
             row["rollout_s"], row["critic_s"], row["actor_s"] = time.perf_counter() - tick, 0.0, 0.0
             warm = state["trained"] < args.warmup_iterations
             critic_steps = args.critic_steps * (args.warmup_factor if warm else 1)
             for _ in range(args.rounds):
                 start = time.perf_counter()
                 batch = replay.draw(args.segments, args.segment_chunks, args.fresh_fraction)
-                y = critic_target(policy, target, batch, state["reward_scale"], args).flatten()
+                lam = args.warmup_lambda if warm else args.td_lambda
+                y = critic_target(policy, target, batch, state["reward_scale"], args, lam).flatten()
                 obs, action = batch["obs"].flatten(0, 1), batch["action"].flatten(0, 1)  # (segments * length, .)
                 order = torch.cat([torch.randperm(len(y), device=y.device) for _ in range(-(-critic_steps * args.critic_batch // len(y)))])
                 for i in order[: critic_steps * args.critic_batch].split(args.critic_batch):
@@ -896,7 +810,9 @@ def main(args: Args) -> dict | None:
                 for _ in range(0 if warm else args.actor_steps):
                     states = obs[torch.randint(len(obs), (args.actor_batch,), device=obs.device)]
                     with torch.no_grad(), autocast(args):
-                        trajectory = policy.sample(states[:, None].expand(-1, args.n_particles, -1), trajectory=True)
+                        x0 = torch.randn(args.actor_batch, args.n_particles, policy.action_size, device=obs.device)
+                        x0 *= torch.rand(*x0.shape[:2], 1, device=obs.device) >= args.zero_fraction
+                        trajectory = policy.sample(states[:, None].expand(-1, args.n_particles, -1), x0, trajectory=True)
                     state["actor_step"] += 1
                     actor_optimizer.param_groups[0]["lr"] = args.actor_lr * min(1.0, state["actor_step"] / args.actor_warmup)
                     for key, value in update_actor(policy.velocity, reference, critic, actor_optimizer, states, trajectory, args).items():
@@ -918,7 +834,7 @@ def main(args: Args) -> dict | None:
         row |= {"env_steps": state["env_steps"], "wall_s": state["wall_s"]}
         if rank == 0:
             rows.append(row)
-            write_atomically(csv_path, lambda p: csv.DictWriter(p.open("w", newline=""), COLUMNS).writerows([dict(zip(COLUMNS, COLUMNS)), *rows]))
+            write_atomically(csv_path, lambda p: write_rows(p, rows))
             for key, value in row.items():
                 if value != "" and key != "iteration":
                     writer.add_scalar(key if "/" in key else f"charts/{key}", value, state["env_steps"])

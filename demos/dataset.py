@@ -14,6 +14,8 @@ import numpy as np
 import torch
 import tyro
 
+from envs.vector import VectorEnv
+
 DEMOS = Path(__file__).parent
 KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
 
@@ -182,7 +184,6 @@ class Args:
 def make(args: Args) -> Path:
     """Lets the shipped demonstrator act and writes a D4RL-style .hdf5; returns its path."""
     from demos.train_demonstrator import Demonstrator
-    from rldt_gym import VectorEnv
 
     weights = DEMOS / args.env_id / "demonstrator.safetensors"
     if not weights.exists():

@@ -21,7 +21,7 @@ import tyro
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from rldt_gym import VectorEnv
+from envs.vector import VectorEnv
 
 TARGET_RETURN = {"Hopper-v4": 1422.0, "Walker2d-v4": 2852.0, "HalfCheetah-v4": 4770.0}  # D4RL medium-v2
 
@@ -146,7 +146,7 @@ def main(args: Args):
     start = time.time()
     for step in range(0, args.max_steps, N * T):
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - step / args.max_steps)
-        O, A, L, V, NV = [], [], [], [], []
+        observed, A, L, V, NV = [], [], [], [], []
         R, term_, done_ = torch.zeros(T, N), torch.zeros(T, N), torch.zeros(T, N)
         for t in range(T):
             o = policy.stats.normalize(obs)  # (N, obs_dim)
@@ -165,7 +165,7 @@ def main(args: Args):
             discounted[done] = 0
             recent.extend(episode_return[done])
             episode_return[done] = 0
-            O.append(o), A.append(a), L.append(log_prob)
+            observed.append(o), A.append(a), L.append(log_prob)
             scale = float(reward_stats.var.sqrt()) + 1e-8
             R[t] = torch.as_tensor(reward / scale).clamp(-10, 10)
             term_[t], done_[t] = torch.as_tensor(terminated), torch.as_tensor(done)
@@ -175,15 +175,15 @@ def main(args: Args):
             gae = delta + args.gamma * args.gae_lambda * (1 - done_[t]) * gae
             advantage[t] = gae
         target_value = (advantage + torch.stack(V)).flatten()
-        O, A, L, advantage = torch.cat(O), torch.cat(A), torch.cat(L), advantage.flatten()
+        observed, A, L, advantage = torch.cat(observed), torch.cat(A), torch.cat(L), advantage.flatten()
         for _ in range(args.epochs):
             for i in torch.randperm(N * T).split(args.minibatch):
-                mean = policy.mean(O[i])
+                mean = policy.mean(observed[i])
                 log_prob = (-0.5 * ((A[i] - mean) / policy.log_std.exp()) ** 2 - policy.log_std).sum(-1)
                 ratio = (log_prob - L[i]).exp()
                 adv = (advantage[i] - advantage[i].mean()) / (advantage[i].std() + 1e-8)
                 policy_loss = -torch.min(ratio * adv, ratio.clamp(1 - args.clip, 1 + args.clip) * adv).mean()
-                loss = policy_loss + 0.5 * (value(O[i])[:, 0] - target_value[i]).square().mean()
+                loss = policy_loss + 0.5 * (value(observed[i])[:, 0] - target_value[i]).square().mean()
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(parameters, 0.5)

@@ -1,0 +1,144 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.svgd import rbf_kernel, transport_field
+
+SIZES = dict(B=st.integers(1, 3), M=st.integers(1, 4), P=st.integers(1, 7), D=st.integers(1, 5))
+
+
+def draw(B, M, P, D, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (B, M, D), (B, P, D), (B, P, D)
+    return (torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes)
+
+
+def brute_force(query, particles, grad_q, alpha):
+    """The field of eq. (6), one pair of points after the other."""
+    query, particles, grad_q = (x.numpy() for x in (query, particles, grad_q))
+    phi = np.zeros_like(query)
+    for b in range(len(query)):
+        P = particles.shape[1]
+        scale = alpha * np.mean([math.sqrt(sum(g * g)) for g in grad_q[b]])
+        for i, x in enumerate(query[b]):
+            h = max(np.median([sum((x - a) ** 2) for a in particles[b]]) / (2 * math.log(P + 1)), 1e-8)
+            for a, g in zip(particles[b], grad_q[b], strict=True):
+                kappa = math.exp(-sum((x - a) ** 2) / (2 * h))
+                phi[b, i] += (kappa * g + scale * kappa * (x - a) / h) / P
+    return phi
+
+
+@given(**SIZES, alpha=st.floats(0, 10), seed=st.integers(0, 10_000))
+def test_field_equals_a_brute_force_double_loop(B, M, P, D, alpha, seed):
+    query, particles, grad_q = draw(B, M, P, D, seed)
+    phi = transport_field(query, particles, grad_q, alpha)
+    np.testing.assert_allclose(phi.numpy(), brute_force(query, particles, grad_q, alpha), rtol=1e-9, atol=1e-11)
+
+
+def test_field_in_single_precision_is_close_to_double():
+    query, particles, grad_q = draw(5, 8, 8, 12)
+    single = transport_field(query.float(), particles.float(), grad_q.float(), 1e-3)
+    np.testing.assert_allclose(single.numpy(), brute_force(query, particles, grad_q, 1e-3), rtol=1e-4, atol=1e-5)
+
+
+@given(**SIZES, seed=st.integers(0, 10_000))
+def test_repulsion_is_the_gradient_of_the_kernel_with_respect_to_the_particles(B, M, P, D, seed):
+    query, particles, grad_q = draw(B, M, P, D, seed)
+    attraction = transport_field(query, particles, grad_q, 0.0)
+    repulsion = transport_field(query, particles, grad_q, 1.0) - attraction
+    h = rbf_kernel(query, particles)[1]  # held fixed below
+    particles.requires_grad_()
+    kappa = torch.exp(-(query[:, :, None] - particles[:, None]).square().sum(-1) / (2 * h))
+    scale = grad_q.norm(dim=-1).mean(1)
+    for i in range(M):
+        (gradient,) = torch.autograd.grad(kappa[:, i].sum(), particles, retain_graph=True)  # (B, P, D)
+        torch.testing.assert_close(repulsion[:, i], scale[:, None] * gradient.mean(1), rtol=1e-8, atol=1e-10)
+
+
+def test_repulsion_pushes_two_particles_apart():
+    particles = torch.tensor([[[0.0], [1.0]]])
+    phi = transport_field(particles, particles, torch.full_like(particles, 1e-6), 1e6)
+    assert phi[0, 0, 0] < 0 < phi[0, 1, 0]
+
+
+def test_delta_kernel_returns_the_gradient_of_q():
+    query, _, grad_q = draw(2, 4, 4, 3)
+    assert torch.equal(transport_field(query, query, grad_q, 0.5, "delta"), grad_q)
+
+
+def test_particles_many_bandwidths_away_do_not_act():
+    near = 1e-3 * torch.randn(1, 5, 3, dtype=torch.float64)  # most of them, so the median distance is small
+    far = 1e3 + torch.randn(1, 3, 3, dtype=torch.float64)
+    grad_q = torch.randn(1, 8, 3, dtype=torch.float64)
+    particles = torch.cat([near, far], 1)
+    kappa, _ = rbf_kernel(near, particles)
+    assert (kappa[..., 5:] == 0).all()
+    phi = transport_field(near, particles, grad_q, 0.0)
+    torch.testing.assert_close(phi, kappa[..., :5] @ grad_q[:, :5] / 8)
+
+
+@pytest.mark.parametrize("P", [3, 10, 100])
+def test_rbf_field_tends_to_the_delta_field_as_the_bandwidth_shrinks_relative_to_the_distances(P):
+    # the corners of a simplex: every distance is the median, so kappa is 1 at the own corner and 1 / (P + 1) elsewhere
+    corners = torch.eye(P, dtype=torch.float64)[None]
+    grad_q = torch.randn(1, P, P, dtype=torch.float64)
+    grad_q -= grad_q.mean(1, keepdim=True)
+    phi = transport_field(corners, corners, grad_q, 0.0)
+    torch.testing.assert_close(P * phi, grad_q * P / (P + 1))  # the sum of the others' gradients is -grad_q
+
+
+def test_rbf_field_of_one_particle_is_the_delta_field():
+    query, _, grad_q = draw(3, 1, 1, 4)
+    torch.testing.assert_close(transport_field(query, query, grad_q, 0.7), grad_q)
+
+
+@pytest.mark.parametrize("P", [1, 2, 3, 4, 5, 8, 9])
+def test_bandwidth_is_the_median_heuristic_for_even_and_odd_numbers_of_particles(P):
+    query, particles, _ = draw(3, 4, P, 2)
+    distance2 = (query[:, :, None] - particles[:, None]).square().sum(-1).numpy()
+    h = rbf_kernel(query, particles)[1][..., 0].numpy()
+    np.testing.assert_allclose(h, np.median(distance2, -1) / (2 * math.log(P + 1)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_coincident_particles_give_the_floor_bandwidth_and_a_finite_field(dtype):
+    points = torch.ones(2, 4, 3, dtype=dtype)
+    kappa, h = rbf_kernel(points, points)
+    torch.testing.assert_close(h, torch.full_like(h, 1e-8))
+    assert torch.equal(kappa, torch.ones_like(kappa))
+    grad_q = torch.randn(2, 4, 3, dtype=dtype)
+    phi = transport_field(points, points, grad_q, 1.0)
+    torch.testing.assert_close(phi, grad_q.mean(1, keepdim=True).expand_as(phi))
+
+
+def test_no_gradient_flows_through_the_bandwidth():
+    query, particles, _ = draw(1, 2, 4, 3)
+    assert not rbf_kernel(query.requires_grad_(), particles)[1].requires_grad
+
+
+@pytest.mark.parametrize(
+    "query, particles, grad_q",
+    [
+        ((2, 3, 4), (2, 5, 4), (2, 6, 4)),  # gradients of other particles
+        ((2, 3, 4), (1, 5, 4), (1, 5, 4)),  # other batch
+        ((2, 3, 4), (2, 5, 3), (2, 5, 3)),  # other dimension
+    ],
+)
+def test_shapes_that_do_not_fit_are_an_error(query, particles, grad_q):
+    with pytest.raises(ValueError, match="shapes do not fit"):
+        transport_field(torch.ones(query), torch.ones(particles), torch.ones(grad_q), 0.0)
+
+
+def test_delta_kernel_at_other_points_than_the_particles_is_an_error():
+    with pytest.raises(ValueError, match="delta"):
+        transport_field(torch.ones(2, 3, 4), torch.ones(2, 5, 4), torch.ones(2, 5, 4), 0.0, "delta")
+
+
+def test_unknown_kernel_is_an_error_that_names_the_choices():
+    points = torch.ones(1, 2, 2)
+    with pytest.raises(ValueError, match="'imq'.*rbf or delta"):
+        transport_field(points, points, points, 0.0, "imq")
