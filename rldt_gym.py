@@ -447,12 +447,12 @@ def update_critic(critic: Critic, target: Critic, optimizer, obs, action, y, arg
     return {"losses/critic": loss.detach(), "diagnostics/q": q.detach().mean()}
 
 
-def actor_losses(velocity, reference, critic: Critic, obs, trajectory, args: Args):
-    """The three losses of eq. (16) on states obs (B, obs_dim) with trajectories (K + 1, B, P, D)."""
+def actor_losses(velocity, reference, critic: Critic, obs, trajectory, args: Args, k: torch.Tensor | None = None):
+    """The three losses of eq. (16) on states obs (B, obs_dim) with trajectories (K + 1, B, P, D), at steps k (B, P)."""
     K, (_, B, P, D) = args.euler_steps, trajectory.shape
     device, action = obs.device, trajectory[-1]  # a, (B, P, D)
     obs = obs[:, None].expand(-1, P, -1)  # (B, P, obs_dim)
-    k = torch.randint(K, (B, P), device=device)
+    k = torch.randint(K, (B, P), device=device) if k is None else k
     x = trajectory.gather(0, k[None, ..., None].expand(1, -1, -1, D))[0]  # x_{t_k}, (B, P, D)
     t = k / K
     t_c = torch.randint(K, (B, P), device=device) / K
@@ -627,9 +627,13 @@ def plot_curve(csv_path: Path, out: Path, title: str):
 
 
 def git_commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    result = subprocess.run(command, capture_output=True, text=True) if (Path(__file__).parent / ".git").exists() else None
-    return result.stdout.strip() if result and result.returncode == 0 else "unknown"
+    """Short hash of the checkout, with -dirty if tracked files differ from it."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True)
+    except OSError:  # no git
+        return "unknown"
+    return result.stdout.strip() if result.returncode == 0 else "unknown"
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -860,13 +864,14 @@ def main(args: Args) -> dict | None:
         best_net.load_state_dict(best_policy)
         save_policy(best_net, run_dir / "best_policy.pt")
         scores = evaluate(best_net, args, args.final_eval_episodes, base_seed + 1)
-        best = {"eval_return": scores["zero"].mean(), "eval_return_sampled": scores["noise"].mean()}
+        measured = {"eval_return": scores["zero"].mean(), "eval_return_sampled": scores["noise"].mean()}
+        best = max(final, measured, key=lambda scores: scores["eval_return"])
     result = {
         "task": args.env_id, "method": args.exp_name, "preset": args.preset, "seed": args.seed,
         "base_return": state["base_return"], "base_return_sampled": state["base_return_sampled"],
         "final_return": final["eval_return"], "final_return_std": final["eval_return_std"],
         "final_return_sampled": final["eval_return_sampled"], "final_return_sampled_std": final["eval_return_sampled_std"],
-        "best_return": max(best["eval_return"], final["eval_return"]), "best_return_sampled": best["eval_return_sampled"],
+        "best_return": best["eval_return"], "best_return_sampled": best["eval_return_sampled"],
         "env_steps": state["env_steps"], "wall_s": round(state["wall_s"], 1), "threads": args.threads, "device": args.device,
         "backend": envs.backend, "commit": git_commit(), "date": time.strftime("%Y-%m-%d"),
         "versions": {"python": sys.version.split()[0]} | {p: importlib.metadata.version(p) for p in ("torch", "numpy", "gymnasium", "mujoco")},

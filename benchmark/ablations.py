@@ -6,6 +6,7 @@ Variants whose flags are the defaults of rldt_gym.py are the run `rldt` and are 
 with the same flags are taken over from the main results.
 """
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ VARIANTS = {
     "layernorm": "--critic-layer-norm",
     "no-layernorm": "--no-critic-layer-norm",
 }
+CURVES = "curves_ablations"  # folder next to the CSV
 
 
 @dataclass
@@ -47,7 +49,7 @@ class Args:
     """CSV to append to."""
     shared: Path = RESULTS / "gym.csv"
     """CSV from which to take over rows of `rldt` on the same task, with the same flags."""
-    runs: Path = Path("runs")
+    runs: Path = Path("runs/ablations")
     """Directory for the run directories and the logs."""
     parallel: int = 2
     """Runs side by side, each with one thread."""
@@ -63,12 +65,16 @@ def distinct(variants: tuple[str, ...]) -> dict[str, str]:
 def main(args: Args):
     common = " ".join(filter(None, [f"--iterations {args.iterations}" if args.iterations else "", args.extra]))
     flags = {name: " ".join(filter(None, [flag, common])) for name, flag in distinct(args.variants).items()}
+    folder = args.out.parent / CURVES
     for row in read_csv(args.shared):
         same = row["task"] == args.task and row["method"] == "rldt" and row["args"] == common
         if same and int(row["seed"]) in args.seeds and (args.task, "rldt", row["seed"]) not in finished(args.out):
+            name = Job(args.task, "rldt", int(row["seed"])).name
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(args.shared.parent / "curves" / f"{name}.csv", folder)
             append_row(args.out, row)
     jobs = [Job(args.task, name, seed, flag) for seed in args.seeds for name, flag in flags.items()]
-    run_jobs(jobs, args.out, args.runs, args.parallel)
+    run_jobs(jobs, args.out, args.runs, args.parallel, CURVES)
 
 
 if __name__ == "__main__":

@@ -27,21 +27,21 @@ XLIM, YLIM = (-1.3, 1.2), (-0.75, 0.9)
 
 @dataclass
 class Args:
-    steps: int = 600
+    steps: int = 800
     """Actor steps; the middle panel shows the policy after a quarter of them."""
     pretrain_steps: int = 1500
     """Flow-matching steps of the base policy."""
-    states: int = 32
+    states: int = 64
     """States per actor step; all are the same, so this is a batch of independent sets of particles."""
     n_particles: int = 16
     """P, particles per state."""
-    alpha: float = 0.2
+    alpha: float = 0.05
     """Temperature: weight of the repulsion."""
     constraint_weight: float = 0.2
     """Weight of the constraint toward the policy of `reference_every` steps ago."""
     reference_every: int = 20
     """Actor steps after which the reference policy is renewed."""
-    lr: float = 3e-4
+    lr: float = 1e-4
     """Adam step size of the actor."""
     samples: int = 600
     """Samples drawn for the figure."""
@@ -133,7 +133,7 @@ def main(args: Args):
         title = f"after {step} steps" if step else "pretrained"
         snapshots.append((title, sample(velocity, torch.zeros(args.samples, 1), torch.randn(args.samples, 2), 8)))
     plt = pyplot()
-    figure, axes = plt.subplots(1, len(snapshots), figsize=(11, 2.85))
+    figure, axes = plt.subplots(1, len(snapshots), figsize=(11, 3.1))
     longest = field(snapshots[0][1], snapshots[0][1], args).norm(dim=-1).quantile(0.95).item()
     for axis, (title, actions) in zip(axes, snapshots, strict=True):
         axis.grid(False)

@@ -93,11 +93,11 @@ def append_row(out: Path, row: dict):
         writer.writerow({k: round(v, 1) if isinstance(v, float) else v for k, v in row.items()})
 
 
-def collect(job: Job, run_dir: Path, out: Path):
+def collect(job: Job, run_dir: Path, out: Path, curves: str):
     """Copies the curve of a finished run, then appends its row."""
     rows = read_csv(run_dir / "metrics.csv")
     columns = [*CURVE, *(key for key in rows[0] if key.startswith(("losses/", "diagnostics/")))]
-    curve = out.parent / "curves" / f"{job.name}.csv"
+    curve = out.parent / curves / f"{job.name}.csv"
     curve.parent.mkdir(parents=True, exist_ok=True)
     with curve.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
@@ -112,8 +112,8 @@ def short(value: str) -> str:
     return f"{float(value):.6g}" if "." in value else value
 
 
-def run_jobs(jobs: list[Job], out: Path, runs: Path, parallel: int):
-    """Runs what `out` does not hold yet; a run that fails is reported and left out."""
+def run_jobs(jobs: list[Job], out: Path, runs: Path, parallel: int, curves: str = "curves"):
+    """Runs what `out` does not hold yet, with curves in a folder next to it; reports runs that fail."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     waiting = [job for job in jobs if job.key() not in finished(out)]
     print(f"{len(waiting)} of {len(jobs)} runs to do, {parallel} side by side", flush=True)
@@ -129,7 +129,7 @@ def run_jobs(jobs: list[Job], out: Path, runs: Path, parallel: int):
                 running.remove((job, process, start))
                 minutes = (time.perf_counter() - start) / 60
                 if process.returncode == 0:
-                    collect(job, job.run_dir(runs), out)
+                    collect(job, job.run_dir(runs), out, curves)
                     row = next(row for row in read_csv(out) if (row["task"], row["method"], row["seed"]) == job.key())
                     print(f"{job.name}: {row['base_return']} -> {row['final_return']}, {minutes:.1f} min", flush=True)
                 else:

@@ -44,12 +44,13 @@ def tiny_base(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_flags(tiny_base):
-    """Flags of a Hopper run of five iterations that takes about a second."""
+    """Flags of a Hopper run of six iterations that takes about a second."""
     flags = dict(
         env_id="Hopper-v4", base=tiny_base, chunk=2, euler_steps=4, actor_width=16, time_dim=8, device="cpu", seed=3,
-        iterations=5, num_envs=4, rollout_chunks=12, buffer_iterations=2, eval_every=4, eval_episodes=2,
+        iterations=6, num_envs=4, rollout_chunks=12, buffer_iterations=2, eval_every=4, eval_episodes=2,
         final_eval_episodes=3, rounds=2, critic_steps=2, critic_batch=16, critic_width=16, segments=8, segment_chunks=4,
-        warmup_iterations=1, warmup_factor=1, actor_steps=1, actor_batch=8, n_particles=3, actor_lr=1e-3, actor_warmup=2,
+        warmup_iterations=1, warmup_factor=1, actor_steps=1, actor_batch=8, n_particles=3, actor_lr=1e-3,
+        actor_warmup=2,
     )  # fmt: skip
     return [f"--{key.replace('_', '-')}={value}" for key, value in flags.items()]
 

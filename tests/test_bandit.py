@@ -18,7 +18,8 @@ ALPHA = 0.41  # 1 / E|grad Q| under the target, for which alpha' = 1 and the tar
 def log_mixture(x, modes, std, left):
     """Log density of left N(modes[0], std^2) + (1 - left) N(modes[1], std^2)."""
     parts = [
-        math.log(w) + torch.distributions.Normal(m, std).log_prob(x).sum(-1) for w, m in zip((left, 1 - left), modes, strict=True)
+        math.log(w) + torch.distributions.Normal(m, std).log_prob(x).sum(-1)
+        for w, m in zip((left, 1 - left), modes, strict=True)
     ]
     return torch.logsumexp(torch.stack(parts), 0)
 
@@ -99,8 +100,9 @@ def test_alpha_of_these_tests_makes_the_target_its_own_boltzmann_density():
 
 
 # The field is zero at the density exp(Q / alpha'), alpha' = alpha E|grad Q|. The actor takes it at expected targets of
-# points on the way and from a few particles, so a flow's weights approach the Boltzmann weights (0.79 left of the middle)
-# but are not exactly they: a direction and both modes are asked of the flow, the weights of the particles further down.
+# points on the way and from a few particles, so a flow's weights approach the Boltzmann weights (0.79 left of the
+# middle) but are not exactly they: a direction and both modes are asked of the flow, the weights themselves of the
+# particles further down.
 @pytest.mark.parametrize("transport_loss", ["literal", "authors"])
 def test_finetuning_moves_mass_to_the_better_mode_and_keeps_the_other(pretrained, transport_loss):
     before = draw(pretrained)
@@ -137,8 +139,8 @@ def test_a_critic_that_is_indifferent_moves_nothing(pretrained):
 
 
 # The particles themselves, without a network: P = 100, one dimension, modes at -1 and 1, started with other weights.
-# The scaling alpha' = alpha mean|grad Q| is undone, so that the density is exactly exp(Q / temperature), whose mass left
-# of zero is 0.739; 100 particles that repel each other come within 0.06 of it.
+# The scaling alpha' = alpha mean|grad Q| is undone, so that the density is exactly exp(Q / temperature), whose mass
+# left of zero is 0.739; 100 particles that repel each other come within 0.06 of it.
 @pytest.mark.parametrize("start", [0.3, 0.5, 0.7])
 def test_particles_take_the_boltzmann_weights_of_two_modes(start):
     temperature, std, modes, P = 0.2, 0.5, torch.tensor([[-1.0], [1.0]]), 100
@@ -161,7 +163,11 @@ def test_particles_take_the_boltzmann_weights_of_two_modes(start):
 @given(temperature=st.floats(0.1, 10))
 def test_particles_in_a_quadratic_q_take_the_variance_that_the_temperature_says(temperature):
     # Q = -a^2 / 2, so exp(Q / temperature) = N(0, temperature); steps in units of the kernel's scale
-    x = torch.randn(1, 60, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * math.sqrt(temperature) * 2
+    x = (
+        torch.randn(1, 60, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        * math.sqrt(temperature)
+        * 2
+    )
     for _ in range(400):
         alpha = float(temperature / x.norm(dim=-1).mean())
         x = x + 0.5 * transport_field(x, x, -x, alpha)

@@ -72,7 +72,12 @@ def test_critic_target_averages_the_smaller_value_of_the_target_networks_over_po
     policy = rldt_gym.FlowPolicy(5, 3, chunk=2, euler_steps=4, width=8, depth=3, time_dim=4)
     target = Critic(5, 6, 8, 2, False, "default")
     shape = (4, 2)
-    batch = dict(reward=torch.randn(shape), terminated=torch.zeros(shape), truncated=torch.zeros(shape), next_obs=torch.randn(4, 2, 5))
+    batch = dict(
+        reward=torch.randn(shape),
+        terminated=torch.zeros(shape),
+        truncated=torch.zeros(shape),
+        next_obs=torch.randn(4, 2, 5),
+    )
     batch["terminated"][1, 0] = batch["truncated"][2, 1] = 1
     torch.manual_seed(1)
     y = critic_target(policy, target, batch, 2.5, args)
@@ -150,7 +155,10 @@ def test_update_critic_descends_the_squared_error_of_both_networks():
     obs, action, y = torch.randn(9, 5), torch.randn(9, 3), torch.randn(9)
     q = critic(obs, action)
     loss = ((q[0] - y) ** 2).mean() + ((q[1] - y) ** 2).mean()
-    expected = [p - 0.1 * g for p, g in zip(critic.parameters(), torch.autograd.grad(loss, list(critic.parameters())), strict=True)]
+    expected = [
+        p - 0.1 * g
+        for p, g in zip(critic.parameters(), torch.autograd.grad(loss, list(critic.parameters())), strict=True)
+    ]
     optimizer = torch.optim.SGD(critic.parameters(), 0.1)
     metrics = update_critic(critic, copy.deepcopy(critic).requires_grad_(False), optimizer, obs, action, y, args)
     torch.testing.assert_close([p.detach() for p in critic.parameters()], [p.detach() for p in expected])
@@ -200,7 +208,9 @@ def test_segments_are_consecutive_steps_of_one_environment_in_one_rollout(added,
 
 
 @given(added=st.integers(1, 8), count=st.integers(1, 60), fraction=st.floats(0, 1), seed=st.integers(0, 1000))
-def test_at_least_the_fresh_fraction_comes_from_the_newest_rollout_and_none_from_an_overwritten_one(added, count, fraction, seed):
+def test_at_least_the_fresh_fraction_comes_from_the_newest_rollout_and_none_from_an_overwritten_one(
+    added, count, fraction, seed
+):
     replay = numbered(added)
     torch.manual_seed(seed)
     rollout = replay.draw(count, 2, fraction)["reward"][0] // 1000

@@ -106,8 +106,22 @@ def test_d4rl_file_of_wrong_shapes_is_refused_with_the_shape(tmp_path, d4rl_arra
     assert named in message(write_hdf5(tmp_path / "a.hdf5", d4rl_arrays))
 
 
+@pytest.mark.parametrize("value", [np.float32(1.0), np.array([b"text"] * 9), None])
+@pytest.mark.parametrize("key", dataset.KEYS)
+def test_d4rl_file_with_a_scalar_texts_or_a_group_in_place_of_an_array_is_refused(tmp_path, d4rl_arrays, key, value):
+    path = write_hdf5(tmp_path / "a.hdf5", {k: v for k, v in d4rl_arrays.items() if k != key})
+    with h5py.File(path, "a") as file:
+        if value is None:
+            file.create_group(key)
+        else:
+            file[key] = value
+    message(path)
+
+
 def test_empty_d4rl_file_is_refused(tmp_path, d4rl_arrays):
-    assert "same number of steps" in message(write_hdf5(tmp_path / "a.hdf5", {k: v[:0] for k, v in d4rl_arrays.items()}))
+    assert "same number of steps" in message(
+        write_hdf5(tmp_path / "a.hdf5", {k: v[:0] for k, v in d4rl_arrays.items()})
+    )
 
 
 def test_dppo_round_trip(dppo):
@@ -129,7 +143,9 @@ def test_dppo_file_without_a_key_is_refused_with_the_key(dppo, key):
     assert f"lacks {key}" in message(dppo(**{key: None}))
 
 
-@pytest.mark.parametrize("key, named", [("states", "observations"), ("actions", "actions"), ("obs_min", "observations")])
+@pytest.mark.parametrize(
+    "key, named", [("states", "observations"), ("actions", "actions"), ("obs_min", "observations")]
+)
 def test_dppo_file_with_nan_is_refused_with_the_array(dppo, key, named):
     value = np.full({"states": (9, 3), "actions": (9, 2), "obs_min": (3,)}[key], np.nan, np.float32)
     assert f"{named} contain NaN or Inf, first at step 0" in message(dppo(**{key: value}))
@@ -142,10 +158,20 @@ def test_dppo_episode_lengths_that_do_not_fit_the_steps_are_refused(dppo, length
 
 @pytest.mark.parametrize(
     "key, shape, named",
-    [("obs_min", (4,), "obs_min and obs_max"), ("action_max", (1,), "action_min and action_max"), ("states", (9,), "obs_min and obs_max")],
+    [
+        ("obs_min", (4,), "obs_min and obs_max"),
+        ("action_max", (1,), "action_min and action_max"),
+        ("states", (9,), "obs_min and obs_max"),
+    ],
 )
 def test_dppo_normalization_of_wrong_shape_is_refused(dppo, key, shape, named):
     assert f"{named} do not fit" in message(dppo(**{key: np.zeros(shape, np.float32)}))
+
+
+@pytest.mark.parametrize("key", ["states", "actions", "traj_lengths", "obs_min"])
+def test_dppo_file_with_texts_in_place_of_numbers_is_refused(dppo, key):
+    shape = {"states": (9, 3), "actions": (9, 2), "traj_lengths": (2,), "obs_min": (3,)}[key]
+    message(dppo(**{key: np.full(shape, "text")}))
 
 
 def test_dppo_actions_of_another_length_are_refused(dppo):
@@ -177,13 +203,23 @@ def test_npz_of_damaged_content_is_refused(dppo):
     assert "damaged" in message(path)
 
 
-class Bomb:
-    """Would leave a trace if it were unpickled."""
+LOADED = []
 
-    loaded = []
+
+def explode():
+    LOADED.append(1)
+
+
+class Bomb:
+    """Leaves a trace in LOADED if it is unpickled."""
 
     def __reduce__(self):
-        return Bomb.loaded.append, (1,)
+        return explode, ()
+
+
+def test_bomb_explodes_where_it_is_unpickled():
+    pickle.loads(pickle.dumps(Bomb()))
+    assert LOADED.pop() == 1
 
 
 @pytest.mark.parametrize("key", ["states", "obs_max"])
@@ -191,7 +227,7 @@ def test_npz_with_pickled_objects_is_refused_and_not_unpickled(dppo, key):
     value = np.empty(1, object)
     value[0] = Bomb()
     assert "pickled objects, which are never loaded" in message(dppo(**{key: value}))
-    assert Bomb.loaded == []
+    assert LOADED == []
 
 
 @pytest.mark.parametrize("suffix", [".pkl", ".npz"])
@@ -199,7 +235,7 @@ def test_pickle_file_is_refused_and_not_unpickled(tmp_path, suffix):
     path = tmp_path / f"data{suffix}"
     path.write_bytes(pickle.dumps(Bomb()))
     assert any(word in message(path) for word in ("unknown format", "pickled objects"))
-    assert Bomb.loaded == []
+    assert LOADED == []
 
 
 def test_array_file_in_place_of_an_archive_is_refused(tmp_path):
@@ -231,7 +267,8 @@ def write_minari(monkeypatch, tmp_path, observations):
                                      terminations=done, truncations=[False] * steps))  # fmt: skip
     minari.create_dataset_from_buffers(
         "rldt/tiny-v0", buffers, observation_space=space, action_space=spaces.Box(-9, 9, (2,), np.float32),
-        algorithm_name="test", author="test", author_email="test@test", code_permalink="https://test", description="test",
+        algorithm_name="test", author="test", author_email="test@test", code_permalink="https://test",
+        description="test",
     )  # fmt: skip
     return "rldt/tiny-v0"
 

@@ -51,10 +51,15 @@ class Buttons(Counter):
 
 @pytest.fixture(scope="module", autouse=True)
 def own_tasks():
-    names = {"RldtCounter-v0": Counter, "RldtNaN-v0": NaNObservation, "RldtInf-v0": InfReward, "RldtPicture-v0": Picture}
+    names = {
+        "RldtCounter-v0": Counter,
+        "RldtNaN-v0": NaNObservation,
+        "RldtInf-v0": InfReward,
+        "RldtPicture-v0": Picture,
+    }
     for name, task in {**names, "RldtButtons-v0": Buttons}.items():
         gym.register(name, task, disable_env_checker=True)
-    gym.register("RldtShort-v0", Counter, max_episode_steps=5, disable_env_checker=True)
+    gym.register("RldtShort-v0", Counter, max_episode_steps=4, disable_env_checker=True)
     yield
     for name in (*names, "RldtButtons-v0", "RldtShort-v0"):
         del gym.registry[name]
@@ -76,11 +81,11 @@ def both_backends(env_id, num_envs, chunk=1):
     return pool, plain
 
 
-# Measured over these 40 steps of 8 environments: observations differ by less than 2e-5, rewards by less than 4e-7.
+# Measured over these 40 steps of 8 environments: observations differ by at most 3e-7, rewards by at most 2e-7
+# (EnvPool's are float32). The tolerances are wider, as a contact that comes a rounding error later grows.
 @pytest.mark.parametrize("env_id", TASKS)
 def test_backends_agree_from_the_same_state_and_actions(env_id):
     pool, plain = both_backends(env_id, 8)
-    worst = [0, 0]
     rng, alive, steps = np.random.default_rng(0), np.ones(8, bool), 0
     while alive.any() and steps < 40:
         actions = rng.uniform(-1.3, 1.3, (8, 1, pool.action_dim)).astype(np.float32)  # beyond the limits: clipped
@@ -89,10 +94,8 @@ def test_backends_agree_from_the_same_state_and_actions(env_id):
         np.testing.assert_allclose(first[1], second[1], atol=1e-5)
         for i in (2, 3, 4):  # terminated, truncated, length
             np.testing.assert_array_equal(first[i], second[i])
-        for i in (0, 1): worst[i] = max(worst[i], np.abs(first[i]-second[i])[alive].max())
         alive &= ~(first[2] | first[3])
         steps += 1
-    print(env_id, steps, worst)
     assert steps >= 20
     assert alive.all() == (env_id == "HalfCheetah-v4")  # the other two fall, so terminations were compared too
 
@@ -160,10 +163,10 @@ def test_time_limit_is_a_truncation_and_a_termination_at_the_limit_is_not():
     envs = VectorEnv("RldtShort-v0", 1, chunk=5, backend="gymnasium")
     envs.reset()
     ends = []
-    for _ in range(2):  # the first episode would end at step 6, the second ends at step 4
+    for _ in range(2):  # the first episode would end at step 6, the second ends at the limit of 4
         _, _, terminated, truncated, length = envs.step(np.zeros((1, 5, 1), np.float32))
         ends.append((bool(terminated[0]), bool(truncated[0]), int(length[0])))
-    assert ends == [(False, True, 5), (True, False, 4)]
+    assert ends == [(False, True, 4), (True, False, 4)]
 
 
 def test_actions_are_clipped_to_the_action_space():
@@ -247,7 +250,7 @@ def test_unknown_task_stops_with_its_name(backend):
 
 
 def test_envpool_backend_without_the_task_names_the_way_out():
-    with pytest.raises(SystemExit, match="RldtCounter-v0.*--backend gymnasium"):
+    with pytest.raises(SystemExit, match=r"RldtCounter-v0.*--backend gymnasium"):
         VectorEnv("RldtCounter-v0", 1, backend="envpool")
 
 
@@ -256,7 +259,9 @@ def test_auto_takes_envpool_where_it_has_the_task_and_gymnasium_elsewhere():
     assert VectorEnv("RldtCounter-v0", 1).backend == "gymnasium"
 
 
-@pytest.mark.parametrize("env_id, name", [("RldtPicture-v0", "observation"), ("RldtButtons-v0", "action"), ("CartPole-v1", "action")])
+@pytest.mark.parametrize(
+    "env_id, name", [("RldtPicture-v0", "observation"), ("RldtButtons-v0", "action"), ("CartPole-v1", "action")]
+)
 def test_spaces_that_are_not_flat_boxes_stop_with_the_space_that_is_wrong(env_id, name):
     with pytest.raises(SystemExit, match=f"{env_id}: the {name} space must be a flat Box"):
         VectorEnv(env_id, 1)
@@ -269,3 +274,14 @@ def test_non_finite_numbers_of_an_environment_raise_with_their_name(env_id, name
     envs.step(np.zeros((2, 2, 1), np.float32))
     with pytest.raises(FloatingPointError, match=f"non-finite {name}"):
         envs.step(np.zeros((2, 2, 1), np.float32))
+
+
+@pytest.mark.parametrize("backend", ["envpool", "gymnasium"])
+def test_actions_of_nan_raise_instead_of_standing_still(monkeypatch, tmp_path, backend):
+    monkeypatch.chdir(tmp_path)  # where MuJoCo would log a warning
+    envs = VectorEnv("Hopper-v4", 2, 2, backend)
+    envs.reset()
+    actions = np.zeros((2, 2, 3), np.float32)
+    actions[1, 0, 2] = np.nan
+    with pytest.raises(FloatingPointError):
+        envs.step(actions)

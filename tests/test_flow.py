@@ -5,7 +5,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rldt_gym
-from common.flow import ACTIVATIONS, VelocityMLP, expected_target, flow_matching_loss, interpolate, sample, time_embedding
+from common.flow import (
+    ACTIVATIONS,
+    VelocityMLP,
+    expected_target,
+    flow_matching_loss,
+    interpolate,
+    sample,
+    time_embedding,
+)
 from common.svgd import transport_field
 
 K, B, P, D, OBS = 8, 3, 4, 2, 5
@@ -28,7 +36,9 @@ def networks(seed=0):
 def losses(transport_loss, kernel="rbf", seed=0):
     """The three losses on random trajectories, with all that went into them; K = 8, t known from the seed."""
     velocity, reference = networks()
-    args = rldt_gym.Args(euler_steps=K, bf16=False, device="cpu", transport_loss=transport_loss, kernel=kernel, alpha=0.3)
+    args = rldt_gym.Args(
+        euler_steps=K, bf16=False, device="cpu", transport_loss=transport_loss, kernel=kernel, alpha=0.3
+    )
     obs = torch.randn(B, OBS, dtype=torch.float64)
     start = torch.randn(B, P, D, dtype=torch.float64)
     trajectory = sample(velocity, obs[:, None].expand(-1, P, -1), start, K, trajectory=True)
@@ -126,7 +136,9 @@ def test_constraint_loss_of_two_constant_velocities_is_their_squared_distance():
 def test_update_actor_steps_along_the_weighted_sum_of_the_losses():
     velocity, obs, trajectory, _, _, _ = losses("literal")
     reference = networks(5)[1]
-    args = rldt_gym.Args(euler_steps=K, bf16=False, device="cpu", alpha=0.3, consistency_weight=0.7, constraint_weight=0.1)
+    args = rldt_gym.Args(
+        euler_steps=K, bf16=False, device="cpu", alpha=0.3, consistency_weight=0.7, constraint_weight=0.1
+    )
     torch.manual_seed(0)
     parts = rldt_gym.actor_losses(velocity, reference, QuadraticCritic(), obs[:, 0], trajectory, args)
     total = gradients(velocity, parts[0] + 0.7 * parts[1] + 0.1 * parts[2])
@@ -151,7 +163,9 @@ def gaussian_score(x, t, mean, std):
     return torch.autograd.grad(marginal.log_prob(x).sum(), x)[0]
 
 
-gaussians = st.tuples(st.floats(-2, 2), st.floats(0.1, 3)).map(lambda g: [torch.tensor(v, dtype=torch.float64) for v in g])
+gaussians = st.tuples(st.floats(-2, 2), st.floats(0.1, 3)).map(
+    lambda g: [torch.tensor(v, dtype=torch.float64) for v in g]
+)
 times = st.floats(0.01, 0.95).map(lambda t: torch.tensor(t, dtype=torch.float64))
 
 
@@ -228,7 +242,9 @@ def test_sampler_keeps_no_graph():
 
 def test_flow_matching_loss_of_a_zero_velocity_is_the_second_moment_of_the_target():
     # E|a - eps|^2 per dimension = |a|^2 + 1; standard error of 4e5 draws of (2 - eps)^2 is below 0.01
-    loss = flow_matching_loss(lambda x, t, cond: torch.zeros_like(x), torch.full((200_000, 2), 2.0), torch.zeros(200_000, 0))
+    loss = flow_matching_loss(
+        lambda x, t, cond: torch.zeros_like(x), torch.full((200_000, 2), 2.0), torch.zeros(200_000, 0)
+    )
     assert loss.item() == pytest.approx(5.0, abs=0.05)
 
 

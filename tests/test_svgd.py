@@ -140,5 +140,5 @@ def test_delta_kernel_at_other_points_than_the_particles_is_an_error():
 
 def test_unknown_kernel_is_an_error_that_names_the_choices():
     points = torch.ones(1, 2, 2)
-    with pytest.raises(ValueError, match="'imq'.*rbf or delta"):
+    with pytest.raises(ValueError, match=r"'imq'.*rbf or delta"):
         transport_field(points, points, points, 0.0, "imq")

@@ -1,0 +1,149 @@
+"""Draws the results from the committed CSVs and prints them as a table.
+
+    python -m benchmark.plot                            # writes docs/images/returns.png and ablations.png
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from benchmark.tools import (
+    COLORS,
+    IMAGES,
+    RESULTS,
+    group,
+    markdown,
+    mean_std,
+    pyplot,
+    read_csv,
+    save_figure,
+)
+
+STARTS = {  # column in the curves, label, base column, colour
+    "eval_return": ("x₀ = 0", "base_return", COLORS["blue"]),
+    "eval_return_sampled": ("sampled, x₀ ~ N(0, I)", "base_return_sampled", COLORS["orange"]),
+}
+DIAGNOSTICS = {"diagnostics/phi_norm": "mean |φ|", "losses/constraint": "constraint loss, eq. (15)"}
+
+
+@dataclass
+class Args:
+    results: Path = RESULTS
+    """Directory with gym.csv, ablations_hopper.csv and their curves."""
+    images: Path = IMAGES
+    """Directory to write figures to."""
+    method: str = "rldt"
+    """Method of gym.csv to draw."""
+
+
+def curves(folder: Path, rows: list[dict], x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
+    """Curves of runs, interpolated to common points: x (100,), y (runs, 100), as far as all of them go."""
+    found = []
+    for row in rows:
+        curve = read_csv(folder / f"{row['task']}__{row['method']}__{row['seed']}.csv")
+        points = [(float(point[x]), float(point[y])) for point in curve if point.get(y)]
+        if points:
+            found.append(np.array(points).T)
+    if not found:
+        return np.zeros(0), np.zeros((0, 0))
+    grid = np.linspace(max(xs[0] for xs, _ in found), min(xs[-1] for xs, _ in found), 100)
+    return grid, np.stack([np.interp(grid, xs, ys) for xs, ys in found])
+
+
+def band(axis, grid: np.ndarray, values: np.ndarray, label: str, color: str):
+    """Mean and range over seeds."""
+    axis.plot(grid, values.mean(0), color=color, label=label)
+    axis.fill_between(grid, values.min(0), values.max(0), color=color, alpha=0.18, lw=0)
+
+
+def plot_returns(plt, rows: list[dict], args: Args):
+    """Return against environment steps and wall time, one column per task."""
+    tasks = group(rows, "task")
+    figure, axes = plt.subplots(2, len(tasks), figsize=(3.6 * len(tasks) + 0.4, 5.6), squeeze=False, sharey="col")
+    scales = {"env_steps": (1e6, "environment steps (millions)"), "wall_s": (60, "wall time (minutes)")}
+    for column, (task, runs) in enumerate(tasks.items()):
+        for axis, (x, (scale, label)) in zip(axes[:, column], scales.items(), strict=True):
+            for y, (name, base, color) in STARTS.items():
+                grid, values = curves(args.results / "curves", runs, x, y)
+                if len(grid):
+                    band(axis, grid / scale, values, name, color)
+                axis.axhline(np.mean([float(row[base]) for row in runs]), color=color, lw=1, ls="--")
+            axis.set_xlabel(label)
+            axis.set_xlim(left=0)
+        seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
+        axes[0, column].set_title(f"{task} ({seeds})")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("return")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    handles.append(plt.Line2D([], [], color=COLORS["grey"], lw=1, ls="--"))
+    figure.legend(handles, [*labels, "base policy"], loc="outside lower center", ncols=3)
+    save_figure(figure, args.images / "returns.png")
+
+
+def plot_ablations(plt, rows: list[dict], args: Args):
+    """Final returns per variant, and what the kernel does to the update."""
+    variants = group(rows, "method")
+    ratios = [1.6] + [1] * len(DIAGNOSTICS)
+    height = 1.6 + 0.3 * len(variants)
+    figure, axes = plt.subplots(1, 1 + len(DIAGNOSTICS), figsize=(11, height), width_ratios=ratios)
+    columns = {"final_return": "eval_return", "final_return_sampled": "eval_return_sampled"}
+    for column, start in columns.items():
+        label, base, color = STARTS[start]
+        offset = -0.14 if column == "final_return" else 0.14
+        for i, runs in enumerate(variants.values()):
+            values = [float(row[column]) for row in runs]
+            axes[0].scatter(values, [i + offset] * len(values), s=14, color=color, alpha=0.5, linewidths=0)
+            mean = np.mean(values)
+            axes[0].plot([mean, mean], [i + offset - 0.13, i + offset + 0.13], color=color, lw=2.5)
+        axes[0].scatter([], [], s=14, color=color, label=label)
+        axes[0].axvline(np.mean([float(row[base]) for row in rows]), color=color, lw=1, ls="--", zorder=0)
+    axes[0].axvline(np.nan, color=COLORS["grey"], lw=1, ls="--", label="base policy")
+    axes[0].set(yticks=range(len(variants)), yticklabels=variants, xlabel="final return (dots: seeds, bars: mean)")
+    axes[0].set_title(rows[0]["task"])
+    axes[0].invert_yaxis()
+    axes[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.09), ncols=3, columnspacing=1, handletextpad=0.4)
+    kernels = {"rldt": ("RBF kernel", COLORS["green"]), "delta": ("delta kernel", COLORS["purple"])}
+    for axis, (column, title) in zip(axes[1:], DIAGNOSTICS.items(), strict=True):
+        for variant, (label, color) in kernels.items():
+            folder = args.results / "curves_ablations"
+            grid, values = curves(folder, variants.get(variant, []), "iteration", column)
+            if len(grid):
+                band(axis, grid, values, label, color)
+        axis.set(xlabel="iteration", title=title)
+        axis.set_ylim(bottom=0)
+        axis.legend()
+    save_figure(figure, args.images / "ablations.png")
+
+
+def table(rows: list[dict], key: str) -> str:
+    """A markdown table of mean ± standard deviation over seeds, a line per task or variant."""
+    lines = []
+    for name, runs in group(rows, key).items():
+        cell = lambda column, scale=1, digits=0: mean_std([float(r[column]) / scale for r in runs], digits)
+        lines.append({
+            key: name, "seeds": len(runs), "base, x₀ = 0": cell("base_return"), "final, x₀ = 0": cell("final_return"),
+            "base, sampled": cell("base_return_sampled"), "final, sampled": cell("final_return_sampled"),
+            "best, x₀ = 0": cell("best_return"), "env steps (10⁶)": cell("env_steps", 1e6, 2),
+            "wall (min)": cell("wall_s", 60, 1),
+        })  # fmt: skip
+    return markdown(lines)
+
+
+def main(args: Args):
+    plt = pyplot()
+    rows = [row for row in read_csv(args.results / "gym.csv") if row["method"] == args.method]
+    ablations = read_csv(args.results / "ablations_hopper.csv")
+    if not rows and not ablations:
+        raise SystemExit(f"{args.results}: no gym.csv and no ablations_hopper.csv; run benchmark.returns first.")
+    if rows:
+        plot_returns(plt, rows, args)
+        print(table(rows, "task"))
+    if ablations:
+        plot_ablations(plt, ablations, args)
+        print(table(ablations, "method"))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

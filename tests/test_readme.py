@@ -1,0 +1,29 @@
+import re
+
+from conftest import ROOT
+
+
+def readme_lines():
+    section = re.search(r"^## Test\n(.*?)(?=^## |\Z)", (ROOT / "README.md").read_text(), re.M | re.S).group(1)
+    block = re.search(r"^```bash\n(.*?)^```", section, re.M | re.S).group(1)
+    return [line.strip() for line in block.splitlines() if line.strip() and not line.strip().startswith("#")]
+
+
+def ci_lines():
+    lines = [line.strip() for line in (ROOT / ".ci" / "run").read_text().splitlines()]
+    return [line for line in lines if line and not line.startswith(("#", "set ", "cd "))]
+
+
+def commands(lines):
+    return [part.strip() for line in lines for part in line.split("&&")]
+
+
+def test_every_line_of_the_readme_test_section_is_run_by_ci():
+    lines = readme_lines()
+    assert lines
+    for line in lines:
+        assert line in (ROOT / ".ci" / "run").read_text()
+
+
+def test_ci_runs_nothing_but_the_readme_test_section():
+    assert commands(ci_lines()) == commands(readme_lines())
