@@ -341,7 +341,7 @@ def load_base(path: Path, args: Args, envs: VectorEnv) -> FlowPolicy:
             state = {key: file.get_tensor(key) for key in file.keys()}
         policy = FlowPolicy(**config)
         policy.load_state_dict(state)
-    except (SafetensorError, OSError, KeyError, TypeError, RuntimeError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise SystemExit(f"{path}: not a base policy written by this project ({error})") from error
     want = dict(obs_dim=envs.obs_dim, action_dim=envs.action_dim, chunk=args.chunk, euler_steps=args.euler_steps,
                 width=args.actor_width, depth=args.actor_depth, time_dim=args.time_dim)  # fmt: skip
@@ -650,7 +650,10 @@ def resolve(args: Args) -> Args:
         stored = Path(args.resume) / "args.json"
         if not stored.exists():
             raise SystemExit(f"{args.resume}: not a run directory (it has no args.json)")
-        args = Args(**{**json.loads(stored.read_text()), "resume": args.resume})
+        try:
+            args = Args(**{**json.loads(stored.read_text()), "resume": args.resume})
+        except (ValueError, TypeError) as error:
+            raise SystemExit(f"{stored}: cannot be read ({error})") from error
     rank = int(os.environ.get("LOCAL_RANK", 0))
     if args.device == "auto":
         args.device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
@@ -699,7 +702,12 @@ def main(args: Args) -> dict | None:
         write_atomically(run_dir / "args.json", lambda p: p.write_text(json.dumps(values, indent=2)))
     if args.resume and (run_dir / "base.safetensors").exists():
         args.base, args.pretrain = run_dir / "base.safetensors", False
+    if world > 1 and rank > 0:
+        dist.barrier()  # rank 0 records and pretrains, the others then read its files
+        args.base, args.pretrain = args.base or next(iter(run_dir.glob("base.safetensors")), None), False
     policy = get_base(args, envs, run_dir)
+    if world > 1 and rank == 0:
+        dist.barrier()
     base = copy.deepcopy(policy.velocity).requires_grad_(False)
     reference = copy.deepcopy(base)
     critic = Critic(envs.obs_dim, policy.action_size, args.critic_width, args.critic_depth, args.critic_layer_norm, args.critic_init)
@@ -712,9 +720,6 @@ def main(args: Args) -> dict | None:
     replay = Replay(args, envs.obs_dim, policy.action_size)
     state = dict(iteration=0, env_steps=0, wall_s=0.0, trained=0, actor_step=0, reward_scale=0.0, env_seed=0, best=-math.inf)
     best_policy, tape, returns = copy.deepcopy(policy.state_dict()), [], np.zeros(args.num_envs)
-    if world > 1:
-        for tensor in [*policy.state_dict().values(), *critic.parameters()]:
-            dist.broadcast(tensor.data, 0)
     torch.manual_seed(args.seed + 1000 * rank)
     modules = dict(policy=policy, reference=reference, critic=critic, target=target,
                    actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer)  # fmt: skip
@@ -757,7 +762,7 @@ def main(args: Args) -> dict | None:
 
     # logging
     if rank == 0:
-        writer = SummaryWriter(str(run_dir), purge_step=state["env_steps"] if args.resume else None)
+        writer = SummaryWriter(str(run_dir), purge_step=state["env_steps"] + 1 if args.resume else None)
         writer.add_text("args", "|name|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
         csv_path = run_dir / "metrics.csv"
         rows = list(csv.DictReader(csv_path.open())) if args.resume and csv_path.exists() else []
@@ -773,9 +778,10 @@ def main(args: Args) -> dict | None:
         signal.signal(signal.SIGINT, lambda *_: signal.signal(signal.SIGINT, signal.default_int_handler) and interrupted.append(1))
 
     # training
+    row, base_seed = rows[-1] if rank == 0 and rows else {}, 1_000_000 * (args.seed + 1)
     for iteration in range(state["iteration"], args.iterations + 1):
         tick = time.perf_counter()
-        row, sums, base_seed = {"iteration": iteration}, defaultdict(float), 1_000_000 * (args.seed + 1)
+        row, sums = {"iteration": iteration}, defaultdict(float)
         if iteration % args.eval_every == 0 or iteration == args.iterations:  # evaluation only
             final = iteration in (0, args.iterations)
             if rank == 0:
@@ -790,7 +796,7 @@ def main(args: Args) -> dict | None:
         else:
             steps, finished = collect(policy, envs, replay.rollout(), tape, returns, args)
             state["env_steps"] += steps * world
-            magnitude = replay.newest()["reward"].abs().mean()
+            magnitude = replay.newest()["reward"].abs().mean().clamp_min(1e-8)
             if world > 1:
                 dist.all_reduce(magnitude), magnitude.div_(world)
             rate = args.reward_ema if state["reward_scale"] else 1.0

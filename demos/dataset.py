@@ -66,8 +66,10 @@ def load_d4rl(path: Path) -> Demonstrations:
             missing = [key for key in KEYS if key not in file]
             if missing:
                 raise DatasetError(f"{path}: not a D4RL file, it lacks {', '.join(missing)}")
-            o, a, r, terminal, timeout = (file[key][()] for key in KEYS)
-    except (OSError, RuntimeError) as error:
+            o, a, r, terminal, timeout = (np.atleast_1d(file[key][()]) for key in KEYS)
+            if any(x.dtype.kind not in "fiub" for x in (o, a, r, terminal, timeout)):
+                raise DatasetError(f"{path}: not a D4RL file, an array does not hold numbers")
+    except (OSError, RuntimeError, TypeError) as error:
         raise DatasetError(f"{path}: cannot be read as HDF5, is it truncated? ({error})") from error
     if terminal.shape != (len(o),) or timeout.shape != (len(o),):
         raise DatasetError(f"{path}: terminals {terminal.shape} and timeouts {timeout.shape} should be ({len(o)},)")
@@ -81,7 +83,11 @@ def load_d4rl(path: Path) -> Demonstrations:
 def load_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {key: file[key] for key in file.files}
+            arrays = {key: file[key] for key in file.files}
+            texts = [key for key, value in arrays.items() if value.dtype.kind not in "fiub"]
+            if texts:
+                raise DatasetError(f"{path}: {', '.join(texts)} do not hold numbers")
+            return arrays
     except ValueError as error:
         raise DatasetError(f"{path}: holds pickled objects, which are never loaded ({error})") from error
     except (OSError, EOFError, AttributeError, TypeError) as error:

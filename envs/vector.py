@@ -69,6 +69,8 @@ class VectorEnv:
         reward, `terminated`, `truncated` and the steps taken, each (N,). Raises FloatingPointError
         on a non-finite observation or reward.
         """
+        if not np.isfinite(chunks).all():
+            raise FloatingPointError("the policy returned a non-finite action")
         chunks = np.clip(chunks, self.action_space.low, self.action_space.high).astype(self.action_space.dtype)
         next_obs, new_obs = self.obs.copy(), self.obs.copy()
         reward, length = np.zeros(self.num_envs), np.zeros(self.num_envs, np.int64)
@@ -76,6 +78,9 @@ class VectorEnv:
         ids = np.arange(self.num_envs) if active is None else np.flatnonzero(active)
         for c in range(self.chunk):
             obs, r, term, trunc, ended = self._step(chunks[:, c], ids)
+            for name, value in ("observation", obs), ("reward", r):
+                if not np.isfinite(value).all():
+                    raise FloatingPointError(f"the environment returned a non-finite {name}")
             next_obs[ids], terminated[ids], truncated[ids] = obs, term, trunc & ~term
             reward[ids] += r
             length[ids] += 1
@@ -83,9 +88,6 @@ class VectorEnv:
             ids = ids[~(term | trunc)]
             if len(ids) == 0:
                 break
-        for name, value in ("observation", next_obs), ("reward", reward):
-            if not np.isfinite(value).all():
-                raise FloatingPointError(f"the environment returned a non-finite {name}")
         done = terminated | truncated
         if self.backend == "envpool" and done.any():
             new_obs[done] = self.envs.reset(np.flatnonzero(done).astype(np.int32))[0]

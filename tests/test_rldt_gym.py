@@ -280,6 +280,20 @@ def test_write_atomically_keeps_the_old_file_when_the_new_one_fails(tmp_path, er
     assert list(tmp_path.iterdir()) == [path]
 
 
+LOADED = []
+
+
+def explode():
+    LOADED.append(1)
+
+
+class Bomb:
+    """Leaves a trace in LOADED if it is unpickled."""
+
+    def __reduce__(self):
+        return explode, ()
+
+
 @pytest.mark.parametrize("content", [b"", b"garbage", "half", "pickle"])
 @pytest.mark.parametrize("name, flag", [("checkpoint.pt", "--resume"), ("policy.pt", "--evaluate")])
 def test_damaged_file_stops_with_its_name(copied_run, content, name, flag):
@@ -287,10 +301,11 @@ def test_damaged_file_stops_with_its_name(copied_run, content, name, flag):
     if content == "half":
         content = path.read_bytes()[: path.stat().st_size // 2]
     elif content == "pickle":
-        content = pickle.dumps(os.getpid)  # a global, which weights_only refuses
+        content = pickle.dumps(Bomb())
     path.write_bytes(content)
     with pytest.raises(SystemExit, match=f"{name}: cannot be loaded"):
         rldt_gym.main(rldt_gym.parse_args([flag, str(copied_run)]))
+    assert LOADED == []
 
 
 def test_missing_checkpoint_stops_with_its_name(copied_run):
@@ -639,6 +654,19 @@ def test_help_exits_with_zero_and_mentions_every_field(monkeypatch, capsys, argv
 
 
 # ---------------------------------------------------------------------------- several processes
+def test_gradients_are_averaged_over_the_processes(monkeypatch):
+    parameters = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))]
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+    own = [p.grad.clone() for p in parameters]
+    monkeypatch.setattr(rldt_gym.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(rldt_gym.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(rldt_gym.dist, "all_reduce", lambda flat: flat.add_(torch.arange(10.0)))  # the other's gradient
+    rldt_gym.average_gradients(parameters)
+    torch.testing.assert_close(parameters[0].grad, (own[0] + torch.arange(6.0).view(2, 3)) / 2)
+    torch.testing.assert_close(parameters[1].grad, (own[1] + torch.arange(6.0, 10.0)) / 2)
+
+
 def test_two_processes_train_one_actor_on_their_own_rollouts(tiny_flags, tmp_path, only_run):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "rldt_gym.py"]
     process = subprocess.run(
