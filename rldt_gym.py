@@ -85,7 +85,7 @@ class Args:
     """Pretrain the base policy even where one exists; it is kept in the run directory."""
     dataset: str | None = None
     """Demonstrations: D4RL .hdf5, DPPO train.npz, or Minari id or folder; default: made by the shipped demonstrator."""
-    bc_epochs: int = 10
+    bc_epochs: int = 40
     """Pretraining passes over the data (paper: 200)."""
     bc_batch: int = 512
     """Pretraining batch, in action chunks (paper: 128)."""
@@ -107,11 +107,11 @@ class Args:
     """K, Euler steps from noise to action (paper: 8)."""
 
     # rollouts
-    iterations: int = 60
-    """Training iterations, the evaluation-only ones included (paper: 70)."""
+    iterations: int = 0
+    """Training iterations, the evaluation-only ones included (paper: 70); 0: 25 for Hopper-v4, else 49."""
     num_envs: int = 100
     """Parallel environments, per process under torchrun (paper: 100)."""
-    rollout_chunks: int = 50
+    rollout_chunks: int = 125
     """Chunks per environment and iteration (paper: 500)."""
     exploration_steps: int = 2
     """Exploration noise |a - a_dagger_k| N(0, I) with k uniform over this many last ODE steps; 0: none (authors: 2)."""
@@ -119,7 +119,7 @@ class Args:
     """Share of environments and of particles that start from x_0 = 0 instead of noise, as the evaluation does (authors: 0)."""
     buffer_iterations: int = 10
     """Rollouts kept in the replay, in iterations (paper: 20)."""
-    eval_every: int = 5
+    eval_every: int = 6
     """Every n-th iteration only evaluates, and resets the environments (authors: 5)."""
     eval_episodes: int = 20
     """Episodes per evaluation during training, from x_0 = 0 and again from noise (authors: 100)."""
@@ -127,13 +127,13 @@ class Args:
     """Episodes of the base, final and best evaluations, from x_0 = 0 and again from noise (authors: 100)."""
 
     # critic
-    gamma: float = 0.99
-    """Discount per chunk (paper: 0.99)."""
+    gamma: float = 0.98
+    """Discount per chunk of actions (paper: 0.99, with batches 200 times as large)."""
     td_lambda: float = 0.5
     """lambda of TD(lambda) (authors: 0 for Gym)."""
-    value_samples: int = 2
+    value_samples: int = 1
     """Policy actions per next state over which the target V(s') is averaged (authors: 2)."""
-    target_momentum: float = 0.995
+    target_momentum: float = 0.99
     """Polyak momentum of the target critics per critic step (paper: 0.998, authors' file: 0.995)."""
     rounds: int = 16
     """Rounds per iteration, each: draw segments, compute targets, critic steps, actor steps (authors: 16)."""
@@ -153,9 +153,9 @@ class Args:
     """Critic weights: torch's default U(+-1/sqrt(fan_in)), or N(0, 0.1^2) with zero bias (authors)."""
     reward_ema: float = 0.01
     """Rate of the average of |chunk reward| by which rewards are divided (authors: 0.01)."""
-    segments: int = 256
+    segments: int = 128
     """Replay segments drawn per round (authors: 100)."""
-    segment_chunks: int = 8
+    segment_chunks: int = 16
     """Length of a segment in chunks, at most rollout_chunks (authors: 500, the whole rollout)."""
     fresh_fraction: float = 0.33
     """Least fraction of the segments that comes from the newest rollout (authors: 0.33)."""
@@ -163,13 +163,13 @@ class Args:
     """Training iterations before the actor starts (paper: 2)."""
     warmup_lambda: float = 0.95
     """lambda before the actor starts, so that values reach their true scale first (authors: as td_lambda)."""
-    warmup_factor: int = 5
+    warmup_factor: int = 2
     """Factor on critic_steps before the actor starts (authors: 1; fewer, smaller batches need more)."""
 
     # actor
-    actor_steps: int = 2
+    actor_steps: int = 8
     """Actor steps per round (authors: 2)."""
-    actor_batch: int = 256
+    actor_batch: int = 128
     """States per actor step, each with n_particles particles (authors: 6250)."""
     n_particles: int = 4
     """P, particles per state (paper: 8, and 4 are enough)."""
@@ -177,7 +177,7 @@ class Args:
     """Kernel of the transport field; `delta` is the ablation RLDT-Delta (paper: rbf)."""
     alpha: float = 1e-3
     """Temperature: weight of the repulsion, relative to |grad Q| (paper: 1e-3; ablation 1e-4, 0)."""
-    transport_loss: Literal["literal", "authors"] = "literal"
+    transport_loss: Literal["literal", "authors"] = "authors"
     """Transport loss: eq. (13) as printed (weight 1 - t), or as in the authors' code (weight 1 / (1 - t))."""
     consistency_weight: float = 0.5
     """Weight of the consistency loss, eq. (14) (paper: 0.5)."""
@@ -185,16 +185,16 @@ class Args:
     """Weight of the Fisher-divergence constraint, eq. (15) (paper: 0.2)."""
     reference: Literal["previous", "pretrained"] = "previous"
     """Policy of the constraint: that of the previous iteration (authors) or the pretrained one (paper's text)."""
-    actor_lr: float = 2e-5
+    actor_lr: float = 1e-4
     """Adam step size of the actor (paper: 2e-5)."""
     actor_warmup: int = 32
     """Actor steps over which the step size rises linearly (paper: 32)."""
 
 
 PAPER = dict(
-    bc_epochs=200, bc_batch=128, rollout_chunks=500, iterations=70, buffer_iterations=20, eval_episodes=100,
-    td_lambda=0.0, target_momentum=0.998, critic_steps=64, critic_batch=50_000, critic_lr=1e-3, segments=100,
-    segment_chunks=500, critic_layer_norm=False, critic_init="normal", warmup_factor=1, actor_batch=6250,
+    bc_epochs=200, bc_batch=128, rollout_chunks=500, iterations=70, eval_every=5, buffer_iterations=20, eval_episodes=100,
+    gamma=0.99, td_lambda=0.0, value_samples=2, target_momentum=0.998, critic_steps=64, critic_batch=50_000, critic_lr=1e-3, segments=100,
+    segment_chunks=500, critic_layer_norm=False, critic_init="normal", warmup_factor=1, actor_steps=2, actor_batch=6250,
     n_particles=8, zero_fraction=0.0, warmup_lambda=0.0, actor_lr=2e-5, transport_loss="authors", bf16=False,
 )  # fmt: skip
 
@@ -659,6 +659,7 @@ def resolve(args: Args) -> Args:
         args.device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit(f"--device {args.device}: this torch sees no CUDA device; use --device cpu.")
+    args.iterations = args.iterations or (25 if args.env_id == "Hopper-v4" else 49)
     args.segment_chunks = min(args.segment_chunks, args.rollout_chunks)
     for name in "chunk euler_steps n_particles num_envs rollout_chunks rounds segments value_samples eval_every threads".split():
         if getattr(args, name) < 1:
