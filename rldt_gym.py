@@ -127,7 +127,7 @@ class Args:
     """Episodes of the base, final and best evaluations, from x_0 = 0 and again from noise (authors: 100)."""
 
     # critic
-    gamma: float = 0.98
+    gamma: float = 0.97
     """Discount per chunk of actions (paper: 0.99, with batches 200 times as large)."""
     td_lambda: float = 0.5
     """lambda of TD(lambda) (authors: 0 for Gym)."""
@@ -159,11 +159,11 @@ class Args:
     """Length of a segment in chunks, at most rollout_chunks (authors: 500, the whole rollout)."""
     fresh_fraction: float = 0.33
     """Least fraction of the segments that comes from the newest rollout (authors: 0.33)."""
-    warmup_iterations: int = 2
+    warmup_iterations: int = 3
     """Training iterations before the actor starts (paper: 2)."""
     warmup_lambda: float = 0.95
     """lambda before the actor starts, so that values reach their true scale first (authors: as td_lambda)."""
-    warmup_factor: int = 2
+    warmup_factor: int = 3
     """Factor on critic_steps before the actor starts (authors: 1; fewer, smaller batches need more)."""
 
     # actor
@@ -186,7 +186,9 @@ class Args:
     reference: Literal["previous", "pretrained"] = "previous"
     """Policy of the constraint: that of the previous iteration (authors) or the pretrained one (paper's text)."""
     actor_lr: float = 1e-4
-    """Adam step size of the actor (paper: 2e-5)."""
+    """Adam step size of the actor (paper: 2e-5, with 32 larger steps an iteration)."""
+    actor_lr_end: float = 0.1
+    """Factor on actor_lr that is reached linearly by the last iteration (authors: 1)."""
     actor_warmup: int = 32
     """Actor steps over which the step size rises linearly (paper: 32)."""
 
@@ -194,7 +196,7 @@ class Args:
 PAPER = dict(
     bc_epochs=200, bc_batch=128, rollout_chunks=500, iterations=70, eval_every=5, buffer_iterations=20, eval_episodes=100,
     gamma=0.99, td_lambda=0.0, value_samples=2, target_momentum=0.998, critic_steps=64, critic_batch=50_000, critic_lr=1e-3, segments=100,
-    segment_chunks=500, critic_layer_norm=False, critic_init="normal", warmup_factor=1, actor_steps=2, actor_batch=6250,
+    segment_chunks=500, critic_layer_norm=False, critic_init="normal", warmup_factor=1, warmup_iterations=2, actor_lr_end=1.0, actor_steps=2, actor_batch=6250,
     n_particles=8, zero_fraction=0.0, warmup_lambda=0.0, actor_lr=2e-5, transport_loss="authors", bf16=False,
 )  # fmt: skip
 
@@ -825,7 +827,8 @@ def main(args: Args) -> dict | None:
                         x0 *= torch.rand(*x0.shape[:2], 1, device=obs.device) >= args.zero_fraction
                         trajectory = policy.sample(states[:, None].expand(-1, args.n_particles, -1), x0, trajectory=True)
                     state["actor_step"] += 1
-                    actor_optimizer.param_groups[0]["lr"] = args.actor_lr * min(1.0, state["actor_step"] / args.actor_warmup)
+                    decay = 1 + (args.actor_lr_end - 1) * iteration / args.iterations
+                    actor_optimizer.param_groups[0]["lr"] = args.actor_lr * decay * min(1.0, state["actor_step"] / args.actor_warmup)
                     for key, value in update_actor(policy.velocity, reference, critic, actor_optimizer, states, trajectory, args).items():
                         sums[key] += value / (args.rounds * args.actor_steps)
                 row["actor_s"] += time.perf_counter() - start
