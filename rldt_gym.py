@@ -108,7 +108,7 @@ class Args:
 
     # rollouts
     iterations: int = 0
-    """Training iterations, the evaluation-only ones included (paper: 70); 0: 25 for Hopper-v4, else 49."""
+    """Training iterations, the evaluation-only ones included (paper: 70); 0: 25 for Hopper-v4, else 85."""
     num_envs: int = 100
     """Parallel environments, per process under torchrun (paper: 100)."""
     rollout_chunks: int = 125
@@ -554,8 +554,10 @@ def evaluate(policy: FlowPolicy, args: Args, episodes: int, seed: int) -> dict[s
 
 def record_video(policy: FlowPolicy, args: Args, folder: Path):
     """One episode from x_0 = 0 as mp4, by Gymnasium's RecordVideo."""
+    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")
     try:
-        env = gym.wrappers.RecordVideo(gym.make(args.env_id, render_mode="rgb_array"), str(folder), disable_logger=True)
+        env = gym.wrappers.RecordVideo(gym.make(args.env_id, render_mode="rgb_array", width=320, height=320), str(folder), disable_logger=True)
         obs, done = env.reset(seed=args.seed)[0], False
         while not done:
             obs = policy.normalize(obs.astype(np.float32))[None]
@@ -661,7 +663,7 @@ def resolve(args: Args) -> Args:
         args.device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit(f"--device {args.device}: this torch sees no CUDA device; use --device cpu.")
-    args.iterations = args.iterations or (25 if args.env_id == "Hopper-v4" else 49)
+    args.iterations = args.iterations or (25 if args.env_id == "Hopper-v4" else 85)
     args.segment_chunks = min(args.segment_chunks, args.rollout_chunks)
     for name in "chunk euler_steps n_particles num_envs rollout_chunks rounds segments value_samples eval_every threads".split():
         if getattr(args, name) < 1:
