@@ -514,7 +514,8 @@ def collect(policy: FlowPolicy, envs: VectorEnv, slot: dict, tape: list, returns
         action = x[-1]
         if args.exploration_steps:
             k = K - 1 - torch.randint(args.exploration_steps, (len(obs),), device=obs.device)
-            x_k, x_next = x[k, torch.arange(len(obs))], x[k + 1, torch.arange(len(obs))]
+            n = torch.arange(len(obs), device=obs.device)
+            x_k, x_next = x[k, n], x[k + 1, n]
             a_dagger = expected_target(x_k, k / K, (x_next - x_k) * K)  # eq. (8), the velocity read off the trajectory
             action = action + (action - a_dagger).norm(dim=-1, keepdim=True) * torch.randn_like(action)
         chunks = policy.to_env(action)
@@ -859,6 +860,9 @@ def main(args: Args) -> dict | None:
             if "eval_return" in row:
                 tqdm.write(f"{state['env_steps']:9d} steps {state['wall_s']:6.0f} s  return {row['eval_return']:6.0f} +- {row['eval_return_std']:4.0f} from x_0 = 0, "
                            f"{row['eval_return_sampled']:6.0f} +- {row['eval_return_sampled_std']:4.0f} from noise")  # fmt: skip
+            current = row.get("eval_return") or row.get("train_return")
+            if current:
+                progress.set_postfix_str(f"return {current:.0f}")
             progress.update(1)
         save_checkpoint()
         if interrupted:
