@@ -75,8 +75,9 @@ def both_backends(env_id, num_envs, chunk=1):
     for env, obs in zip(plain.envs.envs, start, strict=True):
         model = env.unwrapped.model
         env.unwrapped.set_state(np.r_[0, obs[: model.nq - 1]], obs[model.nq - 1 :])
-        # EnvPool's MuJoCo 3.6 adds the contact margins of two geoms where 3.3.7 takes the larger one; only Hopper's
-        # model has a margin. Without this line its velocities differ by up to 0.3 from the first touch of the floor on.
+        # EnvPool's MuJoCo 3.6 seems to add the contact margins of two geoms where 3.3.7 takes the larger one: with twice
+        # the margin observations agree to the last bit, without this line Hopper's velocities (only its model has a margin)
+        # differ by up to 0.3 from the first touch of the floor on.
         model.geom_margin *= 2
     return pool, plain
 
