@@ -148,7 +148,7 @@ class Args:
     critic_depth: int = 3
     """Hidden layers of each critic (paper: 3)."""
     critic_layer_norm: bool = True
-    """LayerNorm before each activation of the critic (authors: none; without it minibatches diverge)."""
+    """LayerNorm before each activation of the critic (authors: none; see the ablation in the docs)."""
     critic_init: Literal["default", "normal"] = "default"
     """Critic weights: torch's default U(+-1/sqrt(fan_in)), or N(0, 0.1^2) with zero bias (authors)."""
     reward_ema: float = 0.01
