@@ -4,6 +4,7 @@ import h5py
 import numpy as np
 import pytest
 from gymnasium import spaces
+from pickle_bomb import LOADED, Bomb
 
 from demos import dataset
 from demos.dataset import DatasetError, load
@@ -201,20 +202,6 @@ def test_npz_of_damaged_content_is_refused(dppo):
         content[i] ^= 0xFF
     path.write_bytes(content)
     assert "damaged" in message(path)
-
-
-LOADED = []
-
-
-def explode():
-    LOADED.append(1)
-
-
-class Bomb:
-    """Leaves a trace in LOADED if it is unpickled."""
-
-    def __reduce__(self):
-        return explode, ()
 
 
 def test_bomb_explodes_where_it_is_unpickled():

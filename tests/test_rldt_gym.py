@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, WALL_COLUMNS
+from pickle_bomb import LOADED, Bomb
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -278,20 +279,6 @@ def test_write_atomically_keeps_the_old_file_when_the_new_one_fails(tmp_path, er
         rldt_gym.write_atomically(path, fail)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
-
-
-LOADED = []
-
-
-def explode():
-    LOADED.append(1)
-
-
-class Bomb:
-    """Leaves a trace in LOADED if it is unpickled."""
-
-    def __reduce__(self):
-        return explode, ()
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", "half", "pickle"])
