@@ -1,9 +1,10 @@
 """Pretrains a flow-matching base policy, nothing else; one subcommand per environment family.
 
     python pretrain_fm.py gym --env-id Hopper-v4 --out base.safetensors
+    python pretrain_fm.py robomimic --task square --obs state --out base.safetensors
 
-runs the same function as `rldt_gym.py --pretrain` and reports the validation loss and the policy's
-return. The file is what `rldt_gym.py --base` takes.
+runs the same function as `rldt_gym.py --pretrain` (or `rldt_robomimic.py --pretrain`) and reports the
+validation loss and the policy's return or success rate. The file is what `--base` takes there.
 """
 
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import tyro
 
 import rldt_gym
+import rldt_robomimic
 from demos import dataset
 
 
@@ -43,7 +45,33 @@ def gym(args: rldt_gym.Args, out: Path | None = None) -> dict[str, float]:
     return info
 
 
+def robomimic(args: rldt_robomimic.Args, out: Path | None = None) -> dict[str, float]:
+    """Flow matching on demonstrations of a robomimic task.
+
+    Args:
+        args: the fields of rldt_robomimic.py; those of the base policy and the evaluation matter here.
+        out: file to write; default demos/<task>/base_<obs>.safetensors.
+    """
+    args = rldt_robomimic.resolve(args)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    if args.obs == "image":
+        rldt_robomimic.choose_renderer()
+    out = out or dataset.DEMOS / args.task / f"base_{args.obs}.safetensors"
+    policy = rldt_robomimic.pretrain(args, rldt_robomimic.get_demonstrations(args))
+    info = {"task": args.task, "obs": args.obs, "validation_loss": policy.validation_loss, "episodes": args.final_eval_episodes}
+    rldt_robomimic.save_base(policy, out, **info)  # before the evaluation, which takes longer
+    envs = rldt_robomimic.make_envs(args, args.num_envs)
+    scores = rldt_robomimic.evaluate(policy, envs, args, args.final_eval_episodes, 1_000_000)
+    envs.close()
+    info |= {"success_zero": rldt_robomimic.rate(scores["zero"])[0], "success_sampled": rldt_robomimic.rate(scores["noise"])[0]}
+    rldt_robomimic.save_base(policy, out, **info)
+    print(f"{out}: validation loss {info['validation_loss']:.4f}, success {100 * info['success_zero']:.0f} % from x_0 = 0, "
+          f"{100 * info['success_sampled']:.0f} % from noise, {args.final_eval_episodes} episodes each")  # fmt: skip
+    return info
+
+
 if __name__ == "__main__":
     tyro.extras.subcommand_cli_from_dict(
-        {"gym": gym}, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
+        {"gym": gym, "robomimic": robomimic}, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
     )

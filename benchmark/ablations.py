@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import rldt_gym
-from benchmark.returns import Job, append_row, finished, run_jobs
+from benchmark.returns import COLUMNS, Job, append_row, finished, run_jobs
 from benchmark.tools import RESULTS, parse, read_csv
 
 VARIANTS = {
@@ -72,7 +72,7 @@ def main(args: Args):
             name = Job(args.task, "rldt", int(row["seed"])).name
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copy(args.shared.parent / "curves" / f"{name}.csv", folder)
-            append_row(args.out, row)
+            append_row(args.out, row, COLUMNS["gym"])
     jobs = [Job(args.task, name, seed, flag) for seed in args.seeds for name, flag in flags.items()]
     run_jobs(jobs, args.out, args.runs, args.parallel, CURVES)
 

@@ -1,6 +1,7 @@
 """Trains every (task, seed) and collects the results in one CSV.
 
     python -m benchmark.returns                         # writes benchmark/results/gym.csv and curves/
+    python -m benchmark.returns --script rldt_robomimic.py --tasks square-state --seeds 1 2 3 --parallel 1   # robomimic.csv
 
 Every run is a process of its own, `--parallel` of them side by side. What the CSV holds already is skipped,
 so this can be stopped and started again; a run that was cut off starts over. Each run's curve goes to
@@ -20,17 +21,23 @@ from pathlib import Path
 
 from benchmark.tools import RESULTS, ROOT, parse, read_csv, shown
 
-COLUMNS = (
-    "task,method,preset,seed,base_return,final_return,best_return,final_return_sampled,env_steps,wall_s,threads,device,"
-    "commit,date,args,base_return_sampled,best_return_sampled"
-).split(",")
-CURVE = "iteration", "env_steps", "wall_s", "train_return", "eval_return", "eval_return_sampled"
+COLUMNS = {  # by family
+    "gym": (
+        "task,method,preset,seed,base_return,final_return,best_return,final_return_sampled,env_steps,wall_s,threads,device,"
+        "commit,date,args,base_return_sampled,best_return_sampled"
+    ).split(","),
+    "robomimic": (
+        "task,method,preset,seed,base_success,final_success,best_success,final_success_sampled,env_steps,wall_s,threads,device,"
+        "commit,date,args,base_success_sampled,best_success_sampled,base_success_low,base_success_high,final_success_low,"
+        "final_success_high,final_success_sampled_low,final_success_sampled_high,episodes,num_envs"
+    ).split(","),
+}
 
 
 @dataclass
 class Args:
     tasks: tuple[str, ...] = ("Hopper-v4", "Walker2d-v4", "HalfCheetah-v4")
-    """Tasks."""
+    """Tasks; of rldt_robomimic.py: lift-image, square-state, ..."""
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     """Seeds."""
     method: str = "rldt"
@@ -39,8 +46,8 @@ class Args:
     """Flags for the script, in one string, e.g. "--kernel delta"."""
     script: Path = Path("rldt_gym.py")
     """Script to run, relative to the repository."""
-    out: Path = RESULTS / "gym.csv"
-    """CSV to append to."""
+    out: Path | None = None
+    """CSV to append to; default benchmark/results/<family>.csv."""
     runs: Path = Path("runs")
     """Directory for the run directories and the logs."""
     parallel: int = 2
@@ -64,8 +71,15 @@ class Job:
     def key(self) -> tuple[str, str, str]:
         return self.task, self.method, str(self.seed)
 
+    @property
+    def family(self) -> str:
+        """gym or robomimic, from the name of the script."""
+        return self.script.stem.removeprefix("rldt_")
+
     def start(self, runs: Path) -> subprocess.Popen:
-        command = [sys.executable, ROOT / self.script, "--env-id", self.task, "--seed", str(self.seed)]
+        task, _, obs = self.task.rpartition("-")
+        chosen = ["--env-id", self.task] if self.family == "gym" else ["--task", task, "--obs", obs]
+        command = [sys.executable, ROOT / self.script, *chosen, "--seed", str(self.seed)]
         command += ["--exp-name", self.method, "--runs", runs.resolve(), *shlex.split(self.extra)]
         runs.mkdir(parents=True, exist_ok=True)
         with (runs / f"{self.name}.log").open("w") as log:
@@ -80,23 +94,25 @@ def finished(out: Path) -> set[tuple[str, str, str]]:
     return {(row["task"], row["method"], row["seed"]) for row in read_csv(out)}
 
 
-def append_row(out: Path, row: dict):
+def append_row(out: Path, row: dict, columns: list[str]):
     """Appends a row, under a lock, unless one of the same task, method and seed is there."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a", newline="") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         if (row["task"], row["method"], str(row["seed"])) in finished(out):
             return
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
         if file.tell() == 0:
             writer.writeheader()
-        writer.writerow({k: round(v, 1) if isinstance(v, float) else v for k, v in row.items()})
+        digits = lambda key: 4 if "success" in key else 1
+        writer.writerow({k: round(v, digits(k)) if isinstance(v, float) else v for k, v in row.items()})
 
 
 def collect(job: Job, run_dir: Path, out: Path, curves: str):
     """Copies the curve of a finished run, then appends its row."""
     rows = read_csv(run_dir / "metrics.csv")
-    columns = [*CURVE, *(key for key in rows[0] if key.startswith(("losses/", "diagnostics/")))]
+    charts = ("train_", "eval_", "losses/", "diagnostics/")
+    columns = ["iteration", "env_steps", "wall_s", *(key for key in rows[0] if key.startswith(charts) and not key.endswith("_std"))]
     curve = out.parent / curves / f"{job.name}.csv"
     curve.parent.mkdir(parents=True, exist_ok=True)
     with curve.open("w", newline="") as file:
@@ -104,7 +120,7 @@ def collect(job: Job, run_dir: Path, out: Path, curves: str):
         writer.writeheader()
         writer.writerows({k: short(v) for k, v in row.items()} for row in rows)
     result = json.loads((run_dir / "result.json").read_text())
-    append_row(out, result | {"task": job.task, "method": job.method, "seed": job.seed, "args": job.extra})
+    append_row(out, result | {"task": job.task, "method": job.method, "seed": job.seed, "args": job.extra}, COLUMNS[job.family])
 
 
 def short(value: str) -> str:
@@ -131,7 +147,8 @@ def run_jobs(jobs: list[Job], out: Path, runs: Path, parallel: int, curves: str 
                 if process.returncode == 0:
                     collect(job, job.run_dir(runs), out, curves)
                     row = next(row for row in read_csv(out) if (row["task"], row["method"], row["seed"]) == job.key())
-                    print(f"{job.name}: {row['base_return']} -> {row['final_return']}, {minutes:.1f} min", flush=True)
+                    measure = "return" if job.family == "gym" else "success"
+                    print(f"{job.name}: {row[f'base_{measure}']} -> {row[f'final_{measure}']}, {minutes:.1f} min", flush=True)
                 else:
                     failed += 1
                     tail = (runs / f"{job.name}.log").read_text().strip().splitlines()[-3:]
@@ -144,7 +161,7 @@ def run_jobs(jobs: list[Job], out: Path, runs: Path, parallel: int, curves: str 
 
 def main(args: Args):
     jobs = [Job(task, args.method, seed, args.extra, args.script) for seed in args.seeds for task in args.tasks]
-    run_jobs(jobs, args.out, args.runs, args.parallel)
+    run_jobs(jobs, args.out or RESULTS / f"{jobs[0].family}.csv", args.runs, args.parallel)
 
 
 if __name__ == "__main__":

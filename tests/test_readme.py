@@ -2,6 +2,8 @@ import re
 
 from conftest import ROOT
 
+from envs.robomimic import SYSTEM_PACKAGES
+
 
 def readme_lines():
     section = re.search(r"^## Test\n(.*?)(?=^## |\Z)", (ROOT / "README.md").read_text(), re.M | re.S).group(1)
@@ -9,9 +11,9 @@ def readme_lines():
     return [line.strip() for line in block.splitlines() if line.strip() and not line.strip().startswith("#")]
 
 
-def ci_lines():
+def ci_lines(*skip):
     lines = [line.strip() for line in (ROOT / ".ci" / "run").read_text().splitlines()]
-    return [line for line in lines if line and not line.startswith(("#", "set ", "cd "))]
+    return [line for line in lines if line and not line.startswith(("#", "set ", "cd ", *skip))]
 
 
 def commands(lines):
@@ -26,4 +28,11 @@ def test_every_line_of_the_readme_test_section_is_run_by_ci():
 
 
 def test_ci_runs_nothing_but_the_readme_test_section():
-    assert commands(ci_lines()) == commands(readme_lines())
+    assert commands(ci_lines("if ! ldconfig")) == commands(readme_lines())
+
+
+def test_ci_installs_the_system_packages_that_the_readme_and_the_error_message_name():
+    (line,) = [line for line in ci_lines() if "apt-get install" in line]
+    packages = line.partition("-qq lib")[2].partition(";")[0]
+    assert SYSTEM_PACKAGES == f"lib{packages}"
+    assert f"apt-get install {SYSTEM_PACKAGES}" in (ROOT / "README.md").read_text()
