@@ -1,6 +1,6 @@
 """Draws the results from the committed CSVs and prints them as a table.
 
-    python -m benchmark.plot                            # writes docs/images/returns.png and ablations.png
+    python -m benchmark.plot                            # writes docs/images/returns.png, ablations.png and success.png
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ DIAGNOSTICS = {"diagnostics/phi_norm": "mean |φ|", "losses/constraint": "constr
 @dataclass
 class Args:
     results: Path = RESULTS
-    """Directory with gym.csv, ablations_hopper.csv and their curves."""
+    """Directory with gym.csv, ablations_hopper.csv, robomimic.csv and their curves."""
     images: Path = IMAGES
     """Directory to write figures to."""
     method: str = "rldt"
@@ -131,6 +131,38 @@ def table(rows: list[dict], key: str) -> str:
     return markdown(lines)
 
 
+def plot_success(plt, rows: list[dict], args: Args):
+    """Success rate against wall time, a panel per task, a line per method; dots are evaluations."""
+    tasks = group(rows, "task")
+    figure, axes = plt.subplots(1, len(tasks), figsize=(3.6 * len(tasks) + 0.4, 3.4), squeeze=False, sharey=True)
+    colors = dict(zip(dict.fromkeys(row["method"] for row in rows), COLORS.values(), strict=False))
+    for axis, (task, runs) in zip(axes[0], tasks.items(), strict=True):
+        for row in runs:
+            curve = read_csv(args.results / "curves" / f"{row['task']}__{row['method']}__{row['seed']}.csv")
+            for key, style, name in (("eval_success", "o-", "x₀ = 0"), ("eval_success_sampled", "o:", "sampled")):
+                points = [(float(p["wall_s"]) / 60, float(p[key])) for p in curve if p.get(key)]
+                axis.plot(*zip(*points, strict=True), style, ms=3, lw=1.2, color=colors[row["method"]], label=f"{row['method']}, {name}")
+        axis.set(title=task, xlabel="wall time (minutes)", ylim=(-0.02, 1.02))
+    axes[0, 0].set_ylabel("success rate")
+    entries = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4)
+    save_figure(figure, args.images / "success.png")
+
+
+def success_table(rows: list[dict]) -> str:
+    """A markdown table of success rates in percent with their 95 % intervals, a line per run."""
+    lines = []
+    for row in rows:
+        rate = lambda key, row=row: f"{100 * float(row[key]):.0f} [{100 * float(row[key + '_low']):.0f}, {100 * float(row[key + '_high']):.0f}]"
+        lines.append({
+            "task": row["task"], "method": row["method"], "seed": row["seed"], "base, x₀ = 0": rate("base_success"),
+            "final, x₀ = 0": rate("final_success"), "base, sampled": f"{100 * float(row['base_success_sampled']):.0f}",
+            "final, sampled": rate("final_success_sampled"), "env steps (10³)": f"{float(row['env_steps']) / 1e3:.0f}",
+            "wall (min)": f"{float(row['wall_s']) / 60:.0f}",
+        })  # fmt: skip
+    return markdown(lines)
+
+
 def main(args: Args):
     plt = pyplot()
     rows = [row for row in read_csv(args.results / "gym.csv") if row["method"] == args.method]
@@ -143,6 +175,9 @@ def main(args: Args):
     if ablations:
         plot_ablations(plt, ablations, args)
         print(table(ablations, "method"))
+    if robomimic := read_csv(args.results / "robomimic.csv"):
+        plot_success(plt, robomimic, args)
+        print(success_table(robomimic))
 
 
 if __name__ == "__main__":
