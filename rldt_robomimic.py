@@ -676,9 +676,8 @@ def collect(policy: FlowPolicy, envs: RobomimicVectorEnv, slot: dict, seeds, arg
     T, N, K, steps, finished = args.rollout_chunks, args.num_envs, args.euler_steps, 0, []
     row, first = np.zeros(N, int), np.zeros(N, int)  # where each environment writes, and where its episode began
     solved, everyone = np.zeros(N, bool), np.arange(N)
-    raw = envs.reset([next(seeds) for _ in range(N)], np.ones(N, bool))
+    obs = observe(policy, envs.reset([next(seeds) for _ in range(N)], np.ones(N, bool)), args)
     while (active := row < T - 1).any():  # the last row can only hold a final state
-        obs = observe(policy, raw, args)
         with autocast(args):
             x0 = torch.randn(N, policy.action_size, device=args.device)
             x0[: round(args.zero_fraction * N)] = 0
@@ -691,7 +690,7 @@ def collect(policy: FlowPolicy, envs: RobomimicVectorEnv, slot: dict, seeds, arg
             a_dagger = expected_target(x_k, k / K, (x_next - x_k) * K)  # eq. (8), the velocity read off the trajectory
             action = action + (action - a_dagger).norm(dim=-1, keepdim=True) * torch.randn_like(action)
         raw, _, _, truncated, success, length = envs.step(policy.to_env(action), active)
-        raw_next, now = observe(policy, raw, args), active & ~solved
+        next_obs, now = observe(policy, raw, args), active & ~solved
         success = success & now  # the first one counts
         ids = everyone[active]
         values = dict(action=action, reward=success, terminated=success, valid=now,
@@ -706,7 +705,7 @@ def collect(policy: FlowPolicy, envs: RobomimicVectorEnv, slot: dict, seeds, arg
         over = active & (truncated | (solved & args.stop_on_success))
         cut = active & ~over & (row == T - 1)
         for i in everyone[over | cut]:
-            for name, value in raw_next.items():
+            for name, value in next_obs.items():
                 slot[name][row[i], i] = value[i]
             slot["succeeded"][first[i] : row[i] + 1, i] = float(solved[i])
             if cut[i] and not solved[i]:
@@ -715,9 +714,9 @@ def collect(policy: FlowPolicy, envs: RobomimicVectorEnv, slot: dict, seeds, arg
                 finished.append(solved[i])
         row[over], solved = row[over] + 1, solved & ~over
         first[over] = row[over]
-        renew = over & (row < T - 1)
+        obs, renew = next_obs, over & (row < T - 1)
         if renew.any():
-            raw = envs.reset([next(seeds) if r else 0 for r in renew], renew)
+            obs = observe(policy, envs.reset([next(seeds) if r else 0 for r in renew], renew), args)
     return steps, np.array(finished, bool)
 
 
@@ -763,7 +762,8 @@ def record_video(policies: dict[str, FlowPolicy], args: Args, path: Path):
                 raw, over, film = envs.reset([args.seed + episode], np.ones(1, bool)), False, []
                 while not over:
                     cond = policy.encode(policy.observe(raw))
-                    raw, _, _, truncated, success, _ = envs.step(policy.to_env(policy.sample(cond, torch.zeros_like(cond[:, :1]).repeat(1, policy.action_size))), np.ones(1, bool))
+                    action = policy.sample(cond, torch.zeros(1, policy.action_size, device=cond.device))
+                    raw, _, _, truncated, success, _ = envs.step(policy.to_env(action), np.ones(1, bool))
                     film += envs.envs.call("take_frames")[0]
                     over = truncated[0] or success[0]
                 films[name].append(film)
@@ -1019,7 +1019,7 @@ def main(args: Args) -> dict | None:
                 state["base"] = {key: row[key] for key in row if key.startswith("eval_success")}
         else:
             trained = True
-            seeds = itertools.count(2_000_000_000 - 100_000_000 * (args.seed % 10) - 1_000_000 + 1000 * iteration)
+            seeds = itertools.count(100_000_000 * (args.seed % 20 + 1) + 10_000 * iteration)
             steps, finished = collect(policy, envs, replay.rollout(), seeds, args)
             state["env_steps"] += steps
             row["train_success"] = float(finished.mean()) if len(finished) else ""
