@@ -745,7 +745,7 @@ def evaluate(policy: FlowPolicy, envs: RobomimicVectorEnv, args: Args, episodes:
 def rate(success: np.ndarray) -> tuple[float, float, float]:
     """Success rate with Wilson's 95 % interval."""
     interval = binomtest(int(success.sum()), len(success)).proportion_ci(method="wilson")
-    return float(success.mean()), interval.low, interval.high
+    return float(success.mean()), float(interval.low), float(interval.high)
 
 
 @torch.no_grad()

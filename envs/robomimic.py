@@ -152,7 +152,7 @@ def make_robosuite(task: str, images: bool, meta: dict | None = None, fast_rende
     import robomimic.utils.obs_utils as obs_utils
 
     spec = TASKS[task]
-    modalities = {"low_dim": [*spec.proprioception, "object"], "rgb": list(spec.image_keys) if images else []}
+    modalities = {"low_dim": [*spec.proprioception, "object"], "rgb": list(spec.image_keys)}
     devnull = open(os.devnull, "w")
     stdout, sys.stdout = sys.stdout, devnull  # robomimic prints its settings
     try:

@@ -1,0 +1,360 @@
+import errno
+import json
+import shutil
+from contextlib import closing
+
+import h5py
+import numpy as np
+import pytest
+
+from demos import make_robomimic_demos as maker
+from demos.make_robomimic_demos import Args, make, render_images, run_episode
+from demos.robomimic import DatasetError, load
+from envs.robomimic import IMAGE_SIZE, TASKS, choose_renderer, control_step, import_robomimic
+
+EPISODES, TRAIN = 3, 2
+TOLERANCE = dict(rtol=0, atol=maker.RESOLUTION)
+LIFT_KEYS = TASKS["lift"].state_keys(False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _renderer():
+    choose_renderer(log=lambda text: None)  # before robosuite is imported
+
+
+@pytest.fixture(scope="module")
+def environment():
+    """Environments without images, each built once."""
+    built = {}
+
+    def get(task):
+        if task not in built:
+            built[task] = maker.build(task)
+        return built[task]
+
+    yield get
+    for env in built.values():
+        env.env.close()
+
+
+@pytest.fixture(scope="module")
+def lift_file(environment, tmp_path_factory):
+    """Three episodes of Lift, one of them for validation; copy it before changing it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(maker, "build", lambda task: environment(task))
+        return make(Args(task="lift", episodes=EPISODES, seed=5, valid_fraction=0.34, out=tmp_path_factory.mktemp("demos") / "lift.hdf5"))
+
+
+@pytest.fixture(scope="module")
+def short_file(lift_file):
+    """The first 12 steps of two episodes of Lift, which are quick to render."""
+    path = lift_file.with_name("short.hdf5")
+    shutil.copy(lift_file, path)
+    with h5py.File(path, "r+") as file:
+        del file["mask"], file["data/demo_2"]
+        for demo in file["data"].values():
+            for name in ("states", "actions", "rewards", *(f"obs/{key}" for key in LIFT_KEYS)):
+                value = demo[name][-12:] if name == "rewards" else demo[name][:12]
+                del demo[name]
+                demo[name] = value
+    return path
+
+
+@pytest.fixture(scope="module")
+def image_file(short_file):
+    return render_images(short_file, short_file.with_name("image.hdf5"))
+
+
+def pixels(path):
+    """agentview of both demonstrations of a file, (T, 96, 96, 3) each."""
+    with h5py.File(path) as file:
+        return [file[f"data/demo_{i}/obs/agentview_image"][()] for i in (0, 1)]
+
+
+SOLVED = [("lift", 0), ("lift", 1), ("can", 0), ("can", 2), ("square", 0), ("square", 1), ("transport", 0)]
+
+
+@pytest.mark.parametrize(("task", "seed"), SOLVED)
+def test_expert_solves_the_task(environment, task, seed):
+    episode = run_episode(environment(task), task, seed)
+    steps, spec = len(episode["actions"]), TASKS[task]
+    assert steps < spec.horizon
+    assert episode["actions"].shape == (steps, 7 * spec.robots) and episode["actions"].dtype == np.float32
+    assert np.abs(episode["actions"]).max() <= 1
+    solved = np.flatnonzero(episode["rewards"])
+    assert len(solved) == maker.STEPS_AFTER_SUCCESS + 1 and solved[-1] == steps - 1  # an early stop, in a solved state
+    for key in spec.state_keys(False):
+        np.testing.assert_array_equal(episode["obs"][key][1:], episode["next_obs"][key][:-1])
+    assert len(episode["states"]) == len(episode["obs"]["object"]) == len(episode["next_obs"]["object"]) == steps
+
+
+def test_a_seed_fixes_the_episode_and_noise_changes_it(environment):
+    first, again, other, calm = (run_episode(environment("lift"), "lift", s, 20, n) for s, n in ((3, 0.05), (3, 0.05), (4, 0.05), (3, 0.0)))
+    for key in ("actions", "states"):
+        np.testing.assert_array_equal(first[key], again[key])
+    assert not np.array_equal(first["states"][0], other["states"][0])
+    np.testing.assert_array_equal(first["states"][0], calm["states"][0])
+    difference = np.abs(first["actions"] - calm["actions"])[0]
+    assert 0 < difference[:6].max() < 0.5 and difference[6] == 0  # never the gripper's
+    assert len(first["actions"]) == 20
+
+
+def test_file_has_robomimics_layout(environment, lift_file):
+    with h5py.File(lift_file) as file:
+        meta = json.loads(file["data"].attrs["env_args"])
+        assert meta["env_name"] == "Lift" and not meta["env_kwargs"]["use_camera_obs"]
+        assert list(file["data"]) == ["demo_0", "demo_1", "demo_2"]
+        assert file["data"].attrs["total"] == sum(demo.attrs["num_samples"] for demo in file["data"].values())
+        assert list(file["mask/train"]) == [b"demo_0", b"demo_1"] and list(file["mask/valid"]) == [b"demo_2"]
+        demo = file["data/demo_1"]
+        episode = run_episode(environment("lift"), "lift", int(demo.attrs["seed"]))
+        assert demo.attrs["num_samples"] == len(episode["actions"])
+        np.testing.assert_array_equal(demo["actions"], episode["actions"])
+        np.testing.assert_array_equal(demo["rewards"], episode["rewards"])
+        np.testing.assert_array_equal(np.flatnonzero(demo["dones"]), [len(episode["actions"]) - 1])
+        np.testing.assert_array_equal(demo["states"][0], episode["states"][0])
+        np.testing.assert_allclose(demo["states"], episode["states"], **TOLERANCE)
+        assert demo["states"].dtype == np.float64
+        for name in ("obs", "next_obs"):
+            assert set(demo[name]) == set(LIFT_KEYS)
+            for key in LIFT_KEYS:
+                np.testing.assert_allclose(demo[name][key], episode[name][key], **TOLERANCE)
+
+
+def test_robomimic_reads_the_file(environment, lift_file):
+    environment("lift")  # tells robomimic which keys there are
+    import_robomimic()
+    from robomimic.utils.dataset import SequenceDataset
+
+    names = ["actions", *(f"{kind}/{key}" for kind in ("obs", "next_obs") for key in LIFT_KEYS)]
+    with h5py.File(lift_file) as file:
+        demos = [{name: file[f"data/demo_{i}/{name}"][()] for name in names} for i in range(EPISODES)]
+    expected = {name: np.concatenate([demo[name] for demo in demos[:TRAIN]]) for name in names}
+    settings = dict(dataset_keys=["actions", "rewards", "dones"], load_next_obs=True, filter_by_attribute="train")
+    data = SequenceDataset(str(lift_file), LIFT_KEYS, seq_length=1, **settings)
+    assert len(data) == len(expected["actions"])
+    for index in (0, len(demos[0]["actions"]) - 1, len(demos[0]["actions"]) + 7, len(data) - 1):
+        item = data[index]
+        np.testing.assert_array_equal(item["actions"][0], expected["actions"][index])
+        for kind in ("obs", "next_obs"):
+            for key in LIFT_KEYS:
+                np.testing.assert_array_equal(item[kind][key][0], expected[f"{kind}/{key}"][index])
+
+
+def test_load_reads_the_file(lift_file):
+    data = load(lift_file, "lift", images=False)
+    valid = load(lift_file, "lift", images=False, split="valid")
+    with h5py.File(lift_file) as file:
+        train = [file["data"][name] for name in ("demo_0", "demo_1")]
+        np.testing.assert_array_equal(data["action"], np.concatenate([demo["actions"] for demo in train]))
+        states = [np.concatenate([demo["obs"][key] for key in LIFT_KEYS], 1) for demo in train]
+        np.testing.assert_array_equal(data["state"], np.concatenate(states))
+        assert data["episode_ends"].tolist() == np.cumsum([demo.attrs["num_samples"] for demo in train]).tolist()
+        np.testing.assert_array_equal(valid["action"], file["data/demo_2/actions"])
+    assert len(load(lift_file, "lift", images=False, max_episodes=1)["episode_ends"]) == 1
+    assert data["meta"]["env_name"] == "Lift"
+
+
+def test_replayed_actions_solve_the_task(environment, lift_file):
+    env = environment("lift")
+    with h5py.File(lift_file) as file:
+        for demo in file["data"].values():
+            np.random.seed(999)  # noqa: NPY002, of another cube
+            env.reset()
+            obs = env.reset_to({"states": demo["states"][0]})
+            for key in LIFT_KEYS:
+                np.testing.assert_allclose(obs[key], demo["obs"][key][0], **TOLERANCE)
+            rewards = [control_step(env.env, action, observe=False) for action in demo["actions"]]
+            assert rewards[0] == 0 and rewards[-1] == 1
+
+
+def test_observations_are_those_of_robosuites_own_steps(environment):
+    env = environment("lift")
+    episode = run_episode(env, "lift", 7, horizon=15)
+    np.random.seed(7)  # noqa: NPY002
+    env.reset()
+    for step, action in enumerate(episode["actions"]):
+        np.testing.assert_array_equal(env.env.sim.get_state().flatten(), episode["states"][step])
+        obs, reward, _, _ = env.step(action)
+        assert reward == episode["rewards"][step]
+        for key in LIFT_KEYS:
+            np.testing.assert_array_equal(obs[key].astype(np.float32), episode["next_obs"][key][step])
+
+
+def test_images_are_those_of_the_environment(image_file):
+    env = maker.build("lift", images=True)  # after image_file: robosuite renders with the newest context only
+    sim = env.env
+    with closing(sim), h5py.File(image_file) as file:
+        demo = file["data/demo_1"]
+        images = demo["obs/agentview_image"][()]
+        assert images.shape == (12, IMAGE_SIZE, IMAGE_SIZE, 3) and images.dtype == np.uint8
+        np.random.seed(int(demo.attrs["seed"]))  # noqa: NPY002
+        np.testing.assert_array_equal(images[0], env.reset()["agentview_image"])
+        for action in demo["actions"][:11]:
+            control_step(sim, action, observe=False)
+        sim.sim.forward()
+        expected = sim.sim.render(height=IMAGE_SIZE, width=IMAGE_SIZE, camera_name="agentview")[::-1]
+        different = (images[11] != expected).any(-1).mean()
+        assert different < 1e-3  # the state in the file is rounded
+        assert (images[0] != expected).any(-1).mean() > 0.02
+        assert json.loads(file["data"].attrs["env_args"])["env_kwargs"]["camera_names"] == ["agentview"]
+    data = load(image_file, "lift", images=True)
+    np.testing.assert_array_equal(data["rgb"], np.concatenate(pixels(image_file)).transpose(0, 3, 1, 2))
+    assert data["state"].shape == (24, 9)
+
+
+def test_a_file_with_its_own_model_is_rendered_with_that(environment, image_file, short_file, tmp_path):
+    sim = environment("lift").env.sim
+    cube = sim.model.geom_name2id("cube_g0_vis")
+    xml = sim.model.get_xml()
+    size = " ".join(f"{x:.6g}" for x in sim.model.geom_size[cube])
+    assert xml.count(size) >= 1
+
+    def give_models(file):
+        file["data/demo_0"].attrs["model_file"] = xml
+        file["data/demo_1"].attrs["model_file"] = xml.replace(size, "0.04 0.04 0.04")
+
+    own = pixels(render_images(damage(short_file, tmp_path / "own.hdf5", give_models), tmp_path / "image.hdf5"))
+    same, larger = [(a != b).any(-1).mean() for a, b in zip(own, pixels(image_file), strict=True)]
+    assert same < 1e-3 and larger > 3e-3
+
+
+def damage(path, copy, change):
+    """A changed copy of an HDF5 file."""
+    shutil.copy(path, copy)
+    with h5py.File(copy, "r+") as file:
+        change(file)
+    return copy
+
+
+def replace(name, value):
+    """A change that replaces a dataset by value(old)."""
+
+    def change(file):
+        new = value(file[name][()])
+        del file[name]
+        file[name] = new
+
+    return change
+
+
+def with_nan(value):
+    value = value.copy()
+    value[3, 1] = np.nan
+    return value
+
+
+def fail_all(file):
+    for demo in file["data"].values():
+        demo["rewards"][()] = 0
+
+
+ERRORS = {
+    "other task": (lambda file: None, dict(task="square"), "Lift"),
+    "no metadata": (lambda file: file["data"].attrs.pop("env_args"), {}, "env_args"),
+    "missing key": (lambda file: file["data/demo_1/obs"].pop("object"), {}, "object"),
+    "missing images": (lambda file: None, dict(images=True), "--images-from"),
+    "no success": (fail_all, {}, "successful"),
+    "nan observation": (replace("data/demo_1/obs/robot0_eef_pos", with_nan), {}, "NaN"),
+    "nan action": (replace("data/demo_0/actions", with_nan), {}, "NaN"),
+    "short actions": (replace("data/demo_0/actions", lambda a: a[:, :6]), {}, "actions"),
+    "fewer actions": (replace("data/demo_0/actions", lambda a: a[:-1]), {}, "actions"),
+    "unknown split": (lambda file: None, dict(split="test"), "test"),
+}
+
+
+def message(path, task="lift", images=False, split=None):
+    with pytest.raises(DatasetError) as error:
+        load(path, task, images, split=split)
+    text = str(error.value)
+    assert str(path) in text and "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_load_says_what_is_wrong(lift_file, tmp_path, name):
+    change, arguments, expected = ERRORS[name]
+    assert expected in message(damage(lift_file, tmp_path / "a.hdf5", change), **arguments)
+
+
+def test_load_says_what_is_wrong_with_images(image_file, tmp_path):
+    small = damage(image_file, tmp_path / "a.hdf5", replace("data/demo_0/obs/agentview_image", lambda x: x[:, ::2, ::2]))
+    assert "48" in message(small, images=True)
+
+
+def test_load_says_when_there_is_no_such_file(tmp_path):
+    assert "no such file" in message(tmp_path / "none.hdf5")
+
+
+@pytest.mark.parametrize("size", [0, 600, 0.5, 0.99])
+def test_load_says_that_a_file_is_truncated(lift_file, tmp_path, size):
+    path, data = tmp_path / "a.hdf5", lift_file.read_bytes()
+    path.write_bytes(data[: int(size * len(data)) if size < 1 else size])
+    assert "truncated" in message(path)
+
+
+def test_load_says_that_a_file_is_not_hdf5(tmp_path):
+    path = tmp_path / "a.hdf5"
+    path.write_text("not HDF5 " * 1000)
+    assert "HDF5" in message(path)
+
+
+def test_render_images_says_what_is_wrong(image_file, lift_file, tmp_path):
+    other = damage(lift_file, tmp_path / "a.hdf5", lambda file: file["data"].attrs.modify("env_args", json.dumps({"env_name": "Door"})))
+    stateless = damage(lift_file, tmp_path / "b.hdf5", lambda file: file["data/demo_0"].pop("states"))
+    for source, text in ((other, "Door"), (stateless, "states"), (tmp_path / "none.hdf5", "cannot be read")):
+        with pytest.raises(DatasetError, match=text) as error:
+            render_images(source, tmp_path / "out.hdf5")
+        assert str(source) in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(SystemExit, match="another --out"):
+        render_images(image_file, image_file)
+    assert not (tmp_path / "out.hdf5").exists()
+
+
+class FullDisk:
+    """A file on a disk without room."""
+
+    def __init__(self, path, mode):
+        self.file = open(path, mode)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+    def write(self, data):
+        self.file.write(data[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("why", ["interrupted", "full disk", "expert fails"])
+def test_a_failed_run_leaves_the_old_file(environment, monkeypatch, tmp_path, why):
+    out = tmp_path / "a.hdf5"
+    out.write_text("old")
+    monkeypatch.setattr(maker, "build", lambda task: environment(task))
+    expected, text = SystemExit, "No space left"
+    if why == "interrupted":
+        steps = iter([maker.write_demo])
+        monkeypatch.setattr(maker, "write_demo", lambda *a: next(steps, interrupt)(*a))
+        expected, text = KeyboardInterrupt, None
+    elif why == "full disk":
+        monkeypatch.setattr(maker, "open", FullDisk, raising=False)
+    else:
+        monkeypatch.setattr(maker, "run_episode", lambda *a, **k: {"actions": [0], "rewards": np.zeros(1)})
+        text = "0 of 21 attempts"
+    with pytest.raises(expected, match=text) as error:
+        make(Args(task="lift", episodes=2, out=out))
+    assert "\n" not in str(error.value)
+    assert out.read_text() == "old" and list(tmp_path.iterdir()) == [out]
+
+
+def interrupt(*arguments):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("change", [dict(episodes=0), dict(valid_fraction=1.0), dict(noise=-0.1)])
+def test_make_refuses_nonsense(change, tmp_path):
+    with pytest.raises(SystemExit, match=f"--{next(iter(change)).replace('_', '-')}"):
+        make(Args(out=tmp_path / "a.hdf5", **change))
+    assert not list(tmp_path.iterdir())
