@@ -117,7 +117,7 @@ class Args:
     """Random-shift augmentation of images, in pixels, in pretraining and updates; 0: none (DPPO: 4)."""
 
     # rollouts
-    iterations: int = 150
+    iterations: int = 100
     """Training iterations, the evaluation-only ones included (paper: 200)."""
     num_envs: int = 4
     """Simulators, each a process of 0.4 to 1.2 GB (paper: 64)."""
@@ -157,8 +157,8 @@ class Args:
     """Polyak momentum of the target critics per critic step (paper: 0.995)."""
     rounds: int = 8
     """Rounds per iteration, each: draw segments, compute targets, critic steps, actor steps (authors: 16)."""
-    critic_steps: int = 32
-    """Critic steps per round (paper: 32)."""
+    critic_steps: int = 128
+    """Critic steps per round (paper: 32, of larger batches)."""
     critic_batch: int = 256
     """Transitions per critic step (authors: all that were drawn)."""
     critic_lr: float = 5e-4
@@ -184,12 +184,12 @@ class Args:
     """Length of a segment in chunks, less than rollout_chunks (authors: 200, the whole rollout)."""
     fresh_fraction: float = 0.33
     """Least fraction of the segments that comes from the newest rollout (authors: 0.33)."""
-    warmup_iterations: int = 6
+    warmup_iterations: int = 12
     """Training iterations before the actor starts (paper: 2)."""
-    warmup_lambda: float = 0.95
-    """lambda before the actor starts, so that values reach their true scale first (authors: as td_lambda)."""
-    warmup_factor: int = 3
-    """Factor on critic_steps before the actor starts (authors: 1; fewer, smaller batches need more)."""
+    warmup_lambda: float = 0.5
+    """lambda before the actor starts (authors: as td_lambda)."""
+    warmup_factor: int = 1
+    """Factor on critic_steps before the actor starts (authors: 1)."""
 
     # actor
     actor_steps: int = 4
@@ -223,8 +223,8 @@ class Args:
 PAPER = dict(
     bc_epochs=4000, bc_lr=1e-4, bc_lr_end=1e-5, iterations=200, num_envs=64, stop_on_success=False, fast_render=False, buffer_iterations=10,
     replay_gib=16.0, eval_every=10, eval_episodes=64, gamma=0.999, time_limit="terminal", value_samples=2, target_momentum=0.995, rounds=16,
-    critic_batch=1024, critic_lr=1e-3, critic_layer_norm=False, critic_init="normal", encoder="own", segments=64, segment_chunks=199,
-    warmup_iterations=2, warmup_lambda=0.5, warmup_factor=1, actor_steps=2, actor_batch=1024, n_particles=8, zero_fraction=0.0, actor_lr=2e-5,
+    critic_steps=32, critic_batch=1024, critic_lr=1e-3, critic_layer_norm=False, critic_init="normal", encoder="own", segments=64, segment_chunks=199,
+    warmup_iterations=2, actor_steps=2, actor_batch=1024, n_particles=8, zero_fraction=0.0, actor_lr=2e-5,
     rollout_chunks=200, transport_scale=1.0, actor_lr_end=1.0, bf16=False,
 )  # fmt: skip
 

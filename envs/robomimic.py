@@ -142,6 +142,9 @@ def render_fast(sim):
 
 
 # -------------------------------------------------------------------------------- environment
+_rendering = False  # whether this process has made a rendering context
+
+
 def make_robosuite(task: str, images: bool, meta: dict | None = None, fast_render: bool = True, render: bool = False):
     """A robosuite environment of robomimic's metadata, as robomimic's `EnvRobosuite`; `env.env` is robosuite's.
 
@@ -161,6 +164,8 @@ def make_robosuite(task: str, images: bool, meta: dict | None = None, fast_rende
     finally:
         sys.stdout = stdout
         devnull.close()
+    global _rendering
+    _rendering = _rendering or images or render
     env.postprocess_visual_obs = False  # images as uint8
     env.env.hard_reset = False  # keep the compiled model, as DPPO does
     if images and fast_render:
@@ -172,19 +177,27 @@ def control_step(env, action: np.ndarray, observe: bool) -> float:
     """robosuite's `env.step` without what nobody reads; returns the reward.
 
     In each of 25 physics steps robosuite computes the forward pass three times (mj_forward, again in the controller, and in
-    mj_step) and visits all observables, which take their value in the last one. Here mj_step1 and mj_step2 stand around the
-    controller, and observables are read once, or with `observe` false not at all: the same states and observations, bit for bit.
+    mj_step), visits all observables, which take their value in the last one, and runs its controller in Python. Here mj_step1
+    and mj_step2 stand around the controller, which is robosuite's own in the first step, where it sets the goal, and compiled
+    in the others; observables are read once, or with `observe` false not at all. The states agree to rounding.
     """
     import mujoco
+
+    from envs.osc import ArmControl
 
     model, data, sim = env.sim.model._model, env.sim.data._data, env.sim
     env.timestep += 1
     sim.forward = lambda: None  # shadows the method: mj_step1 has just done what the controller asks for
-    for i in range(int(env.control_timestep / env.model_timestep)):
-        mujoco.mj_step1(model, data)
-        env._pre_action(action, i == 0)
-        mujoco.mj_step2(model, data)
+    mujoco.mj_step1(model, data)
+    env._pre_action(action, True)
+    mujoco.mj_step2(model, data)
     del sim.forward
+    arms = [ArmControl(robot, action[7 * i : 7 * i + 7]) for i, robot in enumerate(env.robots)]
+    for _ in range(int(env.control_timestep / env.model_timestep) - 1):
+        mujoco.mj_step1(model, data)
+        for arm in arms:
+            arm()
+        mujoco.mj_step2(model, data)
     if observe:
         env._update_observables(force=True)
     env.cur_time += env.control_timestep
@@ -282,7 +295,8 @@ class RobomimicVectorEnv:
 
     def __init__(self, num_envs: int, timeout: float = 300.0, **kwargs):
         make = lambda: RobomimicEnv(**kwargs)
-        context = "fork" if sys.platform == "linux" else None
+        renders = _rendering and (kwargs["images"] or kwargs.get("record"))  # a forked copy of an open renderer would hang
+        context = "fork" if sys.platform == "linux" and not renders else "spawn"
         self.envs = gym.vector.AsyncVectorEnv([make] * num_envs, context=context, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
         self.num_envs, self.timeout = num_envs, timeout
         example = make()

@@ -1,0 +1,106 @@
+"""robosuite's operational-space controller as one compiled function, for the physics steps between two actions."""
+
+import math
+
+import mujoco
+import numba
+import numpy as np
+
+
+@numba.njit(cache=True)
+def cholesky_solve(A, B):
+    """Overwrites A (n, n), symmetric positive definite, with its Cholesky factor and B (n, m) with the solution of A X = B."""
+    n, m = B.shape
+    for j in range(n):
+        for k in range(j):
+            A[j, j] -= A[j, k] * A[j, k]
+        A[j, j] = math.sqrt(A[j, j])
+        for i in range(j + 1, n):
+            for k in range(j):
+                A[i, j] -= A[i, k] * A[j, k]
+            A[i, j] /= A[j, j]
+    for c in range(m):
+        for i in range(n):
+            for k in range(i):
+                B[i, c] -= A[i, k] * B[k, c]
+            B[i, c] /= A[i, i]
+        for i in range(n - 1, -1, -1):
+            for k in range(i + 1, n):
+                B[i, c] -= A[k, i] * B[k, c]
+            B[i, c] /= A[i, i]
+
+
+@numba.njit(cache=True)
+def torques(M, J, position, rotation, q, v, bias, goal_position, goal_rotation, kp, kd, rest):
+    """Joint torques (n,) that move the end effector towards its goal (Khatib 1987), robosuite's OSC_POSE with uncoupled position.
+
+    M (n, n) mass matrix, J (6, n) Jacobian, position (3,) and rotation (3, 3) of the end effector and of the goal, joint
+    positions and velocities (n,), bias (n,) of gravity and Coriolis forces, gains (6,), rest (n,) the posture of the null space.
+    """
+    n = len(q)
+    u = 10 * (rest - q) - 2 * math.sqrt(10.0) * v  # acceleration towards the rest posture
+    force, drift, X, A = np.zeros((6, 1)), np.zeros((6, 1)), np.empty((n, 6)), np.zeros((6, 6))
+    for i in range(6):
+        twist = 0.0
+        for j in range(n):
+            twist += J[i, j] * v[j]
+            drift[i, 0] += J[i, j] * u[j]
+            X[j, i] = J[i, j]
+        if i < 3:
+            error = goal_position[i] - position[i]
+        else:  # half the sum of the cross products of the axes
+            a, b, error = (i - 2) % 3, (i - 1) % 3, 0.0
+            for c in range(3):
+                error += 0.5 * (rotation[a, c] * goal_rotation[b, c] - rotation[b, c] * goal_rotation[a, c])
+        force[i, 0] = kp[i] * error - kd[i] * twist
+    cholesky_solve(M.copy(), X)  # M^-1 J^T
+    for i in range(6):
+        for j in range(6):
+            for k in range(n):
+                A[i, j] += J[i, k] * X[k, j]  # J M^-1 J^T
+    cholesky_solve(A[:3, :3].copy(), force[:3])  # position and orientation each with their own inertia
+    cholesky_solve(A[3:, 3:].copy(), force[3:])
+    cholesky_solve(A, drift)
+    result = bias.copy()
+    for j in range(n):
+        for i in range(6):
+            result[j] += J[i, j] * (force[i, 0] - drift[i, 0])
+        for k in range(n):
+            result[j] += M[j, k] * u[k]
+    return result
+
+
+@numba.njit(cache=True)
+def write_control(ctrl, mass, jacobian, qpos, qvel, bias, first, position, rotation, goal_position, goal_rotation, kp, kd, rest, low, high):
+    """Clipped torques of the arm whose joints are the n = len(rest) from each of `first` on, in qpos, qvel and ctrl."""
+    n, (p, v, c) = len(rest), first
+    tau = torques(mass[v : v + n, v : v + n].copy(), jacobian[:, v : v + n], position, rotation.reshape(3, 3), qpos[p : p + n], qvel[v : v + n],
+                  bias[v : v + n], goal_position, goal_rotation, kp, kd, rest)  # fmt: skip
+    for j in range(n):
+        ctrl[c + j] = min(max(tau[j], low[j]), high[j])
+
+
+class ArmControl:
+    """Writes what one robosuite arm and its gripper would write to data.ctrl, after robosuite has set the goal of an action."""
+
+    def __init__(self, robot, action: np.ndarray):
+        """`action` (7,): the arm's, of which the last is the gripper's."""
+        model, data, controller = robot.sim.model._model, robot.sim.data._data, robot.controller
+        self.model, self.data, self.site = model, data, model.site(controller.eef_name).id
+        self.mass, jacobian = np.zeros((model.nv, model.nv)), np.zeros((6, model.nv))
+        self.jacobian, n = (jacobian[:3], jacobian[3:]), len(controller.initial_joint)
+        indices = controller.qpos_index, controller.qvel_index, robot._ref_joint_actuator_indexes
+        if any(list(index) != list(range(index[0], index[0] + n)) for index in indices):
+            raise ValueError(f"the joints of {robot.name} are not numbered one after the other")
+        self.arm = (data.ctrl, self.mass, jacobian, data.qpos, data.qvel, data.qfrc_bias, np.array([index[0] for index in indices]),
+                    data.site_xpos[self.site], data.site_xmat[self.site], np.array(controller.goal_pos), np.array(controller.goal_ori),
+                    controller.kp, controller.kd, controller.initial_joint, *robot.torque_limits)  # fmt: skip
+        self.gripper, self.fingers = robot.gripper, np.array([model.actuator(name).id for name in robot.gripper.actuators])
+        low, high = model.actuator_ctrlrange[self.fingers].T
+        self.bias, self.weight, self.grip = 0.5 * (high + low), 0.5 * (high - low), action[6:]
+
+    def __call__(self):
+        mujoco.mj_jacSite(self.model, self.data, *self.jacobian, self.site)
+        mujoco.mj_fullM(self.model, self.mass, self.data.qM)
+        write_control(*self.arm)
+        self.data.ctrl[self.fingers] = self.bias + self.weight * self.gripper.format_action(self.grip)
