@@ -442,10 +442,10 @@ def load_base(path: Path, args: Args) -> FlowPolicy:
         policy = FlowPolicy(**config)
         policy.load_state_dict(state)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise SystemExit(f"{path}: not a base policy written by this project ({error})") from error
+        raise SystemExit(f"{path}: not a base policy written by this project ({str(error).splitlines()[0]})") from error
     spec, images = TASKS[args.task], args.obs == "image"
-    want = dict(action_dim=7 * spec.robots, cameras=len(spec.cameras) * images, chunk=args.chunk, euler_steps=args.euler_steps,
-                width=args.actor_width, depth=args.actor_depth, time_dim=args.time_dim)  # fmt: skip
+    want = dict(state_dim=spec.state_dim(images), action_dim=7 * spec.robots, cameras=len(spec.cameras) * images, chunk=args.chunk,
+                euler_steps=args.euler_steps, width=args.actor_width, depth=args.actor_depth, time_dim=args.time_dim)  # fmt: skip
     for key, value in want.items():
         if config[key] != value:
             raise SystemExit(f"{path}: has {key} {config[key]}, the run wants {value}; change the flag or use --pretrain.")
@@ -480,7 +480,7 @@ def get_base(args: Args, run_dir: Path) -> FlowPolicy:
         return load_base(Path(path), args)
     policy = pretrain(args, get_demonstrations(args))
     save_base(policy, run_dir / "base.safetensors", task=args.task, validation_loss=policy.validation_loss)
-    return policy
+    return load_base(run_dir / "base.safetensors", args)  # in half precision, as a resumed run finds it
 
 
 # ------------------------------------------------------------------------------------- replay

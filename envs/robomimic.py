@@ -32,6 +32,8 @@ class Task:
     """Time limit in environment steps of 1/20 s."""
     chunk: int
     """Actions per decision."""
+    object_size: int
+    """Size of the observation "object", which states hold and images replace."""
     robots: int = 1
 
     @property
@@ -42,16 +44,19 @@ class Task:
         """Observation keys that make up "state", in order."""
         return self.proprioception if images else (*self.proprioception, "object")
 
+    def state_dim(self, images: bool) -> int:
+        return 9 * self.robots + (0 if images else self.object_size)
+
     @property
     def image_keys(self) -> tuple[str, ...]:
         return tuple(f"{camera}_image" for camera in self.cameras)
 
 
 TASKS = {
-    "lift": Task("Lift", ("agentview",), 300, 4),
-    "can": Task("PickPlaceCan", ("agentview",), 300, 4),
-    "square": Task("NutAssemblySquare", ("agentview",), 400, 4),
-    "transport": Task("TwoArmTransport", ("shouldercamera0", "shouldercamera1"), 800, 8, robots=2),
+    "lift": Task("Lift", ("agentview",), 300, 4, 10),
+    "can": Task("PickPlaceCan", ("agentview",), 300, 4, 14),
+    "square": Task("NutAssemblySquare", ("agentview",), 400, 4, 14),
+    "transport": Task("TwoArmTransport", ("shouldercamera0", "shouldercamera1"), 800, 8, 41, robots=2),
 }
 
 
@@ -224,9 +229,7 @@ class RobomimicEnv(gym.Env):
         self.spec_ = TASKS[task]
         self.horizon, chunk = horizon or self.spec_.horizon, chunk or self.spec_.chunk
         self.record, self.frames = record, []
-        object_size = {"lift": 10, "can": 14, "square": 14, "transport": 41}[task]
-        size = 9 * self.spec_.robots + (0 if images else object_size)
-        spaces = {"state": gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)}
+        spaces = {"state": gym.spaces.Box(-np.inf, np.inf, (self.spec_.state_dim(images),), np.float32)}
         if images:
             spaces["rgb"] = gym.spaces.Box(0, 255, (3 * len(self.spec_.cameras), IMAGE_SIZE, IMAGE_SIZE), np.uint8)
         self.observation_space = gym.spaces.Dict(spaces)
