@@ -7,6 +7,7 @@ Image rendering needs MuJoCo's EGL or OSMesa: `choose_renderer` finds which one 
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -80,6 +81,14 @@ def metadata(task: str, images: bool) -> dict:
     return {"env_name": spec.env_name, "env_version": "1.4.1", "type": 1, "env_kwargs": kwargs}
 
 
+def importable(name: str) -> bool:
+    try:
+        __import__(name)
+    except Exception:  # mujoco_py and OpenGL raise their own
+        return False
+    return True
+
+
 def import_robomimic():
     """Imports robomimic 0.3.0, whose unconditional imports cannot all be satisfied on a machine of today.
 
@@ -96,16 +105,16 @@ def import_robomimic():
         "torchvision.transforms.functional": {},
         "tensorboardX": {"SummaryWriter": object},
     }
-    for name, attributes in stubs.items():
-        try:
-            __import__(name)
-        except Exception:  # mujoco_py raises its own
-            module = types.ModuleType(name)
-            module.__dict__.update(attributes)
-            sys.modules[name] = module
-            parent, _, child = name.rpartition(".")
-            if parent:
-                setattr(sys.modules[parent], child, module)
+    missing = [name for name in stubs if not importable(name)]
+    if os.environ.get("MUJOCO_GL", "egl") == "egl" and not importable("mujoco.egl"):  # loaded even where nothing is rendered
+        missing.append("robosuite.renderers.context.egl_context")
+    for name in missing:
+        module = types.ModuleType(name)
+        module.__dict__.update(stubs.get(name, {"EGLGLContext": None}))
+        sys.modules[name] = module
+        parent, _, child = name.rpartition(".")
+        if parent in sys.modules:
+            setattr(sys.modules[parent], child, module)
     try:
         import robomimic
         import robosuite
@@ -297,7 +306,13 @@ class RobomimicVectorEnv:
     """
 
     def __init__(self, num_envs: int, timeout: float = 300.0, **kwargs):
-        make = lambda: RobomimicEnv(**kwargs)
+        main = os.getpid()
+
+        def make() -> RobomimicEnv:
+            if os.getpid() != main:  # Ctrl-C goes to every process of a terminal; the main one decides
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+            return RobomimicEnv(**kwargs)
+
         renders = _rendering and (kwargs["images"] or kwargs.get("record"))  # a forked copy of an open renderer would hang
         context = "fork" if sys.platform == "linux" and not renders else "spawn"
         self.envs = gym.vector.AsyncVectorEnv([make] * num_envs, context=context, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
@@ -310,17 +325,17 @@ class RobomimicVectorEnv:
         try:
             start(*args)
             return wait(timeout=self.timeout)
-        except (EOFError, OSError, multiprocessing.TimeoutError) as error:
+        except multiprocessing.TimeoutError as error:
+            self.kill()
+            raise WorkerError(f"a simulator has not answered for {self.timeout:.0f} s") from error
+        except Exception as error:  # raised by a simulator, whose traceback Gymnasium has printed, or by a broken pipe
             for process in self.envs.processes:
                 process.join(0.2)
             codes = [process.exitcode for process in self.envs.processes]
             self.kill()
-            if isinstance(error, multiprocessing.TimeoutError):
-                raise WorkerError(f"a simulator has not answered for {self.timeout:.0f} s") from error
-            raise WorkerError(f"a worker process ended, exit codes {codes}; -9 is a kill, often for lack of memory: use fewer --num-envs") from error
-        except Exception:  # raised by a simulator; Gymnasium has printed where
-            self.kill()
-            raise
+            if (isinstance(error, EOFError | OSError) and not str(error).strip()) or any(codes):
+                raise WorkerError(f"a worker process ended, exit codes {codes}; -9 is a kill, often for lack of memory: use fewer --num-envs") from error
+            raise WorkerError(f"a simulator failed: {type(error).__name__}: {error}") from error
 
     def reset(self, seeds: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
         """Starts episodes where `mask` (N,) with `seeds` (N,); returns all observations, copied."""

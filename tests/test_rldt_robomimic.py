@@ -1273,7 +1273,7 @@ def test_run_with_the_other_choices_ends_with_finite_numbers(fakes, bases, tmp_p
     start = rldt_robomimic.load_policy(run / "base_policy.pt", "cpu").state_dict()
     moved = {key for key, value in saved["policy"].items() if not torch.equal(value, start[key])}
     followed = all(torch.equal(value, saved["policy"][key]) for key, value in saved["reference"].items())
-    assert followed == (changes.get("reference") != "pretrained")
+    assert followed == (changes.get("reference") == "previous")
     encoder = {key for key in start if key.startswith("encoder.")}
     assert {key.split(".")[0] for key in moved} == ({"velocity"} if changes.get("encoder", "frozen") == "frozen" else {"velocity", "encoder"})
     assert bool(encoder) == ("obs" in changes)
