@@ -1066,6 +1066,16 @@ def test_scaling_is_the_range_of_the_demonstrations_and_zero():
     assert (policy.action_min[1], policy.action_max[1], policy.action_max[2]) == (0, 3, 41)
 
 
+def test_noise_of_particles_is_zero_for_the_share_that_evaluation_starts_from():
+    torch.manual_seed(0)
+    noise = rldt_robomimic.start_noise((4000, 3, 7), rldt_robomimic.Args(zero_fraction=0.25, device="cpu"))
+    zero = (noise == 0).all(-1)
+    assert zero.float().mean().item() == pytest.approx(0.25, abs=0.02)
+    assert zero.any(1).float().mean().item() == pytest.approx(1 - 0.75**3, abs=0.03)  # particles of a state differ
+    assert noise[~zero].std().item() == pytest.approx(1, abs=0.01)
+    assert (rldt_robomimic.start_noise((50, 7), rldt_robomimic.Args(zero_fraction=0.0, device="cpu")) != 0).all()
+
+
 def test_pretraining_lowers_the_validation_loss():
     short, long = (pretrain(demonstrations((40,) * 8), bc_epochs=epochs, bc_batch=32, bc_lr=5e-3, bc_ema=0.9).validation_loss for epochs in (1, 60))
     assert long < 0.5 * short

@@ -452,6 +452,14 @@ def test_vector_env_steps_only_active_environments_and_resets_only_masked_ones(v
         assert flags.shape == (2,)
 
 
+def test_workers_render_where_this_process_has_a_renderer_too(image_env):
+    obs, _ = image_env().reset(seed=5)
+    with closing(RobomimicVectorEnv(1, timeout=SECONDS, task="lift", images=True)) as envs:
+        rgb = envs.reset([5], np.ones(1, bool))["rgb"][0]
+    assert rgb.std() > 10
+    assert (rgb != obs["rgb"]).mean() < 0.01
+
+
 def test_vector_env_has_the_sizes_of_its_environments(vector_env):
     assert (vector_env.num_envs, vector_env.horizon, vector_env.chunk, vector_env.action_dim) == (2, 300, 4, 7)
     assert vector_env.observation_space["state"].shape == (19,)
