@@ -174,11 +174,11 @@ def test_observations_are_those_of_robosuites_own_steps(environment):
     np.random.seed(7)  # noqa: NPY002
     env.reset()
     for step, action in enumerate(episode["actions"]):
-        np.testing.assert_array_equal(env.env.sim.get_state().flatten(), episode["states"][step])
+        np.testing.assert_allclose(env.env.sim.get_state().flatten(), episode["states"][step], rtol=0, atol=1e-9)
         obs, reward, _, _ = env.step(action)
         assert reward == episode["rewards"][step]
         for key in LIFT_KEYS:
-            np.testing.assert_array_equal(obs[key].astype(np.float32), episode["next_obs"][key][step])
+            np.testing.assert_allclose(obs[key], episode["next_obs"][key][step], rtol=0, atol=1e-6)
 
 
 def test_images_are_those_of_the_environment(image_file):
