@@ -93,8 +93,8 @@ class Args:
     """robomimic HDF5 file; default demos/<task>/low_dim.hdf5 or image.hdf5, made by scripted experts when missing."""
     bc_episodes: int = 0
     """Demonstrations to clone, 0: all in the file's mask/train."""
-    bc_epochs: int = 200
-    """Pretraining passes over the data (paper: 2000 to 8000)."""
+    bc_epochs: int = 0
+    """Pretraining passes over the data; 0: 200 for states, 30 for images (paper: 2000 to 8000)."""
     bc_batch: int = 256
     """Pretraining batch, in action chunks (paper: 256)."""
     bc_lr: float = 1e-3
@@ -895,6 +895,7 @@ def resolve(args: Args) -> Args:
     spec = TASKS[args.task]
     args.horizon, args.chunk = args.horizon or spec.horizon, args.chunk or spec.chunk
     args.actor_width = args.actor_width or (768 if args.obs == "image" else 512)
+    args.bc_epochs = args.bc_epochs or (30 if args.obs == "image" else 200)
     if args.obs == "state":
         args.encoder = "frozen"  # there is none
     for name in "chunk euler_steps n_particles num_envs horizon rounds segments value_samples eval_every eval_episodes threads".split():
