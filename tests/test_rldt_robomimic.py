@@ -568,6 +568,23 @@ def test_constraint_loss_is_the_squared_distance_of_the_velocities_at_one_point(
     assert result[2].item() == pytest.approx(D, rel=1e-4)
 
 
+@pytest.mark.parametrize("zero_fraction", [0.0, 1.0])
+def test_constraint_is_taken_between_the_actions_and_the_noise_that_particles_start_from(zero_fraction):
+    seen = {}
+
+    def reference(x, t, cond):
+        seen.update(x=x, t=t)
+        return x
+
+    trajectory, conds = torch.randn(K + 1, B, P, D), torch.zeros(3, B, 3)
+    args = arguments(euler_steps=K, zero_fraction=zero_fraction)
+    actor_losses(lambda x, t, cond: x, reference, QuadraticCritic(), *conds, trajectory, args)
+    x0 = seen["x"] - seen["t"][..., None] * trajectory[-1]  # (1 - t) x_0
+    assert (x0.abs() < 1e-5).all() == (zero_fraction == 1)
+    if zero_fraction == 0:
+        assert (x0.abs() > 1e-5).any(-1).all()
+
+
 def test_actor_reference_and_critic_see_their_own_features():
     seen = {}
 
