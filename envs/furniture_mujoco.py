@@ -1,0 +1,653 @@
+"""FurnitureBench's One-Leg and Lamp (Heo et al. 2023) on MuJoCo, with the interface that DPPO (Ren et al. 2024) trains in.
+
+The original, FurnitureSim, needs Isaac Gym. This port has its frames, observations, actions, rewards, time limits and
+randomisation, as in the fork https://github.com/ankile/furniture-bench (furniture_rl_sim_env.py), but its own physics:
+results are of "One-Leg (MuJoCo)" and "Lamp (MuJoCo)" and do not compare with those of Isaac Gym. The Franka's kinematics and
+all meshes come from the installed wheel: pip install --no-deps furniture-bench==0.1
+
+Frames: positions and rotations of the robot are in its base frame, which is the world frame here, with the table's surface at
+z = 0; poses of parts in observations are in the AprilTag frame on the table (`TAG`). Lengths in m, angles in rad, SI units.
+
+Physics. From the original: masses, sizes, gravity, the arm's position drive (stiffness 1000, damping 200) and torque limits, the
+fingers' force of 13 N, the friction of 0.15 between parts and 0.125 on the table (PhysX averages 0.15 and 0.1), 0.575 on the fingers
+(with PhysX's default of 1 for them). Measured on the meshes: the pitch, phase, radius and ends of the screw threads, which are
+helices of capsules that collide with each other; nothing but contact makes a leg or a bulb go in. Our choice, not calibrated
+against Isaac Gym: contact stiffness, the fingers' damping and armature, the thickness of the wire that makes a thread, and
+the primitives that stand for concave parts.
+"""
+
+import functools
+import importlib.metadata
+import itertools
+import os
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+
+CONTROL_RATE = 10  # Hz
+BLOCKS = 6  # per action, of 1/60 s: the physics step of the original, in which its force of the reset acts
+COARSE, FINE = 4, 8  # MuJoCo's steps per block, away from and near a thread: 1/240 s and 1/480 s
+HOME = np.array([-0.02630888, 0.3758795, 0.12485036, -2.1383357, -0.09431414, 2.49649072, 0.01921718])  # joints at reset
+FINGER_FORCE = 13.0  # N
+GRASP_MARGIN = 0.019  # a change of sign of the gripper's action counts above this
+POSITION_TOLERANCE, COSINE_TOLERANCE = 0.005, 0.94  # of an assembled pair: m per axis; cosine per row of the rotation
+
+
+class PhysicsError(FloatingPointError):
+    """The simulation diverged; the environment must be reset."""
+
+
+# ------------------------------------------------------------------------------------ rotations
+def rotation(x: float, y: float, z: float) -> np.ndarray:
+    """Rz(z) Ry(y) Rx(x), (3, 3)."""
+    (a, b, c), (p, q, r) = np.cos([x, y, z]), np.sin([x, y, z])
+    return np.array([[c * b, c * q * p - r * a, c * q * a + r * p], [r * b, r * q * p + c * a, r * q * a - c * p], [-q, b * p, b * a]])
+
+
+def quaternion(matrix: np.ndarray) -> np.ndarray:
+    """Rotation matrix (3, 3) -> quaternion w, x, y, z."""
+    result = np.empty(4)
+    mujoco.mju_mat2Quat(result, np.ascontiguousarray(matrix).reshape(9))
+    return result
+
+
+def rotation_vector(matrix: np.ndarray) -> np.ndarray:
+    """Rotation matrix (3, 3) -> axis times angle (3,), the angle at most pi."""
+    result = np.empty(3)
+    mujoco.mju_quat2Vel(result, quaternion(matrix), 1.0)
+    return result
+
+
+def rotation_6d(matrix: np.ndarray) -> np.ndarray:
+    """Rotation matrix (3, 3) -> its first two rows, (6,) (Zhou et al. 2019)."""
+    return matrix[:2].reshape(6)
+
+
+def matrix_from_6d(rows: np.ndarray) -> np.ndarray:
+    """Two rows (6,) -> rotation matrix (3, 3), by Gram-Schmidt orthogonalisation (Zhou et al. 2019)."""
+    (a, b, c), (d, e, f) = rows[:3].tolist(), rows[3:].tolist()
+    n = max((a * a + b * b + c * c) ** 0.5, 1e-12)
+    a, b, c = a / n, b / n, c / n
+    s = a * d + b * e + c * f
+    d, e, f = d - s * a, e - s * b, f - s * c
+    n = max((d * d + e * e + f * f) ** 0.5, 1e-12)
+    d, e, f = d / n, e / n, f / n
+    return np.array([[a, b, c], [d, e, f], [b * f - c * e, c * d - a * f, a * e - b * d]])
+
+
+TAG = rotation(np.pi, 0, np.pi / 2), np.array([0.3015, 0.0, 0.0])  # the AprilTag frame in the base frame
+_w, _x, _y, _z = quaternion(TAG[0].T)
+# Quaternions (w, x, y, z) in the base frame times this matrix are (x, y, z, w) in the tag's frame.
+TAG_QUATERNION = np.array([[_w, -_x, -_y, -_z], [_x, _w, -_z, _y], [_y, _z, _w, -_x], [_z, -_y, _x, _w]])[[1, 2, 3, 0]].T
+
+
+# ---------------------------------------------------------------------------------- MJCF pieces
+# Contact bits: a pair collides if one's contype meets the other's conaffinity.
+TABLE, ROBOT, SHELL, THREAD, LEG, HOOD = 1, 2, 4, 8, 16, 32
+STIFF = 'solref="0.005 1" solimp="0.95 0.99 0.0005"'
+ON_TABLE = f'friction="0.125 0.002 0.0001" condim="4" {STIFF}'
+PART = f'friction="0.15 0.001 0.0001" condim="4" {STIFF}'
+FINGER = 'friction="0.575 0.01 0.0001" condim="4" priority="2" solref="0.004 1" solimp="0.95 0.99 0.0005"'
+WIRE = 0.0022  # radius of the capsules of a thread
+PITCH = 0.00955  # of the right-handed threads, per turn: measured on the meshes of table top, leg and lamp base
+
+
+def numbers(*values: float) -> str:
+    return " ".join(f"{value:.8g}" for value in values)
+
+
+def geom(kind: str, size, pos, contype: int, conaffinity: int, contact: str = PART, mass: float = 0.0, turn: np.ndarray | None = None) -> str:
+    """A collision shape: half sizes, position, contact bits, contact parameters and mass; `turn` (3, 3) is its rotation."""
+    quat = "" if turn is None else f'quat="{numbers(*quaternion(turn))}"'
+    return (f'<geom type="{kind}" size="{numbers(*size)}" pos="{numbers(*pos)}" {quat} contype="{contype}" conaffinity="{conaffinity}" '
+            f'mass="{mass}" group="3" {contact}/>')  # fmt: skip
+
+
+def box(low, high, contype: int, conaffinity: int, **kwargs) -> str:
+    """A box between two corners."""
+    low, high = np.array(low), np.array(high)
+    return geom("box", (high - low) / 2, (high + low) / 2, contype, conaffinity, **kwargs)
+
+
+def disc(radius: float, low: float, high: float, contype: int, conaffinity: int, center=(0.0, 0.0), **kwargs) -> str:
+    """A cylinder around the y axis, from y = `low` to `high`, at `center` in x and z."""
+    pos = center[0], (low + high) / 2, center[1]
+    return geom("cylinder", (radius, (high - low) / 2), pos, contype, conaffinity, turn=rotation(np.pi / 2, 0, 0), **kwargs)
+
+
+def ring(count: int, radius: float, half: tuple, low: float, contype: int, conaffinity: int, center=(0.0, 0.0), tilt: float = 0.0, **kwargs) -> str:
+    """`count` boxes in a circle around the y axis, with half sizes (radial, axial, tangential), lifted to y = `low`."""
+    result = ""
+    for angle in 2 * np.pi * np.arange(count) / count:
+        pos = center[0] + radius * np.cos(angle), low + half[1], center[1] + radius * np.sin(angle)
+        result += geom("box", half, pos, contype, conaffinity, turn=rotation(0, -angle, 0) @ rotation(0, 0, tilt), **kwargs)
+    return result
+
+
+def thread(low: float, high: float, radius: float, phase: float, contype: int, conaffinity: int, center=(0.0, 0.0), pitch: float = PITCH) -> str:
+    """A helix of capsules around the y axis, ten per turn, from y = `low` to `high`."""
+    count = int(np.ceil(10 * (high - low) / pitch))
+    y = np.linspace(low, high, count + 1)
+    angle = 2 * np.pi * y / pitch + phase
+    points = np.stack([center[0] + radius * np.cos(angle), y, center[1] - radius * np.sin(angle)], 1)
+    return "".join(f'<geom type="capsule" fromto="{numbers(*a, *b)}" size="{WIRE}" contype="{contype}" conaffinity="{conaffinity}" mass="0" '
+                   f'group="3" {PART}/>' for a, b in itertools.pairwise(points))  # fmt: skip
+
+
+def table_top() -> str:
+    """A tray with four threaded holes. A solid box, of a table top's mass, carries it on the table."""
+    tray, rim = 0.08125, 0.003  # half width of the tray, half thickness of its rim
+    result = geom("box", (tray, 0.0156, tray), (0, 0, 0), 0, TABLE, ON_TABLE, mass=0.151)
+    result += box((-tray, -0.0156, -tray), (tray, -0.0094, tray), SHELL, ROBOT)
+    for side in (-1, 1):
+        result += geom("box", (rim, 0.0125, tray), (side * (tray - rim), 0.0031, 0), SHELL, ROBOT)
+        result += geom("box", (tray - 2 * rim, 0.0125, rim), (0, 0.0031, side * (tray - rim)), SHELL, ROBOT)
+    for x, z in HOLES:
+        result += ring(8, 0.0144, (0.0016, 0.0125, 0.0062), -0.0094, SHELL, ROBOT, (x, z))
+        result += thread(-0.0088, 0.0099, 0.0131, -1.541, THREAD, 0, (x, z))
+    return result
+
+
+def table_leg(threaded: bool) -> str:
+    """A square leg with a stub; the one that the task needs has a thread around the stub's core."""
+    z = -0.000625 if threaded else 0.000625  # offset of the mesh from its origin
+    everything = TABLE | ROBOT | SHELL | LEG
+    result = geom("box", (0.015, 0.03125, 0.015), (0, 0, z), LEG, everything, ON_TABLE, mass=0.0195)
+    core = 0.0100 if threaded else 0.0122
+    result += disc(core, -0.05625, -0.03125, 0, everything | (THREAD if threaded else 0), (0, z), mass=0.0036)
+    return result + (thread(-0.0500, -0.0332, 0.0100, 0.020, 0, THREAD, (0, z)) if threaded else "")
+
+
+def lamp_base() -> str:
+    """A stepped foot and a neck with a thread inside, open towards -y."""
+    result = box((-0.0423, 0.0066, -0.0423), (0.0423, 0.0172, 0.0423), SHELL, TABLE | ROBOT, contact=ON_TABLE, mass=0.03)
+    for half, low, high, mass in ((0.0350, 0.0010, 0.0066, 0.005), (0.0300, -0.0050, 0.0010, 0.005), (0.0240, -0.0146, -0.0050, 0.010)):
+        result += box((-half, low, -half), (half, high, half), SHELL, ROBOT, mass=mass)
+    result += ring(12, 0.0143, (0.0015, 0.0156, 0.0042), -0.0458, SHELL, ROBOT, mass=0.0008)
+    flange, hole = 0.0276, 0.0158  # half widths of the square plate at the mouth and of the hole in it
+    for side in (-1, 1):
+        x = (side * hole, side * flange)
+        result += box((min(x), -0.0458, -flange), (max(x), -0.0410, flange), SHELL, TABLE | ROBOT)
+        result += box((-hole, -0.0458, min(x)), (hole, -0.0410, max(x)), SHELL, TABLE | ROBOT)
+    return result + thread(-0.04019, -0.0213, 0.0131, 2.57796, THREAD, 0, (0, -0.00025))
+
+
+def lamp_bulb() -> str:
+    """A threaded stub, a shoulder, a square socket to grasp, and a globe."""
+    everything = TABLE | ROBOT | SHELL | LEG
+    result = geom("box", (0.0175, 0.0165, 0.0175), (0, -0.0035, 0), LEG, everything, mass=0.02)
+    result += geom("sphere", (0.030,), (0, 0.038, 0), LEG, everything | HOOD, mass=0.015)
+    result += disc(0.0224, -0.0220, -0.0160, LEG, everything, mass=0.002)
+    result += disc(0.0100, -0.0530, -0.0220, 0, everything | THREAD, mass=0.0015)
+    return result + thread(-0.0410, -0.02327, 0.0100, -3.00569, 0, THREAD, (-0.00025, 0), pitch=0.0096)
+
+
+def lamp_hood() -> str:
+    """A truncated cone, open at both ends, of 16 boxes."""
+    slope = np.arctan(0.14)
+    return ring(16, 0.0349, (0.002, 0.0502, 0.0445 * np.tan(np.pi / 16)), -0.0516, HOOD, TABLE | ROBOT | SHELL, tilt=-slope, mass=0.06 / 16)
+
+
+# --------------------------------------------------------------------------------------- tasks
+@dataclass(frozen=True)
+class Part:
+    """A part that moves; poses are at reset, in the tag's frame."""
+
+    name: str
+    mesh: str
+    build: Callable[[], str]
+    """Builds its collision shapes."""
+    position: tuple
+    angles: tuple
+    """Rotation around x, then y, then z."""
+    hull_mass: float
+    """The original's density times the volume of the mesh's convex hull (kg). The reset's force accelerates this mass: with those of the
+    parts themselves, which are a third of it, pushes would throw the lamp's hood off the table, and the original's multipliers
+    would differ tenfold in acceleration instead of threefold."""
+
+
+@dataclass(frozen=True)
+class Screw:
+    """A threaded part that goes into holes of the first part: where MuJoCo steps finely, with threads that collide."""
+
+    part: int
+    tip: tuple
+    """End of the thread, in the part's frame."""
+    mouths: tuple
+    """Mouths of the holes, in the first part's frame."""
+    out: tuple
+    """Direction out of the holes, in the first part's frame."""
+
+
+@dataclass(frozen=True)
+class Furniture:
+    """One of FurnitureBench's tasks."""
+
+    parts: tuple[Part, ...]
+    pairs: tuple[tuple, ...]
+    """Pairs to assemble: two parts, poses of the second in the frame of the first of which one must be met, and a
+    rotation (3, 3), or None where any will do."""
+    screw: Screw
+    force: tuple[float, ...]
+    """Multipliers of the reset's random force on each part."""
+    torque: tuple[float, ...]
+    """Multipliers of the reset's random torque on each part."""
+    horizon: int
+    """Time limit in environment steps of 1/10 s."""
+    gripper: float
+    """Largest opening of the fingers."""
+    held: int | None = None
+    """A part that stays where it is until the hand is close, as the original does with the bulb, which would roll."""
+
+    @property
+    def obs_dim(self) -> int:
+        return 16 + 7 * (len(self.parts) + 1)
+
+
+HOLES = tuple((x, z) for z in (-0.05625, 0.05625) for x in (-0.05625, 0.05625))
+LYING = (0, -np.pi / 2, 0)
+FURNITURE = {
+    "one_leg": Furniture(
+        parts=(
+            Part("top", "square_table/square_table_top", table_top, (0, 0.24, -0.015625), (-np.pi / 2, 0, np.pi), 0.4115),
+            *(Part(f"leg{i}", f"square_table/square_table_leg{i}", functools.partial(table_leg, i == 4), (x, 0.07, -0.015), LYING, 0.0265)
+              for i, x in enumerate((-0.20, -0.12, 0.12, 0.20), 1)),
+        ),
+        pairs=((0, 4, tuple((x, 0.046875, z) for x, z in HOLES), np.eye(3)),),
+        screw=Screw(4, (0, -0.05625, 0), tuple((x, 0.0156, z) for x, z in HOLES), (0, 1, 0)),
+        force=(25, 1, 1, 1, 1), torque=(70, 1, 1, 1, 1), horizon=700, gripper=0.065,
+    ),
+    "lamp": Furniture(
+        parts=(
+            Part("base", "lamp/lamp_base", lamp_base, (0.05, 0.14, -0.02), (np.pi / 2, 0, 0), 0.1143),
+            Part("bulb", "lamp/lamp_bulb", lamp_bulb, (-0.05, 0.235, -0.016), (-np.arctan2(7.6, 52), 0, 0), 0.1109),
+            Part("hood", "lamp/lamp_hood", lamp_hood, (-0.08, 0.13, -0.048583), (np.pi / 2, 0, 0), 0.3316),
+        ),
+        pairs=((0, 1, ((0, -0.0678, 0),), rotation(0, 0, np.pi)), (0, 2, ((0, -0.088324, 0),), None)),
+        screw=Screw(1, (0, -0.053, 0), ((0, -0.0458, 0),), (0, -1, 0)),
+        force=(8, 15, 30), torque=(16, 20, 60), horizon=1000, gripper=0.07, held=1,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Randomness:
+    """Ranges of a reset."""
+
+    force: float
+    """Largest force (N) on a part, times the part's multiplier, in a random horizontal direction, for 1/60 s."""
+    torque: float
+    """Largest vertical torque (N m), times the part's multiplier, for 1/60 s."""
+    obstacle: float
+    """Largest offset of the obstacle along x and y."""
+    joints: float
+    """Largest offset of each joint."""
+
+
+RANDOMNESS = {"low": Randomness(0.2, 0.007, 0.02, np.radians(5)), "med": Randomness(0.5, 0.01, 0.04, np.radians(10))}
+OBSTACLE = {"front": (0.6815, 0.0, 0.015), "right": (0.6065, -0.175, 0.015), "left": (0.6065, 0.175, 0.015)}  # positions
+
+
+# --------------------------------------------------------------------------------------- model
+def assets() -> Path:
+    """The installed wheel's folder of assets, found without importing the package, which needs Isaac Gym. Exits if it is missing."""
+    try:
+        return Path(importlib.metadata.distribution("furniture-bench").locate_file("furniture_bench/assets"))
+    except importlib.metadata.PackageNotFoundError:
+        raise SystemExit("FurnitureBench's meshes are missing: pip install --no-deps furniture-bench==0.1") from None
+
+
+ORIGINS = (  # of the Franka's joints in its URDF: position and roll
+    ((0, 0, 0.333), 0), ((0, 0, 0), -np.pi / 2), ((0, -0.316, 0), np.pi / 2), ((0.0825, 0, 0), np.pi / 2),
+    ((-0.0825, 0.384, 0), -np.pi / 2), ((0, 0, 0), np.pi / 2), ((0.088, 0, 0), np.pi / 2),
+)  # fmt: skip
+JOINT_LOW = np.array([-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973])
+JOINT_HIGH = np.array([2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973])
+TORQUE = (87, 87, 87, 87, 12, 12, 12)  # N m
+
+
+def robot(franka: Path, opening: float) -> str:
+    """The arm of the URDF, without gravity as in the original; links 6, 7 and the hand collide as primitives of their meshes' extent."""
+    inertial = {}
+    for link in ET.parse(franka / "robots/franka_panda.urdf").getroot().findall("link"):
+        if (node := link.find("inertial")) is not None:
+            inertia = node.find("inertia").attrib
+            inertial[link.get("name")] = (f'<inertial pos="{node.find("origin").get("xyz")}" mass="{node.find("mass").get("value")}" '
+                                          f'fullinertia="{" ".join(inertia[key] for key in ("ixx", "iyy", "izz", "ixy", "ixz", "iyz"))}"/>')  # fmt: skip
+    result = '<geom type="mesh" mesh="link0" class="visual"/>'
+    for i, (pos, roll) in enumerate(ORIGINS, 1):
+        result += (f'<body name="link{i}" pos="{numbers(*pos)}" quat="{numbers(*quaternion(rotation(roll, 0, 0)))}" gravcomp="1">'
+                   f'{inertial[f"panda_link{i}"]}<joint name="joint{i}" axis="0 0 1" range="{JOINT_LOW[i - 1]} {JOINT_HIGH[i - 1]}" '
+                   f'armature="0.01" damping="0.003"/><geom type="mesh" mesh="link{i}" class="visual"/>')  # fmt: skip
+        if i == 6:
+            result += f'<geom type="capsule" fromto="0 0.015 0.006 0.082 0.015 0.006" size="0.05" contype="{ROBOT}" conaffinity="{TABLE}" mass="0" group="3"/>'
+        if i == 7:
+            result += geom("cylinder", (0.055, 0.027), (0.012, 0.012, 0.079), ROBOT, TABLE)
+    result += (f'<body name="hand" pos="0 0 0.107" quat="{numbers(*quaternion(rotation(0, 0, -np.pi / 4)))}" gravcomp="1">'
+               '<inertial pos="-0.01 0 0.03" mass="0.73" diaginertia="0.001 0.0025 0.0017"/>'
+               '<geom type="mesh" mesh="hand" class="visual"/><site name="ee" pos="0 0 0.103399"/>')  # fmt: skip
+    result += box((-0.0316, -0.104, -0.0259), (0.0316, 0.1004, 0.066), ROBOT, TABLE)
+    for name, side in (("left", 1), ("right", -1)):  # the fingers: two blocks, a slanted one and the pad, as in the URDF
+        result += (f'<body name="{name}" pos="0 0 0.0584" gravcomp="1"><joint name="{name}" type="slide" axis="0 {side} 0" '
+                   f'range="0 {opening / 2}" solreflimit="0.004 1" armature="0.1" damping="6" frictionloss="0.3"/>')  # fmt: skip
+        for pos, half, roll in (((0, 0.0185, 0.011), (0.011, 0.0075, 0.010), 0), ((0, 0.0068, 0.0022), (0.011, 0.0044, 0.0019), 0),
+                                ((0, 0.0159, 0.02835), (0.00875, 0.0035, 0.01175), np.pi / 6), ((0, 0.00758, 0.04525), (0.00875, 0.0076, 0.00925), 0)):  # fmt: skip
+            shape = geom("box", half, np.array(pos) * (1, side, 1), ROBOT, TABLE, FINGER, mass=0.004, turn=rotation(side * roll, 0, 0))
+            result += shape.replace('group="3"', 'group="0" rgba="0.2 0.2 0.2 1"')
+        result += "</body>"
+    return result + "</body>" + "</body>" * len(ORIGINS)
+
+
+def build_xml(furniture: str) -> str:
+    """The task's MJCF: table, robot, obstacle and parts."""
+    spec, root = FURNITURE[furniture], assets()
+    franka = root / "franka_description_ros/franka_description"
+    meshes = "".join(f'<mesh name="{name}" file="{franka}/meshes/collision/{name}.stl"/>' for name in ("hand", *(f"link{i}" for i in range(8))))
+    bodies = ""
+    for i, part in enumerate(spec.parts):
+        meshes += f'<mesh name="{part.name}" file="{root}/furniture/mesh/{part.mesh}.obj" inertia="shell"/>'
+        color = "0.85 0.25 0.2 1" if i == spec.screw.part else "0.85 0.7 0.5 1"
+        bodies += (f'<body name="{part.name}"><freejoint name="{part.name}"/>{part.build()}'
+                   f'<geom type="mesh" mesh="{part.name}" class="visual" rgba="{color}"/></body>')  # fmt: skip
+    for name, pos in OBSTACLE.items():
+        half = (0.175, 0.01, 0.015) if name == "front" else (0.01, 0.085, 0.015)
+        bodies += (f'<body name="{name}_obstacle" mocap="true" pos="{numbers(*pos)}" quat="{numbers(*quaternion(rotation(0, 0, np.pi / 2)))}">'
+                   f'<geom type="box" size="{numbers(*half)}" contype="{TABLE}" conaffinity="0" rgba="0.3 0.3 0.3 1" {ON_TABLE}/></body>')  # fmt: skip
+    arm = "".join(f'<general joint="joint{i}" gaintype="fixed" gainprm="1000" biastype="affine" biasprm="0 -1000 -200" forcerange="-{t} {t}"/>'
+                  for i, t in enumerate(TORQUE, 1))  # fmt: skip
+    fingers = "".join(f'<motor joint="{name}" forcerange="-{FINGER_FORCE} {FINGER_FORCE}"/>' for name in ("left", "right"))
+    return f"""<mujoco>
+<compiler angle="radian" autolimits="true"/>
+<option timestep="{1 / (CONTROL_RATE * BLOCKS * FINE)}" integrator="implicitfast" cone="elliptic" impratio="5" tolerance="1e-5" iterations="20"
+ gravity="0 0 -9.8"><flag autoreset="disable"/></option>
+<visual><global offwidth="1280" offheight="960"/><headlight ambient="0.4 0.4 0.4"/><map znear="0.01"/></visual>
+<default><default class="visual"><geom contype="0" conaffinity="0" mass="0" rgba="0.9 0.9 0.9 1"/></default></default>
+<asset>{meshes}</asset>
+<worldbody>
+<light pos="0.5 0 2"/>
+<camera name="front" mode="targetbody" target="aim" pos="1.2 0 0.62" fovy="30.6"/>
+<body name="aim" pos="0.5 0 0.05"/>
+<geom name="table" type="box" pos="0.3 0 -0.015" size="0.65 0.4 0.015" contype="{TABLE}" conaffinity="0" rgba="0.5 0.5 0.5 1" {ON_TABLE}/>
+<geom name="floor" type="plane" size="3 3 0.1" pos="0 0 -0.415" contype="{TABLE}" conaffinity="0" rgba="0.3 0.3 0.3 1"/>
+<body name="robot">{robot(franka, spec.gripper)}</body>
+{bodies}
+</worldbody>
+<actuator>{arm}{fingers}</actuator>
+</mujoco>"""
+
+
+@functools.cache
+def load_models(furniture: str) -> tuple[mujoco.MjModel, mujoco.MjModel]:
+    """The task's model with threads that collide, in fine steps, and a copy without, in coarse steps. They share their layout, so
+    that one MjData goes through both."""
+    fine = mujoco.MjModel.from_xml_string(build_xml(furniture))
+    coarse = mujoco.MjModel.from_xml_string(build_xml(furniture))
+    coarse.opt.timestep = 1 / (CONTROL_RATE * BLOCKS * COARSE)
+    coarse.geom_contype[coarse.geom_contype == THREAD] = 0
+    return coarse, fine
+
+
+# --------------------------------------------------------------------------------- environment
+class FurnitureEnv(gym.Env):
+    """One task. Observation (58,) or (44,) float32, unnormalised: position, rotation (6D), linear and angular velocity of the end effector, opening of the
+    gripper, then per part and for the front obstacle position and quaternion (x, y, z, w >= 0) in the tag's frame.
+
+    Action (10,) in [-1, 1]: the absolute pose that the end effector shall reach, position (m) and rotation (6D), and the gripper,
+    which a positive value closes. The reward is 1 when a pair is newly assembled. Episodes never terminate and are truncated at
+    `horizon` steps. info: "stages", the number of pairs assembled so far, and "success", whether that is all of them.
+    Raises PhysicsError where the simulation diverges.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": CONTROL_RATE}  # noqa: RUF012
+
+    def __init__(self, furniture: str = "one_leg", randomness: str = "low", render_mode: str | None = None, horizon: int | None = None,
+                 image_size: tuple[int, int] = (320, 240)):  # fmt: skip
+        for value, known in ((furniture, FURNITURE), (randomness, RANDOMNESS), (render_mode, (None, "rgb_array"))):
+            if value not in known:
+                raise SystemExit(f"Unknown {value!r}: choose {', '.join(map(str, known))}.")
+        self.furniture, self.ranges, self.render_mode = FURNITURE[furniture], RANDOMNESS[randomness], render_mode
+        self.horizon, self.image_size, self.renderer = horizon or self.furniture.horizon, image_size, None
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (self.furniture.obs_dim,), np.float32)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (10,), np.float32)
+        self.coarse, self.fine = load_models(furniture)
+        self.model, self.data = self.fine, mujoco.MjData(self.fine)
+        self.parts = [self.fine.body(part.name).id for part in self.furniture.parts]
+        self.part_qpos = [self.fine.joint(part.name).qposadr[0] for part in self.furniture.parts]
+        self.part_qvel = [self.fine.joint(part.name).dofadr[0] for part in self.furniture.parts]
+        self.seen = [*self.parts, self.fine.body("front_obstacle").id]
+        self.obstacles = [self.fine.body(f"{name}_obstacle").mocapid[0] for name in OBSTACLE]
+        self.site = self.fine.site("ee").id
+        self.jacobian = np.zeros((6, self.fine.nv))
+
+    # ---- state; arm joints come first in qpos, qvel and ctrl, then the fingers
+    def ee_pose(self) -> tuple[np.ndarray, np.ndarray]:
+        """Position (3,) and rotation (3, 3) of the end effector."""
+        return self.data.site_xpos[self.site].copy(), self.data.site_xmat[self.site].reshape(3, 3).copy()
+
+    def part_pose(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Position (3,) and rotation (3, 3) of a part in the base frame."""
+        return self.data.xpos[self.parts[index]].copy(), self.data.xmat[self.parts[index]].reshape(3, 3).copy()
+
+    def obstacle_position(self, index: int) -> np.ndarray:
+        """Position (3,) of the front, right or left obstacle."""
+        return self.data.mocap_pos[self.obstacles[index]].copy()
+
+    def gripper_width(self) -> float:
+        return self.data.qpos[7] + self.data.qpos[8]
+
+    def relative_pose(self, first: int, second: int) -> tuple[np.ndarray, np.ndarray]:
+        """Position (3,) and rotation (3, 3) of a part in the frame of another."""
+        (p, P), (q, Q) = self.part_pose(first), self.part_pose(second)
+        return P.T @ (q - p), P.T @ Q
+
+    def place(self, index: int, position: np.ndarray, matrix: np.ndarray):
+        """Puts a part, at rest, at a position (3,) and rotation (3, 3) in the base frame."""
+        q, v = self.part_qpos[index], self.part_qvel[index]
+        self.data.qpos[q : q + 3], self.data.qpos[q + 3 : q + 7] = position, quaternion(matrix)
+        self.data.qvel[v : v + 6] = 0
+
+    def refresh(self):
+        """Derives poses and Jacobians from the joints, which mj_step leaves one step behind."""
+        mujoco.mj_kinematics(self.fine, self.data)
+        mujoco.mj_comPos(self.fine, self.data)
+        mujoco.mj_jacSite(self.fine, self.data, self.jacobian[:3], self.jacobian[3:], self.site)
+
+    def observe(self) -> np.ndarray:
+        """(obs_dim,) float32."""
+        data, obs = self.data, np.empty(self.furniture.obs_dim, np.float32)
+        obs[:3], obs[3:9] = data.site_xpos[self.site], data.site_xmat[self.site][:6]
+        obs[9:15] = self.jacobian @ data.qvel
+        obs[15] = data.qpos[7] + data.qpos[8]
+        poses = obs[16:].reshape(-1, 7)
+        poses[:, :3] = (data.xpos[self.seen] - TAG[1]) @ TAG[0]
+        quaternions = data.xquat[self.seen] @ TAG_QUATERNION
+        poses[:, 3:] = np.where(quaternions[:, 3:] < 0, -quaternions, quaternions)
+        return obs
+
+    # ---- physics
+    def near_thread(self) -> bool:
+        """Whether a threaded part is in, or within 2 cm of, a hole."""
+        screw, data = self.furniture.screw, self.data
+        nut, part = self.parts[0], self.parts[screw.part]
+        tip = data.xpos[part] + data.xmat[part].reshape(3, 3) @ screw.tip
+        offset = (tip - data.xpos[nut]) @ data.xmat[nut].reshape(3, 3) - screw.mouths  # (holes, 3)
+        height = offset @ screw.out
+        return bool(((height < 0.02) & ((offset * offset).sum(1) - height * height < 0.025**2)).any())
+
+    def simulate(self, blocks: int):
+        """Steps `blocks` times 1/60 s. Raises PhysicsError where the state is not finite."""
+        held = self.furniture.held
+        for _ in range(blocks):
+            if self.resting is not None:
+                self.place(held, *self.resting)
+            near = self.near_thread()
+            mujoco.mj_step(*((self.fine, self.data, FINE) if near else (self.coarse, self.data, COARSE)))
+        self.refresh()
+        if not (np.isfinite(self.data.qpos).all() and np.isfinite(self.data.qvel).all()):
+            raise PhysicsError(f"the simulation diverged in step {self.t} of the episode")
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        super().reset(seed=seed)
+        data, spec, ranges, rng = self.data, self.furniture, self.ranges, self.np_random
+        mujoco.mj_resetData(self.fine, data)
+        data.qpos[:7] = data.ctrl[:7] = HOME + rng.uniform(-ranges.joints, ranges.joints, 7)
+        data.qpos[7:9], data.ctrl[7:] = spec.gripper / 2, FINGER_FORCE
+        offset = rng.uniform(-ranges.obstacle, ranges.obstacle, 2)
+        for i, pos in zip(self.obstacles, OBSTACLE.values(), strict=True):
+            data.mocap_pos[i] = np.array(pos) + [*offset, 0]
+        for i, part in enumerate(spec.parts):
+            self.place(i, TAG[0] @ part.position + TAG[1], TAG[0] @ rotation(*part.angles))
+        count = len(spec.parts)
+        scale = self.fine.body_mass[self.parts] / [part.hull_mass for part in spec.parts]
+        direction, force = rng.uniform(0, 2 * np.pi, count), rng.uniform(0, ranges.force, count) * spec.force * scale
+        torque = rng.uniform(-ranges.torque, ranges.torque, count) * spec.torque * scale
+        self.t, self.gripper, self.resting, self.assembled = 0, -1.0, None, np.zeros(len(spec.pairs), bool)
+        mujoco.mj_kinematics(self.fine, data)
+        data.xfrc_applied[self.parts] = np.stack([force * np.cos(direction), force * np.sin(direction), *np.zeros((3, count)), torque], 1)
+        self.simulate(1)
+        data.xfrc_applied[:] = 0
+        if spec.held is not None:  # the original lets the parts settle for ten physics steps, then holds the bulb
+            self.simulate(9)
+            self.resting = self.part_pose(spec.held)
+            self.simulate(1)
+        return self.observe(), self.info()
+
+    def info(self) -> dict:
+        return {"stages": int(self.assembled.sum()), "success": bool(self.assembled.all())}
+
+    def joint_targets(self, position: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+        """Joint positions (7,) that reach a pose to first order: the least-norm solution, damped only where it is singular."""
+        here, turn = self.data.site_xpos[self.site], self.data.site_xmat[self.site].reshape(3, 3)
+        error = np.concatenate([position - here, rotation_vector(matrix @ turn.T)])
+        J = self.jacobian[:, :7]
+        step = J.T @ np.linalg.solve(J @ J.T + 1e-6 * np.eye(6), error)
+        return np.clip(self.data.qpos[:7] + step, JOINT_LOW, JOINT_HIGH)
+
+    def advance(self, action: np.ndarray) -> float:
+        """Executes one action (10,); returns the reward."""
+        action = np.clip(np.asarray(action, float), -1, 1)
+        self.data.ctrl[:7] = self.joint_targets(action[:3], matrix_from_6d(action[3:9]))
+        grasp = float(action[9])
+        changes = np.sign(grasp) != np.sign(self.gripper) and abs(grasp) > GRASP_MARGIN
+        opens = (grasp if changes else self.gripper) < 0
+        self.gripper = grasp
+        self.data.ctrl[7:] = FINGER_FORCE if opens else -FINGER_FORCE
+        if self.resting is not None and (self.t > self.horizon / 2 or np.abs(self.ee_pose()[0] - self.resting[0]).max() <= 0.03):
+            self.resting = None
+        self.simulate(BLOCKS)
+        self.t += 1
+        return self.newly_assembled()
+
+    def newly_assembled(self) -> float:
+        """1 if a pair is assembled that was not before in this episode, else 0."""
+        new = False
+        for i, (first, second, positions, turn) in enumerate(self.furniture.pairs):
+            if self.assembled[i]:
+                continue
+            position, matrix = self.relative_pose(first, second)
+            placed = (np.abs(position - positions) <= POSITION_TOLERANCE).all(1).any()
+            aligned = turn is None or ((matrix * turn).sum(1) >= COSINE_TOLERANCE).all()
+            self.assembled[i] = placed and aligned
+            new = new or self.assembled[i]
+        return float(new)
+
+    def step(self, action: np.ndarray):
+        reward = self.advance(action)
+        return self.observe(), reward, False, self.t >= self.horizon, self.info()
+
+    def render(self) -> np.ndarray:
+        """The front camera, (height, width, 3) uint8. MUJOCO_GL chooses the renderer before MuJoCo is imported."""
+        if self.renderer is None:
+            self.renderer = mujoco.Renderer(self.fine, *self.image_size[::-1])
+        self.renderer.update_scene(self.data, "front")
+        return self.renderer.render()
+
+    def close(self):
+        if self.renderer is not None:
+            self.renderer.close()
+            self.renderer = None
+
+
+class FurnitureVectorEnv:
+    """`num_envs` environments that step whole action chunks in threads of this process; MuJoCo runs outside Python's lock.
+
+    They share one model. Nothing is reset by itself: `reset` takes the mask of what to reset. An environment whose simulation
+    diverges is truncated, with its last finite observation, and counted in `diverged` (N,).
+    """
+
+    def __init__(self, num_envs: int, furniture: str = "one_leg", randomness: str = "low", chunk: int = 8, horizon: int | None = None,
+                 threads: int | None = None, stop_on_success: bool = False, record: bool = False):  # fmt: skip
+        load_models(furniture)
+        self.envs = [FurnitureEnv(furniture, randomness, "rgb_array" if record else None, horizon) for _ in range(num_envs)]
+        self.num_envs, self.chunk, self.action_dim, self.horizon = num_envs, chunk, 10, self.envs[0].horizon
+        self.stop_on_success, self.record, self.frames = stop_on_success, record, [[] for _ in range(num_envs)]
+        self.observation_space = gym.spaces.Dict({"state": self.envs[0].observation_space})
+        self.obs = np.zeros((num_envs, self.envs[0].furniture.obs_dim), np.float32)
+        self.diverged = np.zeros(num_envs, int)
+        threads = min(threads or os.cpu_count(), num_envs)
+        self.pool = ThreadPoolExecutor(threads) if threads > 1 else None
+
+    def each(self, function, indices) -> list:
+        """`function` of every index, in the pool's threads."""
+        return list(self.pool.map(function, indices)) if self.pool else [function(i) for i in indices]
+
+    def reset(self, seeds, mask: np.ndarray) -> dict[str, np.ndarray]:
+        """Starts episodes where `mask` (N,) with `seeds` (N,); returns all observations, copied."""
+
+        def start(i):
+            self.obs[i] = self.envs[i].reset(seed=int(seeds[i]))[0]
+
+        self.each(start, np.flatnonzero(mask))
+        return {"state": self.obs.copy()}
+
+    def run_chunk(self, i: int, actions: np.ndarray) -> tuple[float, bool, bool, int]:
+        """Steps one environment through actions (chunk, 10); returns reward, terminated, truncated and steps taken."""
+        env, total, steps = self.envs[i], 0.0, 0
+        try:
+            for action in actions:
+                total += env.advance(action)
+                steps += 1
+                if self.record:
+                    self.frames[i].append(env.render())
+                if env.t >= env.horizon or (self.stop_on_success and env.assembled.all()):
+                    break
+        except PhysicsError:
+            self.diverged[i] += 1
+            env.reset()
+            return total, False, True, steps + 1
+        self.obs[i] = env.observe()
+        terminated = self.stop_on_success and bool(env.assembled.all())
+        return total, terminated, not terminated and env.t >= env.horizon, steps
+
+    def step(self, chunks: np.ndarray, active: np.ndarray):
+        """Chunks (N, chunk, 10) where `active` (N,); returns obs, reward, terminated, truncated, stages and steps, each (N, ...).
+
+        The reward is summed over the chunk; `stages` counts the pairs assembled so far in the episode. Raises FloatingPointError
+        on a non-finite action.
+        """
+        if not np.isfinite(chunks[active]).all():
+            raise FloatingPointError("the policy returned a non-finite action")
+        indices = np.flatnonzero(active)
+        reward, length = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
+        terminated, truncated = np.zeros(self.num_envs, bool), np.zeros(self.num_envs, bool)
+        for i, result in zip(indices, self.each(lambda i: self.run_chunk(i, chunks[i]), indices), strict=True):
+            reward[i], terminated[i], truncated[i], length[i] = result
+        stages = np.array([env.assembled.sum() for env in self.envs])
+        return {"state": self.obs.copy()}, reward, terminated, truncated, stages, length
+
+    def take_frames(self, index: int = 0) -> list[np.ndarray]:
+        """The frames of one environment since the last call, with record=True."""
+        frames, self.frames[index] = self.frames[index], []
+        return frames
+
+    def close(self):
+        if self.pool:
+            self.pool.shutdown()
+        for env in self.envs:
+            env.close()
