@@ -16,6 +16,7 @@ against Isaac Gym: contact stiffness, the fingers' damping and armature, the thi
 the primitives that stand for concave parts.
 """
 
+import copy
 import functools
 import importlib.metadata
 import itertools
@@ -32,7 +33,7 @@ import numpy as np
 
 CONTROL_RATE = 10  # Hz
 BLOCKS = 6  # per action, of 1/60 s: the physics step of the original, in which its force of the reset acts
-COARSE, FINE = 4, 8  # MuJoCo's steps per block, away from and near a thread: 1/240 s and 1/480 s
+COARSE, FINE = 4, 8  # MuJoCo's steps per block: 1/240 s, or 1/480 s while the gripper is closed or a screw is near its hole
 HOME = np.array([-0.02630888, 0.3758795, 0.12485036, -2.1383357, -0.09431414, 2.49649072, 0.01921718])  # joints at reset
 FINGER_FORCE = 13.0  # N
 GRASP_MARGIN = 0.019  # a change of sign of the gripper's action counts above this
@@ -383,14 +384,17 @@ def build_xml(furniture: str) -> str:
 
 
 @functools.cache
-def load_models(furniture: str) -> tuple[mujoco.MjModel, mujoco.MjModel]:
-    """The task's model with threads that collide, in fine steps, and a copy without, in coarse steps. They share their layout, so
-    that one MjData goes through both."""
-    fine = mujoco.MjModel.from_xml_string(build_xml(furniture))
-    coarse = mujoco.MjModel.from_xml_string(build_xml(furniture))
-    coarse.opt.timestep = 1 / (CONTROL_RATE * BLOCKS * COARSE)
-    coarse.geom_contype[coarse.geom_contype == THREAD] = 0
-    return coarse, fine
+def load_models(furniture: str) -> tuple[mujoco.MjModel, mujoco.MjModel, mujoco.MjModel]:
+    """The task's model with threads that collide, in fine steps, and copies without: in fine and in coarse steps.
+
+    They share their layout, so that one MjData goes through all of them.
+    """
+    screwing = mujoco.MjModel.from_xml_string(build_xml(furniture))
+    grasping = copy.copy(screwing)
+    grasping.geom_contype[grasping.geom_contype == THREAD] = 0
+    moving = copy.copy(grasping)
+    moving.opt.timestep = 1 / (CONTROL_RATE * BLOCKS * COARSE)
+    return screwing, grasping, moving
 
 
 # --------------------------------------------------------------------------------- environment
@@ -415,15 +419,16 @@ class FurnitureEnv(gym.Env):
         self.horizon, self.image_size, self.renderer = horizon or self.furniture.horizon, image_size, None
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (self.furniture.obs_dim,), np.float32)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (10,), np.float32)
-        self.coarse, self.fine = load_models(furniture)
-        self.model, self.data = self.fine, mujoco.MjData(self.fine)
-        self.parts = [self.fine.body(part.name).id for part in self.furniture.parts]
-        self.part_qpos = [self.fine.joint(part.name).qposadr[0] for part in self.furniture.parts]
-        self.part_qvel = [self.fine.joint(part.name).dofadr[0] for part in self.furniture.parts]
-        self.seen = [*self.parts, self.fine.body("front_obstacle").id]
-        self.obstacles = [self.fine.body(f"{name}_obstacle").mocapid[0] for name in OBSTACLE]
-        self.site = self.fine.site("ee").id
-        self.jacobian = np.zeros((6, self.fine.nv))
+        self.screwing, self.grasping, self.moving = load_models(furniture)
+        self.model = self.screwing
+        self.data = mujoco.MjData(self.model)
+        self.parts = [self.model.body(part.name).id for part in self.furniture.parts]
+        self.part_qpos = [self.model.joint(part.name).qposadr[0] for part in self.furniture.parts]
+        self.part_qvel = [self.model.joint(part.name).dofadr[0] for part in self.furniture.parts]
+        self.seen = [*self.parts, self.model.body("front_obstacle").id]
+        self.obstacles = [self.model.body(f"{name}_obstacle").mocapid[0] for name in OBSTACLE]
+        self.site = self.model.site("ee").id
+        self.jacobian = np.zeros((6, self.model.nv))
 
     # ---- state; arm joints come first in qpos, qvel and ctrl, then the fingers
     def ee_pose(self) -> tuple[np.ndarray, np.ndarray]:
@@ -454,9 +459,9 @@ class FurnitureEnv(gym.Env):
 
     def refresh(self):
         """Derives poses and Jacobians from the joints, which mj_step leaves one step behind."""
-        mujoco.mj_kinematics(self.fine, self.data)
-        mujoco.mj_comPos(self.fine, self.data)
-        mujoco.mj_jacSite(self.fine, self.data, self.jacobian[:3], self.jacobian[3:], self.site)
+        mujoco.mj_kinematics(self.model, self.data)
+        mujoco.mj_comPos(self.model, self.data)
+        mujoco.mj_jacSite(self.model, self.data, self.jacobian[:3], self.jacobian[3:], self.site)
 
     def observe(self) -> np.ndarray:
         """(obs_dim,) float32."""
@@ -486,8 +491,12 @@ class FurnitureEnv(gym.Env):
         for _ in range(blocks):
             if self.resting is not None:
                 self.place(held, *self.resting)
-            near = self.near_thread()
-            mujoco.mj_step(*((self.fine, self.data, FINE) if near else (self.coarse, self.data, COARSE)))
+            if self.near_thread():
+                mujoco.mj_step(self.screwing, self.data, FINE)
+            elif self.data.ctrl[7] < 0:
+                mujoco.mj_step(self.grasping, self.data, FINE)
+            else:
+                mujoco.mj_step(self.moving, self.data, COARSE)
         self.refresh()
         if not (np.isfinite(self.data.qpos).all() and np.isfinite(self.data.qvel).all()):
             raise PhysicsError(f"the simulation diverged in step {self.t} of the episode")
@@ -495,7 +504,7 @@ class FurnitureEnv(gym.Env):
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         super().reset(seed=seed)
         data, spec, ranges, rng = self.data, self.furniture, self.ranges, self.np_random
-        mujoco.mj_resetData(self.fine, data)
+        mujoco.mj_resetData(self.model, data)
         data.qpos[:7] = data.ctrl[:7] = HOME + rng.uniform(-ranges.joints, ranges.joints, 7)
         data.qpos[7:9], data.ctrl[7:] = spec.gripper / 2, FINGER_FORCE
         offset = rng.uniform(-ranges.obstacle, ranges.obstacle, 2)
@@ -504,11 +513,11 @@ class FurnitureEnv(gym.Env):
         for i, part in enumerate(spec.parts):
             self.place(i, TAG[0] @ part.position + TAG[1], TAG[0] @ rotation(*part.angles))
         count = len(spec.parts)
-        scale = self.fine.body_mass[self.parts] / [part.hull_mass for part in spec.parts]
+        scale = self.model.body_mass[self.parts] / [part.hull_mass for part in spec.parts]
         direction, force = rng.uniform(0, 2 * np.pi, count), rng.uniform(0, ranges.force, count) * spec.force * scale
         torque = rng.uniform(-ranges.torque, ranges.torque, count) * spec.torque * scale
         self.t, self.gripper, self.resting, self.assembled = 0, -1.0, None, np.zeros(len(spec.pairs), bool)
-        mujoco.mj_kinematics(self.fine, data)
+        mujoco.mj_kinematics(self.model, data)
         data.xfrc_applied[self.parts] = np.stack([force * np.cos(direction), force * np.sin(direction), *np.zeros((3, count)), torque], 1)
         self.simulate(1)
         data.xfrc_applied[:] = 0
@@ -564,7 +573,7 @@ class FurnitureEnv(gym.Env):
     def render(self) -> np.ndarray:
         """The front camera, (height, width, 3) uint8. MUJOCO_GL chooses the renderer before MuJoCo is imported."""
         if self.renderer is None:
-            self.renderer = mujoco.Renderer(self.fine, *self.image_size[::-1])
+            self.renderer = mujoco.Renderer(self.model, *self.image_size[::-1])
         self.renderer.update_scene(self.data, "front")
         return self.renderer.render()
 
