@@ -117,7 +117,7 @@ class Args:
     """Random-shift augmentation of images, in pixels, in pretraining and updates; 0: none (DPPO: 4)."""
 
     # rollouts
-    iterations: int = 80
+    iterations: int = 120
     """Training iterations, the evaluation-only ones included (paper: 200)."""
     num_envs: int = 4
     """Simulators, each a process of 0.4 to 1.2 GB (paper: 64)."""
@@ -210,11 +210,16 @@ class Args:
     """Weight of the consistency loss, eq. (14) (paper: 0.5); alone it moves the policy, and success hangs on centimetres."""
     constraint_weight: float = 0.2
     """Weight of the Fisher-divergence constraint, eq. (15) (paper: 0.2)."""
-    reference: Literal["previous", "pretrained"] = "pretrained"
-    """Policy of the constraint: that of the previous iteration (authors) or the pretrained one (paper's text)."""
+    constraint_points: Literal["path", "trajectory"] = "path"
+    """Where the constraint is taken: at fresh points (1 - t) eps + t a (paper), or at the points of the transport loss, where the sum of
+    the two is a regression on v_ref + phi / (2 w K (1 - t)), without noise at its minimum (ours)."""
+    reference: Literal["previous", "pretrained"] = "previous"
+    """Policy of the constraint: an earlier one (authors) or the pretrained one (paper's text)."""
+    reference_every: int = 10
+    """Training iterations after which the previous policy is replaced by the current one (authors: 1)."""
     actor_lr: float = 2e-5
     """Adam step size of the actor (paper: 2e-5)."""
-    actor_lr_end: float = 0.1
+    actor_lr_end: float = 0.3
     """Factor on actor_lr that is reached linearly by the last iteration (authors: 1)."""
     actor_warmup: int = 32
     """Actor steps over which the step size rises linearly (paper: 32)."""
@@ -224,7 +229,7 @@ PAPER = dict(
     bc_epochs=4000, bc_lr=1e-4, bc_lr_end=1e-5, iterations=200, num_envs=64, stop_on_success=False, fast_render=False, buffer_iterations=10,
     replay_gib=16.0, eval_every=10, eval_episodes=64, gamma=0.999, time_limit="terminal", value_samples=2, target_momentum=0.995, rounds=16,
     critic_steps=32, critic_batch=1024, critic_lr=1e-3, critic_layer_norm=False, critic_init="normal", encoder="own", segments=64, segment_chunks=199,
-    warmup_iterations=2, actor_steps=2, actor_batch=1024, n_particles=8, zero_fraction=0.0, consistency_weight=0.5, reference="previous",
+    warmup_iterations=2, actor_steps=2, actor_batch=1024, n_particles=8, zero_fraction=0.0, consistency_weight=0.5, reference_every=1,
     rollout_chunks=200, transport_scale=1.0, actor_lr_end=1.0, bf16=False,
 )  # fmt: skip
 
@@ -608,10 +613,13 @@ def actor_losses(velocity, reference, critic: Critic, cond, cond_ref, cond_q, tr
     k = torch.randint(K, (B, P), device=device) if k is None else k
     x = trajectory.gather(0, k[None, ..., None].expand(1, -1, -1, D))[0]  # x_{t_k}, (B, P, D)
     t = k / K
-    t_c = torch.randint(K, (B, P), device=device) / K
-    x_c = interpolate(action, start_noise(action.shape, args), t_c)
+    x_c, t_c = x, t
+    if args.constraint_points == "path":
+        t_c = torch.randint(K, (B, P), device=device) / K
+        x_c = interpolate(action, start_noise(action.shape, args), t_c)
     with autocast(args):
-        v, v_c = velocity(torch.stack([x, x_c]), torch.stack([t, t_c]), cond.expand(2, -1, -1, -1))  # both in one pass
+        v = velocity(x, t, cond)
+        v_c = v if x_c is x else velocity(x_c, t_c, cond)
         with torch.no_grad():
             v_ref = reference(x_c, t_c, cond_ref)
     a_dagger = expected_target(x, t, v)  # eq. (8)
@@ -898,7 +906,7 @@ def resolve(args: Args) -> Args:
     args.bc_epochs = args.bc_epochs or (30 if args.obs == "image" else 200)
     if args.obs == "state":
         args.encoder = "frozen"  # there is none
-    for name in "chunk euler_steps n_particles num_envs horizon rounds segments value_samples eval_every eval_episodes threads".split():
+    for name in "chunk euler_steps n_particles num_envs horizon rounds reference_every segments value_samples eval_every eval_episodes threads".split():
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if not 1 <= args.segment_chunks < args.rollout_chunks:
@@ -1062,7 +1070,7 @@ def main(args: Args) -> dict | None:
             for key, value in row.items():
                 if isinstance(value, float) and not math.isfinite(value):
                     raise FloatingPointError(f"{key} became {value} in iteration {iteration}; the last good checkpoint is {checkpoint_path}")
-            if args.reference == "previous":
+            if args.reference == "previous" and state["trained"] % args.reference_every == 0:
                 reference.load_state_dict(policy.state_dict())
 
         state["iteration"], state["wall_s"] = iteration + 1, state["wall_s"] + time.perf_counter() - tick
