@@ -160,7 +160,7 @@ class Args:
     fresh_fraction: float = 0.33
     """Least fraction of the segments that comes from the newest rollout (authors: 0.33)."""
     warmup_iterations: int = 3
-    """Training iterations with `warmup_lambda` and `warmup_factor` (RLDT's paper, before its actor starts: 2)."""
+    """Training iterations that act by the base alone, with `warmup_lambda` and `warmup_factor` (RLDT's paper: 2)."""
     warmup_lambda: float = 0.95
     """lambda of the first iterations, so that values reach their true scale (RLDT's authors: as td_lambda)."""
     warmup_factor: int = 3
@@ -709,6 +709,7 @@ def main(args: Args) -> dict | None:
         tick = time.perf_counter()
         row, sums = {"iteration": iteration}, defaultdict(float)
         spent = max(iteration / args.iterations, state["wall_s"] / args.wall_budget_s if args.wall_budget_s else 0.0)  # 1: the end
+        policy.candidates = args.candidates if state["trained"] >= args.warmup_iterations else 1  # the base itself, until the critic knows it
         if iteration % args.eval_every == 0 or spent >= 1:  # evaluation only
             final = iteration == 0 or spent >= 1
             if rank == 0:
