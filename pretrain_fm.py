@@ -2,16 +2,23 @@
 
     python pretrain_fm.py gym --env-id Hopper-v4 --out base.safetensors
     python pretrain_fm.py robomimic --task square --obs state --out base.safetensors
+    python pretrain_fm.py furniture --furniture one_leg --randomness low --out base.safetensors
 
-runs the same function as `rldt_gym.py --pretrain` (or `rldt_robomimic.py --pretrain`) and reports the
-validation loss and the policy's return or success rate. The file is what `--base` takes there.
+runs the same function as `rldt_gym.py --pretrain` (or `rldt_robomimic.py`, `rldt_furniture.py`) and reports the validation
+loss and the policy's return or success rate. The file is what `--base` takes there.
 """
+
+try:  # Isaac Gym cannot be imported after torch
+    import isaacgym  # noqa: F401
+except (ImportError, RuntimeError):  # the latter on another Python than its own
+    pass
 
 from pathlib import Path
 
 import torch
 import tyro
 
+import rldt_furniture
 import rldt_gym
 import rldt_robomimic
 from demos import dataset
@@ -71,7 +78,34 @@ def robomimic(args: rldt_robomimic.Args, out: Path | None = None) -> dict[str, f
     return info
 
 
+def furniture(args: rldt_furniture.Args, out: Path | None = None) -> dict[str, float]:
+    """Flow matching on demonstrations of a FurnitureBench task.
+
+    Args:
+        args: the fields of rldt_furniture.py; those of the base policy and the evaluation matter here.
+        out: file to write; default demos/<furniture>/base_<randomness>.safetensors.
+    """
+    args = rldt_furniture.resolve(args)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    out = out or dataset.DEMOS / args.furniture / f"base_{args.randomness}.safetensors"
+    policy = rldt_furniture.pretrain(args, rldt_furniture.get_demonstrations(args))
+    info = {"furniture": args.furniture, "randomness": args.randomness, "backend": args.backend, "validation_loss": policy.validation_loss,
+            "episodes": args.final_eval_episodes}  # fmt: skip
+    rldt_furniture.save_base(policy, out, **info)  # before the evaluation, which takes longer
+    envs = rldt_furniture.make_envs(args, args.num_envs)
+    scores = rldt_furniture.evaluate(policy, envs, args, args.final_eval_episodes, 1_000_000)
+    envs.close()
+    for start, stages in ("zero", scores["zero"]), ("sampled", scores["noise"]):
+        info |= {f"success_{start}": float((stages == rldt_furniture.stages_of(args)).mean()), f"pairs_{start}": float(stages.mean())}
+    rldt_furniture.save_base(policy, out, **info)
+    print(f"{out}: validation loss {info['validation_loss']:.4f}, success {100 * info['success_zero']:.0f} % ({info['pairs_zero']:.2f} pairs) "
+          f"from x_0 = 0, {100 * info['success_sampled']:.0f} % ({info['pairs_sampled']:.2f}) from noise, {args.backend}, "
+          f"{args.final_eval_episodes} episodes each")  # fmt: skip
+    return info
+
+
 if __name__ == "__main__":
     tyro.extras.subcommand_cli_from_dict(
-        {"gym": gym, "robomimic": robomimic}, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
+        {"gym": gym, "robomimic": robomimic, "furniture": furniture}, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
     )
