@@ -33,7 +33,7 @@ import numpy as np
 
 CONTROL_RATE = 10  # Hz
 BLOCKS = 6  # per action, of 1/60 s: the physics step of the original, in which its force of the reset acts
-COARSE, FINE = 4, 8  # MuJoCo's steps per block: 1/240 s, or 1/480 s while the gripper is closed or a screw is near its hole
+MOVING, GRASPING, SCREWING = 4, 8, 6  # MuJoCo's steps per block: with open fingers, closed ones, and closed ones near a thread
 HOME = np.array([-0.02630888, 0.3758795, 0.12485036, -2.1383357, -0.09431414, 2.49649072, 0.01921718])  # joints at reset
 FINGER_FORCE = 13.0  # N
 GRASP_MARGIN = 0.019  # a change of sign of the gripper's action counts above this
@@ -90,10 +90,10 @@ TAG_QUATERNION = np.array([[_w, -_x, -_y, -_z], [_x, _w, -_z, _y], [_y, _z, _w, 
 
 # ---------------------------------------------------------------------------------- MJCF pieces
 # Contact bits: a pair collides if one's contype meets the other's conaffinity.
-TABLE, ROBOT, SHELL, THREAD, LEG, HOOD = 1, 2, 4, 8, 16, 32
+TABLE, ROBOT, SHELL, THREAD, LEG, HOOD, HOLE = 1, 2, 4, 8, 16, 32, 64
 STIFF = 'solref="0.005 1" solimp="0.95 0.99 0.0005"'
-ON_TABLE = f'friction="0.125 0.002 0.0001" condim="4" {STIFF}'
-PART = f'friction="0.15 0.001 0.0001" condim="4" {STIFF}'
+ON_TABLE = f'friction="0.125 0.002 0.0001" condim="3" {STIFF}'
+PART = f'friction="0.15 0.001 0.0001" condim="3" {STIFF}'
 FINGER = 'friction="0.575 0.01 0.0001" condim="4" priority="2" solref="0.004 1" solimp="0.95 0.99 0.0005"'
 WIRE = 0.0022  # radius of the capsules of a thread
 PITCH = 0.00955  # of the right-handed threads, per turn: measured on the meshes of table top, leg and lamp base
@@ -120,6 +120,20 @@ def disc(radius: float, low: float, high: float, contype: int, conaffinity: int,
     """A cylinder around the y axis, from y = `low` to `high`, at `center` in x and z."""
     pos = center[0], (low + high) / 2, center[1]
     return geom("cylinder", (radius, (high - low) / 2), pos, contype, conaffinity, turn=rotation(np.pi / 2, 0, 0), **kwargs)
+
+
+RODS, ROD = 6, 0.0025
+
+
+def bundle(radius: float, low: float, high: float, contype: int, conaffinity: int, center=(0.0, 0.0), mass: float = 0.0) -> str:
+    """A cylinder around the y axis, made of capsules parallel to it: these collide with capsules and boxes in closed form."""
+    result = ""
+    if RODS == 0:
+        return disc(radius, low, high, contype, conaffinity, center, mass=mass)
+    for angle in 2 * np.pi * np.arange(RODS) / RODS:
+        pos = center[0] + (radius - ROD) * np.cos(angle), (low + high) / 2, center[1] + (radius - ROD) * np.sin(angle)
+        result += geom("capsule", (ROD, (high - low) / 2 - ROD), pos, contype, conaffinity, mass=mass / RODS, turn=rotation(np.pi / 2, 0, 0))
+    return result
 
 
 def ring(count: int, radius: float, half: tuple, low: float, contype: int, conaffinity: int, center=(0.0, 0.0), tilt: float = 0.0, **kwargs) -> str:
@@ -150,7 +164,7 @@ def table_top() -> str:
         result += geom("box", (rim, 0.0125, tray), (side * (tray - rim), 0.0031, 0), SHELL, ROBOT)
         result += geom("box", (tray - 2 * rim, 0.0125, rim), (0, 0.0031, side * (tray - rim)), SHELL, ROBOT)
     for x, z in HOLES:
-        result += ring(8, 0.0144, (0.0016, 0.0125, 0.0062), -0.0094, SHELL, ROBOT, (x, z))
+        result += ring(8, 0.0144, (0.0016, 0.0125, 0.0062), -0.0094, HOLE, ROBOT, (x, z))
         result += thread(-0.0088, 0.0099, 0.0131, -1.541, THREAD, 0, (x, z))
     return result
 
@@ -161,7 +175,7 @@ def table_leg(threaded: bool) -> str:
     everything = TABLE | ROBOT | SHELL | LEG
     result = geom("box", (0.015, 0.03125, 0.015), (0, 0, z), LEG, everything, ON_TABLE, mass=0.0195)
     core = 0.0100 if threaded else 0.0122
-    result += disc(core, -0.05625, -0.03125, 0, everything | (THREAD if threaded else 0), (0, z), mass=0.0036)
+    result += bundle(core, -0.05625, -0.03125, 0, everything | HOLE | THREAD, (0, z), mass=0.0036)
     return result + (thread(-0.0500, -0.0332, 0.0100, 0.020, 0, THREAD, (0, z)) if threaded else "")
 
 
@@ -170,7 +184,7 @@ def lamp_base() -> str:
     result = box((-0.0423, 0.0066, -0.0423), (0.0423, 0.0172, 0.0423), SHELL, TABLE | ROBOT, contact=ON_TABLE, mass=0.03)
     for half, low, high, mass in ((0.0350, 0.0010, 0.0066, 0.005), (0.0300, -0.0050, 0.0010, 0.005), (0.0240, -0.0146, -0.0050, 0.010)):
         result += box((-half, low, -half), (half, high, half), SHELL, ROBOT, mass=mass)
-    result += ring(12, 0.0143, (0.0015, 0.0156, 0.0042), -0.0458, SHELL, ROBOT, mass=0.0008)
+    result += ring(12, 0.0143, (0.0015, 0.0156, 0.0042), -0.0458, HOLE, ROBOT, mass=0.0008)
     flange, hole = 0.0276, 0.0158  # half widths of the square plate at the mouth and of the hole in it
     for side in (-1, 1):
         x = (side * hole, side * flange)
@@ -185,7 +199,7 @@ def lamp_bulb() -> str:
     result = geom("box", (0.0175, 0.0165, 0.0175), (0, -0.0035, 0), LEG, everything, mass=0.02)
     result += geom("sphere", (0.030,), (0, 0.038, 0), LEG, everything | HOOD, mass=0.015)
     result += disc(0.0224, -0.0220, -0.0160, LEG, everything, mass=0.002)
-    result += disc(0.0100, -0.0530, -0.0220, 0, everything | THREAD, mass=0.0015)
+    result += bundle(0.0100, -0.0530, -0.0220, 0, everything | HOLE | THREAD, mass=0.0015)
     return result + thread(-0.0410, -0.02327, 0.0100, -3.00569, 0, THREAD, (-0.00025, 0), pitch=0.0096)
 
 
@@ -365,7 +379,7 @@ def build_xml(furniture: str) -> str:
     fingers = "".join(f'<motor joint="{name}" forcerange="-{FINGER_FORCE} {FINGER_FORCE}"/>' for name in ("left", "right"))
     return f"""<mujoco>
 <compiler angle="radian" autolimits="true"/>
-<option timestep="{1 / (CONTROL_RATE * BLOCKS * FINE)}" integrator="implicitfast" cone="elliptic" impratio="5" tolerance="1e-5" iterations="20"
+<option integrator="implicitfast" cone="elliptic" impratio="1" tolerance="1e-5" iterations="20"
  gravity="0 0 -9.8"><flag autoreset="disable"/></option>
 <visual><global offwidth="1280" offheight="960"/><headlight ambient="0.4 0.4 0.4"/><map znear="0.01"/></visual>
 <default><default class="visual"><geom contype="0" conaffinity="0" mass="0" rgba="0.9 0.9 0.9 1"/></default></default>
@@ -384,17 +398,19 @@ def build_xml(furniture: str) -> str:
 
 
 @functools.cache
-def load_models(furniture: str) -> tuple[mujoco.MjModel, mujoco.MjModel, mujoco.MjModel]:
-    """The task's model with threads that collide, in fine steps, and copies without: in fine and in coarse steps.
+def load_models(furniture: str) -> dict[tuple[bool, bool], mujoco.MjModel]:
+    """The task's model by whether threads collide and whether the fingers close, which need finer steps to hold a part.
 
-    They share their layout, so that one MjData goes through all of them.
+    The models share their layout, so that one MjData goes through all of them.
     """
-    screwing = mujoco.MjModel.from_xml_string(build_xml(furniture))
-    grasping = copy.copy(screwing)
-    grasping.geom_contype[grasping.geom_contype == THREAD] = 0
-    moving = copy.copy(grasping)
-    moving.opt.timestep = 1 / (CONTROL_RATE * BLOCKS * COARSE)
-    return screwing, grasping, moving
+    threaded = mujoco.MjModel.from_xml_string(build_xml(furniture))
+    smooth = copy.copy(threaded)
+    smooth.geom_contype[smooth.geom_contype == THREAD] = 0
+    models = {}
+    for threads, closed, steps in ((False, False, MOVING), (False, True, GRASPING), (True, False, MOVING), (True, True, SCREWING)):
+        models[threads, closed] = model = copy.copy(threaded if threads else smooth)
+        model.opt.timestep = 1 / (CONTROL_RATE * BLOCKS * steps)
+    return models
 
 
 # --------------------------------------------------------------------------------- environment
@@ -419,8 +435,8 @@ class FurnitureEnv(gym.Env):
         self.horizon, self.image_size, self.renderer = horizon or self.furniture.horizon, image_size, None
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (self.furniture.obs_dim,), np.float32)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (10,), np.float32)
-        self.screwing, self.grasping, self.moving = load_models(furniture)
-        self.model = self.screwing
+        self.models = load_models(furniture)
+        self.model = self.models[True, True]
         self.data = mujoco.MjData(self.model)
         self.parts = [self.model.body(part.name).id for part in self.furniture.parts]
         self.part_qpos = [self.model.joint(part.name).qposadr[0] for part in self.furniture.parts]
@@ -491,12 +507,9 @@ class FurnitureEnv(gym.Env):
         for _ in range(blocks):
             if self.resting is not None:
                 self.place(held, *self.resting)
-            if self.near_thread():
-                mujoco.mj_step(self.screwing, self.data, FINE)
-            elif self.data.ctrl[7] < 0:
-                mujoco.mj_step(self.grasping, self.data, FINE)
-            else:
-                mujoco.mj_step(self.moving, self.data, COARSE)
+            near, closed = self.near_thread(), self.data.ctrl[7] < 0
+            steps = MOVING if not closed else SCREWING if near else GRASPING
+            mujoco.mj_step(self.models[near, closed], self.data, steps)
         self.refresh()
         if not (np.isfinite(self.data.qpos).all() and np.isfinite(self.data.qvel).all()):
             raise PhysicsError(f"the simulation diverged in step {self.t} of the episode")
