@@ -1,0 +1,120 @@
+"""Makes FurnitureBench demonstrations with scripted assemblers on MuJoCo.
+
+    python -m demos.make_furniture_demos --furniture one_leg --randomness low --episodes 100   # writes demos/one_leg/low.hdf5
+
+The assemblers read poses from the simulator and act through the same actions as a policy. While the arm moves freely, what it executes is
+its action plus correlated noise on the position; recorded is the action without noise, which leads back. Only
+successes are written: data/demo_i/{actions, rewards, obs/state}, float32, with one row per environment step.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from demos.furniture_one_leg import OneLeg
+from demos.furniture_skills import Arm
+from demos.make_robomimic_demos import replacing
+from envs.furniture_mujoco import FurnitureEnv, PhysicsError
+
+DEMOS = Path(__file__).parent
+ASSEMBLERS: dict[str, Callable] = {"one_leg": OneLeg}
+MEMORY = 0.7  # of the noise, per step
+
+
+@dataclass
+class Args:
+    furniture: Literal["one_leg", "lamp"] = "one_leg"
+    """Furniture to assemble."""
+    randomness: Literal["low", "med"] = "low"
+    """Range of the initial states."""
+    episodes: int = 100
+    """Successful episodes to record; failures are dropped."""
+    seed: int = 0
+    """Seed of the first attempt; the others follow one by one."""
+    noise: float = 0.004
+    """Standard deviation (m) of what is added to the noise on the position in each step, so that cloning sees off-nominal states; 0: none."""
+    out: Path | None = None
+    """Output; default demos/<furniture>/<randomness>.hdf5."""
+
+
+def wilson(successes: int, attempts: int) -> tuple[float, float]:
+    """95 % interval of a success rate (Wilson 1927)."""
+    z, rate = 1.96, successes / attempts
+    center = rate + z * z / (2 * attempts)
+    half = z * math.sqrt(rate * (1 - rate) / attempts + z * z / (4 * attempts * attempts))
+    return (center - half) / (1 + z * z / attempts), (center + half) / (1 + z * z / attempts)
+
+
+def run_episode(env: FurnitureEnv, assembler: Callable, seed: int, noise: float = 0.004) -> dict[str, np.ndarray]:
+    """The assembler's episode from a reset with `seed`, until it succeeds or time is up.
+
+    Returns actions (T, 10), rewards (T,) and state (T, obs_dim), before each action, all float32. It succeeded if the rewards
+    sum up to the number of pairs. Raises PhysicsError where the simulation diverges.
+    """
+    rng = np.random.default_rng(seed)
+    state, info = env.reset(seed=seed)
+    arm = Arm(env, rng)
+    states, actions, rewards, disturbance, truncated = [], [], [], np.zeros(3), False
+    for action in assembler(arm).steps():
+        disturbance = MEMORY * (disturbance + rng.normal(0, noise, 3))
+        executed = action.copy()
+        if arm.rough:
+            executed[:3] += disturbance
+        states.append(state)
+        actions.append(action)
+        state, reward, _, truncated, info = env.step(executed)
+        rewards.append(reward)
+        if info["success"] or truncated:
+            break
+    return {"actions": np.array(actions, np.float32), "rewards": np.array(rewards, np.float32), "state": np.array(states)}
+
+
+def make(args: Args) -> Path:
+    """Lets the assembler act until `args.episodes` have succeeded and writes them; returns the file's path."""
+    if args.episodes < 1 or args.noise < 0:
+        raise SystemExit("--episodes must be at least 1 and --noise at least 0.")
+    if args.furniture not in ASSEMBLERS:
+        raise SystemExit(f"There is no assembler of {args.furniture}; there is one of {', '.join(ASSEMBLERS)}.")
+    out = args.out or DEMOS / args.furniture / f"{args.randomness}.hdf5"
+    env = FurnitureEnv(args.furniture, args.randomness)
+    pairs, lengths, diverged = len(env.furniture.pairs), [], 0
+    with replacing(out) as file, tqdm(total=args.episodes, desc=f"{args.furniture} {args.randomness}", unit="demo") as progress:
+        data = file.create_group("data")
+        for attempt in itertools.count():
+            try:
+                episode = run_episode(env, ASSEMBLERS[args.furniture], args.seed + attempt, args.noise)
+            except PhysicsError:
+                episode, diverged = None, diverged + 1
+            if episode and episode["rewards"].sum() == pairs:
+                group = data.create_group(f"demo_{len(lengths)}")
+                for name, value in (("actions", episode["actions"]), ("rewards", episode["rewards"]), ("obs/state", episode["state"])):
+                    group.create_dataset(name, data=value, chunks=value.shape, compression="gzip", compression_opts=9, shuffle=True)
+                group.attrs["num_samples"], group.attrs["seed"] = len(episode["actions"]), args.seed + attempt
+                lengths.append(len(episode["actions"]))
+                progress.update()
+            progress.set_postfix_str(f"{len(lengths)}/{attempt + 1} succeeded")
+            if len(lengths) == args.episodes:
+                break
+            if attempt >= 20 and len(lengths) < 0.1 * attempt:
+                raise SystemExit(f"Only {len(lengths)} of {attempt + 1} attempts succeeded: gave up, wrote nothing. Try less --noise.")
+        data.attrs.update({"furniture": args.furniture, "randomness": args.randomness, "seed": args.seed, "noise": args.noise, "backend": "MuJoCo",
+                           "attempts": attempt + 1, "total": sum(lengths)})  # fmt: skip
+    low, high = wilson(len(lengths), attempt + 1)
+    print(f"{args.furniture}, {args.randomness} (MuJoCo): {len(lengths)} of {attempt + 1} attempts succeeded ({len(lengths) / (attempt + 1):.0%}, "
+          f"95 % interval {low:.0%} to {high:.0%}), {np.mean(lengths):.0f} steps on average, {diverged} diverged")  # fmt: skip
+    return out
+
+
+if __name__ == "__main__":
+    try:
+        path = make(tyro.cli(Args, description=__doc__))
+    except KeyboardInterrupt:
+        raise SystemExit("Interrupted: nothing was written.") from None
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")

@@ -1,0 +1,423 @@
+import importlib.metadata
+import itertools
+import subprocess
+import sys
+import warnings
+
+import h5py
+import numpy as np
+import pytest
+from conftest import ROOT
+from gymnasium.utils.env_checker import check_env
+from scipy.spatial import ConvexHull
+from scipy.spatial.transform import Rotation
+
+import envs.furniture_mujoco as module
+from demos import make_furniture_demos
+from demos.furniture_one_leg import OneLeg
+from demos.furniture_skills import CLOSED, Arm, Lost, from_rotation_vector
+from demos.make_furniture_demos import run_episode, wilson
+from envs.furniture_mujoco import (
+    FURNITURE,
+    HOLES,
+    HOME,
+    OBSTACLE,
+    PITCH,
+    RANDOMNESS,
+    FurnitureEnv,
+    FurnitureVectorEnv,
+    PhysicsError,
+    matrix_from_6d,
+    rotation,
+    rotation_6d,
+    rotation_vector,
+)
+
+TASKS = ("one_leg", "lamp")
+DENSITY = {"top": 498.68, "leg": 369.98, "base": 341.54, "bulb": 545.09, "hood": 762.31}  # kg/m^3, of the original's sim_config.py
+
+
+@pytest.fixture(scope="module")
+def envs():
+    """One environment per task and randomness, built once."""
+    built = {}
+
+    def get(furniture="one_leg", randomness="low"):
+        if (furniture, randomness) not in built:
+            built[furniture, randomness] = FurnitureEnv(furniture, randomness)
+        return built[furniture, randomness]
+
+    return get
+
+
+def stay(env) -> np.ndarray:
+    """The action that holds the present pose, fingers open."""
+    position, matrix = env.ee_pose()
+    return np.array([*position, *rotation_6d(matrix), -1])
+
+
+def wander(env, rng, steps: int) -> list[np.ndarray]:
+    return [stay(env) + rng.normal(0, 0.02, 10) for _ in range(steps)]
+
+
+# ----------------------------------------------------------------------------------- interface
+@pytest.mark.parametrize("furniture", TASKS)
+def test_gymnasium_accepts_the_environment(furniture):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check_env(FurnitureEnv(furniture), skip_render_check=True)
+
+
+@pytest.mark.parametrize("furniture", TASKS)
+def test_observation_layout(envs, furniture):
+    env = envs(furniture)
+    env.reset(seed=3)
+    for action in wander(env, np.random.default_rng(0), 4):
+        obs = env.step(action)[0]
+    before, dt = env.ee_pose(), 1e-5
+    velocity, angular = obs[9:12], obs[12:15]
+    hand, model, data = Rotation.from_matrix(before[1]), env.model, env.data
+    np.testing.assert_allclose(obs[:3], before[0], atol=1e-6)
+    np.testing.assert_allclose(obs[3:9], hand.as_matrix()[:2].ravel(), atol=1e-6)
+    np.testing.assert_allclose(obs[15], data.qpos[7] + data.qpos[8], atol=1e-6)
+    tag = np.eye(4)
+    tag[:3, :3], tag[:3, 3] = Rotation.from_euler("xyz", [np.pi, 0, np.pi / 2]).as_matrix(), [0.3015, 0, 0]
+    names = [*(part.name for part in FURNITURE[furniture].parts), "front_obstacle"]
+    for i, name in enumerate(names):
+        pose = np.eye(4)
+        pose[:3, :3], pose[:3, 3] = data.body(name).xmat.reshape(3, 3), data.body(name).xpos
+        pose = np.linalg.inv(tag) @ pose
+        seen = obs[16 + 7 * i : 23 + 7 * i]
+        np.testing.assert_allclose(seen[:3], pose[:3, 3], atol=1e-6)
+        np.testing.assert_allclose(Rotation.from_quat(seen[3:]).as_matrix(), pose[:3, :3], atol=1e-5)  # x, y, z, w
+        assert seen[6] >= 0
+    assert len(obs) == 16 + 7 * len(names) == {"one_leg": 58, "lamp": 44}[furniture]
+    assert obs.dtype == np.float32 and model.nv == 9 + 6 * len(FURNITURE[furniture].parts)
+    data.qpos[:7] += dt * data.qvel[:7]  # velocities by finite differences
+    env.refresh()
+    after = env.ee_pose()
+    np.testing.assert_allclose(velocity, (after[0] - before[0]) / dt, atol=1e-3)
+    np.testing.assert_allclose(angular, (Rotation.from_matrix(after[1]) * hand.inv()).as_rotvec() / dt, atol=1e-3)
+
+
+def test_rotations_agree_with_scipy():
+    rng = np.random.default_rng(0)
+    for turn in Rotation.random(20, random_state=0):
+        matrix = turn.as_matrix()
+        np.testing.assert_allclose(matrix_from_6d(rotation_6d(matrix)), matrix, atol=1e-12)
+        np.testing.assert_allclose(matrix_from_6d(rotation_6d(matrix) * 3), matrix, atol=1e-12)  # rows need not be unit vectors
+        np.testing.assert_allclose(rotation_vector(matrix), turn.as_rotvec(), atol=1e-9)
+        np.testing.assert_allclose(from_rotation_vector(turn.as_rotvec()), matrix, atol=1e-12)
+        angles = rng.uniform(-3, 3, 3)
+        np.testing.assert_allclose(rotation(*angles), Rotation.from_euler("xyz", angles).as_matrix(), atol=1e-12)
+    assert np.isfinite(matrix_from_6d(np.zeros(6))).all()
+
+
+def test_actions_are_absolute_poses(envs):
+    env = envs()
+    env.reset(seed=1)
+    position, matrix = env.ee_pose()
+    goal, turn = position + [0.03, -0.04, 0.05], matrix @ rotation(0.1, 0.2, 0.3)
+    for _ in range(25):
+        obs = env.step(np.array([*goal, *rotation_6d(turn), -1]))[0]
+    np.testing.assert_allclose(obs[:3], goal, atol=1e-3)
+    np.testing.assert_allclose(obs[3:9], turn[:2].ravel(), atol=5e-3)
+
+
+def test_gripper_closes_on_a_positive_value_beyond_the_margin(envs):
+    env = envs()
+    env.reset(seed=1)
+    action, widths = stay(env), []
+    for value in (0.018, 0.5, 0.5, 0.5, -0.018, -0.5, -0.5, -0.5):
+        action[9] = value
+        env.step(action)
+        widths.append(env.gripper_width())
+    assert widths[0] > 0.06  # a change of sign within the margin is not one, but from then on the sign counts
+    assert widths[3] < 0.005 and widths[-1] > 0.06
+
+
+@pytest.mark.parametrize("arguments", [("chair",), ("one_leg", "high"), ("one_leg", "low", "human")])
+def test_unknown_arguments_are_named(arguments):
+    with pytest.raises(SystemExit, match=f"Unknown '{arguments[-1]}'"):
+        FurnitureEnv(*arguments)
+
+
+def test_missing_wheel_is_one_line(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", missing)
+    with pytest.raises(SystemExit, match=r"pip install --no-deps furniture-bench==0\.1$") as error:
+        module.build_xml("one_leg")
+    assert "\n" not in str(error.value)
+
+
+def test_rendering():
+    code = ("from envs.robomimic import choose_renderer; choose_renderer(log=lambda text: None)\n"
+            "from envs.furniture_mujoco import FurnitureEnv\n"
+            "env = FurnitureEnv('lamp', render_mode='rgb_array'); env.reset(seed=0); image = env.render(); env.close()\n"
+            "print(image.shape, image.dtype, image.std() > 10)")  # fmt: skip
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.strip() == "(240, 320, 3) uint8 True", result.stderr
+
+
+# -------------------------------------------------------------------------------------- reward
+def put_together(env, second: int, position, matrix):
+    """Puts the second part at a pose in the frame of the first, without a step of physics."""
+    base, turn = np.array([0.5, 0.0, 0.1]), rotation(0.3, -0.2, 0.5)
+    env.place(0, base, turn)
+    env.place(second, base + turn @ position, turn @ matrix)
+    env.refresh()
+    return env.newly_assembled()
+
+
+@pytest.mark.parametrize("hole", HOLES)
+def test_one_leg_is_rewarded_once_within_the_tolerance(envs, hole):
+    env, target = envs(), np.array([hole[0], 0.046875, hole[1]])
+    for axis, sign in itertools.product(range(3), (-1, 1)):
+        offset = sign * np.eye(3)[axis]
+        env.reset(seed=0)
+        assert put_together(env, 4, target + 0.00501 * offset, np.eye(3)) == 0 and env.info() == {"stages": 0, "success": False}
+        assert put_together(env, 4, target + 0.00499 * offset, np.eye(3)) == 1 and env.info() == {"stages": 1, "success": True}
+        assert put_together(env, 4, target, np.eye(3)) == 0  # not again
+
+
+def test_rotation_tolerance_is_a_cosine_of_rows(envs):
+    env, target, limit = envs(), np.array([0.05625, 0.046875, 0.05625]), np.arccos(0.94)
+    for axis, sign in itertools.product(range(3), (-1, 1)):
+        env.reset(seed=0)
+        assert put_together(env, 4, target, rotation(*(sign * (limit + 1e-4) * np.eye(3)[axis]))) == 0
+        assert put_together(env, 4, target, rotation(*(sign * (limit - 1e-4) * np.eye(3)[axis]))) == 1
+    env.reset(seed=0)
+    assert put_together(env, 3, target, np.eye(3)) == 0  # the other legs do not count
+
+
+def test_lamp_is_rewarded_for_the_bulb_and_for_the_hood(envs):
+    env = envs("lamp")
+    env.reset(seed=0)
+    assert put_together(env, 1, (0, -0.0678, 0), np.eye(3)) == 0  # the bulb must be upside down
+    assert put_together(env, 2, (0, -0.0834, 0), rotation(1, 2, 3)) == 1  # the hood may be turned at will
+    assert env.info() == {"stages": 1, "success": False}
+    assert put_together(env, 1, (0, -0.0678, 0), rotation(0, 0, np.pi)) == 1
+    assert env.info() == {"stages": 2, "success": True}
+
+
+# ----------------------------------------------------------------------------------- resetting
+@pytest.mark.parametrize("randomness", ["low", "med"])
+def test_randomisation_covers_its_ranges(envs, randomness):
+    env, ranges, samples = envs("one_leg", randomness), RANDOMNESS[randomness], 60
+    joints, obstacles, speed, spin = [], [], [], []
+    for seed in range(samples):
+        env.reset(seed=seed)
+        joints.append(env.data.ctrl[:7] - HOME)
+        shifts = [env.obstacle_position(i) - pos for i, pos in enumerate(OBSTACLE.values())]
+        np.testing.assert_allclose(shifts, [shifts[0]] * 3, atol=1e-12)  # the obstacle moves as one
+        obstacles.append(shifts[0])
+        speed.append([np.linalg.norm(env.data.qvel[v : v + 2]) for v in env.part_qvel])
+        spin.append([abs(env.data.qvel[v + 4]) for v in env.part_qvel])  # around the parts' y axis: vertical only for the top
+    joints, obstacles = np.abs(joints), np.abs(obstacles)
+    assert joints.max() <= ranges.joints and (joints.max(0) > 0.85 * ranges.joints).all()
+    assert obstacles[:, :2].max() <= ranges.obstacle and (obstacles[:, :2].max(0) > 0.85 * ranges.obstacle).all() and not obstacles[:, 2].any()
+    parts = FURNITURE["one_leg"].parts
+    push = ranges.force * np.array(FURNITURE["one_leg"].force) / [part.hull_mass for part in parts] / 60  # m/s, without friction
+    fastest = np.sort(speed, 0)[-6]  # a hand that starts inside the top throws it; such resets are rare
+    assert (fastest < push).all() and (fastest > 0.4 * push).all()
+    inertia = parts[0].hull_mass * (2 * 0.08125) ** 2 / 6  # of a square plate
+    assert 0.3 < np.sort(np.array(spin)[:, 0])[-6] * inertia / (ranges.torque * 70 / 60) < 1
+
+
+@pytest.mark.parametrize("furniture", TASKS)
+def test_hull_masses_are_those_of_the_meshes(envs, furniture):
+    model = envs(furniture).model
+    for part in FURNITURE[furniture].parts:
+        mesh = model.mesh(part.name).id
+        start, count = model.mesh_vertadr[mesh], model.mesh_vertnum[mesh]
+        volume = ConvexHull(model.mesh_vert[start : start + count]).volume
+        assert volume * DENSITY[part.name.rstrip("1234")] == pytest.approx(part.hull_mass, rel=0.01)
+
+
+def test_episodes_repeat_bit_for_bit(envs):
+    first, second = envs(), FurnitureEnv()
+    actions, states = None, []
+    for env, seed in ((first, 5), (first, 6), (second, 5), (first, 5)):
+        obs = [env.reset(seed=seed)[0]]
+        actions = actions or wander(env, np.random.default_rng(0), 6)
+        states.append(np.array(obs + [env.step(action)[0] for action in actions]))
+    np.testing.assert_array_equal(states[0], states[2])
+    np.testing.assert_array_equal(states[0], states[3])
+    assert (states[0] != states[1]).any()
+
+
+def test_bulb_stays_until_the_hand_is_close(envs):
+    env = envs("lamp")
+    env.reset(seed=0)
+    start = env.part_pose(1)
+    for action in wander(env, np.random.default_rng(0), 5):
+        env.step(action)
+    np.testing.assert_allclose(env.part_pose(1)[0], start[0], atol=1e-3)  # it moves at most within a physics step
+    assert env.resting is not None
+    env.place(1, env.ee_pose()[0] + [0.029, -0.029, -0.029], np.eye(3))
+    env.resting = env.ee_pose()[0] + [0.031, 0, 0], np.eye(3)
+    env.step(stay(env))
+    assert env.resting is not None
+    env.resting = env.ee_pose()[0] + [0.029, -0.029, 0.029], np.eye(3)
+    env.step(stay(env))
+    assert env.resting is None
+
+
+# ------------------------------------------------------------------------------------- physics
+@pytest.mark.parametrize(("furniture", "part", "start", "flip"), [("one_leg", 4, 0.064, 0.0), ("lamp", 1, -0.0850, np.pi)])
+def test_turning_screws_in_by_the_pitch(envs, furniture, part, start, flip):
+    """A free screw over its hole, pushed by 0.5 N, goes in while it is turned clockwise, by a pitch per turn, and not before."""
+    env = envs(furniture)
+    env.reset(seed=0)
+    env.resting = None
+    turn = FURNITURE[furniture].parts[0].angles
+    turn, center = module.TAG[0] @ rotation(*turn), np.array([0.5, 0.0, 0.0156 if furniture == "one_leg" else 0.0172])
+    x, z = HOLES[0] if furniture == "one_leg" else (0, 0)
+    env.place(part, center + turn @ [x, start, z], turn @ rotation(0, 0, flip) @ rotation(0, 1.0, 0))
+    env.place(0, center, turn)
+    env.refresh()
+    body, v, data = env.parts[part], env.part_qvel[part], env.data
+    depth, yaw = [], []
+    for step in range(28):
+        for _ in range(36):
+            env.place(0, center, turn)
+            matrix = data.xmat[body].reshape(3, 3)
+            sway = data.qvel[v + 3 : v + 6] * [1, 0, 1]
+            spin = np.clip(4e-3 * (-3 - data.qvel[v + 4]), -0.03, 0.03) if step >= 8 else 0.0
+            upright = 0.3 * np.cross(matrix[:, 1], [0, 0, 1.0])
+            data.xfrc_applied[body] = [0, 0, -0.5, *(matrix @ [0, spin, 0] + upright - 2e-4 * matrix @ sway)]
+            module.mujoco.mj_step(env.models[True, True], data)
+        env.refresh()
+        relative, matrix = env.relative_pose(0, part)
+        matrix = rotation(0, 0, flip) @ matrix
+        yaw.append(np.arctan2(matrix[0, 2], matrix[0, 0]))
+        depth.append(abs(relative[1]))
+    data.xfrc_applied[:] = 0
+    depth, turns = np.array(depth), np.unwrap(yaw) / (2 * np.pi)
+    turns -= turns[7]
+    assert np.ptp(depth[4:8]) < 2e-4 and abs(turns[4:8]).max() < 0.02  # does not go in by itself
+    way = (turns < -0.05) & (turns > -0.65)
+    assert way.sum() > 4
+    assert np.polyfit(turns[way], depth[way], 1)[0] == pytest.approx(PITCH, rel=0.07)  # clockwise is deeper: closer to the first part's origin
+
+
+@pytest.mark.parametrize("value", [np.nan, 1e15])
+def test_divergence_is_an_error(envs, value):
+    env = FurnitureEnv()
+    env.reset(seed=0)
+    action = stay(env)
+    env.data.qvel[20] = value
+    with pytest.raises(PhysicsError, match="diverged in step 0"):
+        env.step(action)
+    np.testing.assert_array_equal(env.reset(seed=4)[0], envs().reset(seed=4)[0])
+
+
+def test_assembler_succeeds(envs):
+    for seed in range(3):
+        episode = run_episode(envs(), OneLeg, seed)
+        assert episode["rewards"].sum() == 1 and episode["rewards"][-1] == 1
+        assert len(episode["actions"]) == len(episode["state"]) < 450
+        assert np.abs(episode["actions"]).max() <= 1
+        distance = np.linalg.norm(episode["actions"][:, :3] - episode["state"][:, :3], axis=1)
+        assert distance.max() < 0.11
+
+
+def test_assembler_notices_a_lost_leg(envs):
+    env = envs()
+    env.reset(seed=0)
+    assembler = OneLeg(Arm(env, np.random.default_rng(0)))
+    assembler.arm.gripper = CLOSED
+    with pytest.raises(Lost):
+        for action in assembler.holding(assembler.arm.go(env.ee_pose(), 10)):
+            env.data.qpos[7:9] = 0.0  # closed, with nothing between the fingers
+            env.step(action)
+
+
+def test_demonstrations_are_written(tmp_path, capsys):
+    path = make_furniture_demos.make(make_furniture_demos.Args(episodes=1, seed=2, out=tmp_path / "demos.hdf5"))
+    with h5py.File(path) as file:
+        data = file["data"]
+        assert (data.attrs["furniture"], data.attrs["randomness"], data.attrs["backend"], data.attrs["seed"]) == ("one_leg", "low", "MuJoCo", 2)
+        demo = data["demo_0"]
+        steps = demo.attrs["num_samples"]
+        assert demo["actions"].shape == (steps, 10) and demo["obs/state"].shape == (steps, 58) and demo["rewards"].shape == (steps,)
+        assert {demo[name].dtype for name in ("actions", "obs/state", "rewards")} == {np.dtype("float32")}
+        assert demo["rewards"][()].sum() == 1 and np.isfinite(demo["obs/state"][()]).all()
+        env = FurnitureEnv()
+        np.testing.assert_array_equal(demo["obs/state"][0], env.reset(seed=int(demo.attrs["seed"]))[0])
+    assert "1 of 1 attempts succeeded (100%, 95 % interval 21% to 100%)" in capsys.readouterr().out
+    np.testing.assert_allclose(wilson(90, 100), (0.8256, 0.9448), atol=1e-4)
+
+
+# --------------------------------------------------------------------------- vector environment
+def chunk_of(vector, rng) -> np.ndarray:
+    return np.stack([wander(env, rng, vector.chunk) for env in vector.envs])
+
+
+def test_vector_environment_agrees_with_single_ones(envs):
+    vector, single = FurnitureVectorEnv(3, chunk=4, threads=2), envs()
+    everyone, rng = np.ones(3, bool), np.random.default_rng(0)
+    first = vector.reset([7, 8, 9], everyone)["state"]
+    chunks = [chunk_of(vector, rng) for _ in range(2)]
+    results = [vector.step(chunk, everyone) for chunk in chunks]
+    for i in range(3):
+        np.testing.assert_array_equal(single.reset(seed=7 + i)[0], first[i])
+        for chunk, (obs, reward, terminated, truncated, stages, length) in zip(chunks, results, strict=True):
+            for action in chunk[i]:
+                state = single.step(action)[0]
+            np.testing.assert_array_equal(obs["state"][i], state)
+            assert (reward[i], terminated[i], truncated[i], stages[i], length[i]) == (0, False, False, 0, 4)
+    vector.close()
+
+
+def test_one_environment_resets_and_sits_out_alone():
+    vector, rng = FurnitureVectorEnv(3, chunk=2, threads=2), np.random.default_rng(0)
+    everyone = np.ones(3, bool)
+    vector.reset([1, 2, 3], everyone)
+    vector.step(chunk_of(vector, rng), everyone)
+    before = [env.data.qpos.copy() for env in vector.envs]
+    obs = vector.reset([0, 5, 0], np.array([False, True, False]))["state"]
+    for i in (0, 2):
+        np.testing.assert_array_equal(vector.envs[i].data.qpos, before[i])
+    chunk = chunk_of(vector, rng)
+    chunk[1] = np.nan  # never read
+    after, _, _, _, _, length = vector.step(chunk, np.array([True, False, True]))
+    np.testing.assert_array_equal(after["state"][1], obs[1])
+    assert length.tolist() == [2, 0, 2] and (after["state"][[0, 2]] != obs[[0, 2]]).any(1).all()
+    with pytest.raises(FloatingPointError, match="policy"):
+        vector.step(chunk, everyone)
+    vector.close()
+
+
+def test_time_limit_and_success_end_episodes(monkeypatch):
+    vector, rng = FurnitureVectorEnv(2, chunk=4, horizon=6, threads=1, stop_on_success=True), np.random.default_rng(0)
+    everyone = np.ones(2, bool)
+    vector.reset([1, 2], everyone)
+    assert not np.any(vector.step(chunk_of(vector, rng), everyone)[2:4])
+    actions, first = chunk_of(vector, rng), vector.envs[0]
+    monkeypatch.setattr(first, "newly_assembled", lambda: float(first.assembled.fill(True) is None))
+    _, reward, terminated, truncated, stages, length = vector.step(actions, everyone)
+    assert reward.tolist() == [1, 0] and stages.tolist() == [1, 0]
+    assert terminated.tolist() == [True, False] and truncated.tolist() == [False, True] and length.tolist() == [1, 2]
+    vector.close()
+    env = FurnitureEnv(horizon=2)
+    env.reset(seed=0)
+    assert [env.step(stay(env))[2:4] for _ in range(2)] == [(False, False), (False, True)]
+    assert [FURNITURE[name].horizon for name in TASKS] == [700, 1000]
+
+
+def test_divergence_truncates_and_resets():
+    vector, rng = FurnitureVectorEnv(2, chunk=2, threads=1), np.random.default_rng(0)
+    everyone = np.ones(2, bool)
+    last = vector.reset([1, 2], everyone)["state"]
+    chunk = chunk_of(vector, rng)
+    vector.envs[0].data.qvel[:] = np.nan
+    obs, reward, terminated, truncated, _, _ = vector.step(chunk, everyone)
+    np.testing.assert_array_equal(obs["state"][0], last[0])
+    assert truncated.tolist() == [True, False] and not terminated.any() and not reward.any()
+    assert vector.diverged.tolist() == [1, 0]
+    obs = vector.step(chunk_of(vector, rng), everyone)[0]["state"]
+    assert np.isfinite(obs).all()
+    vector.close()
