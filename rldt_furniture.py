@@ -807,7 +807,7 @@ def resolve(args: Args) -> Args:
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     args.stop_on_success &= args.backend == "mujoco"
-    args.rollout_chunks = args.rollout_chunks or math.ceil(args.horizon / args.chunk) + 1
+    args.rollout_chunks = args.rollout_chunks or max(math.ceil(args.horizon / args.chunk), args.segment_chunks) + 1
     args.segment_chunks = args.segment_chunks or args.rollout_chunks - 1
     if not 1 <= args.segment_chunks < args.rollout_chunks:
         raise SystemExit(f"--segment-chunks {args.segment_chunks} must lie between 1 and --rollout-chunks {args.rollout_chunks} - 1")
