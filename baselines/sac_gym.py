@@ -99,6 +99,8 @@ class Args:
     # updates
     warmup_iterations: int = 4
     """Iterations that collect with the cloned actor before the first update (Stable-Baselines3: 100 random steps)."""
+    critic_iterations: int = 10
+    """Iterations after those that train the critics alone, since an untrained critic ruins a cloned actor (Stable-Baselines3: 0)."""
     gradient_steps: int = 500
     """Updates of actor and critics per iteration (Stable-Baselines3: one per environment step)."""
     batch: int = 256
@@ -113,7 +115,7 @@ class Args:
     """First value of the learned entropy coefficient (Stable-Baselines3: 1, which blurs a cloned actor at once)."""
 
 
-PAPER = dict(iterations=1040, num_envs=1, rollout_steps=1000, gradient_steps=1000, warmup_iterations=1, eval_every=50, eval_episodes=100)
+PAPER = dict(iterations=1040, num_envs=1, rollout_steps=1000, gradient_steps=1000, warmup_iterations=1, critic_iterations=0, eval_every=50, eval_episodes=100)
 
 
 # ----------------------------------------------------------------------------------- networks
@@ -371,7 +373,10 @@ def main(args: Args) -> dict | None:
             row["train_return"] = float(np.mean(finished)) if finished else ""
             row["rollout_s"], start = time.perf_counter() - tick, time.perf_counter()
             if state["trained"] >= args.warmup_iterations:
+                before = copy.deepcopy([model.actor.state_dict(), model.actor.optimizer.state_dict(), model.log_ent_coef.detach()])
                 model.train(args.gradient_steps, args.batch)
+                if state["trained"] < args.warmup_iterations + args.critic_iterations:  # put the actor back
+                    model.actor.load_state_dict(before[0]), model.actor.optimizer.load_state_dict(before[1]), model.log_ent_coef.data.copy_(before[2])
                 logged = model.logger.name_to_value
                 row |= {"losses/critic": float(logged["train/critic_loss"]), "losses/actor": float(logged["train/actor_loss"]),
                         "diagnostics/entropy_coefficient": float(logged["train/ent_coef"])}  # fmt: skip

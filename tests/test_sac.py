@@ -17,7 +17,7 @@ from demos import dataset
 WALL = ("wall_s", "rollout_s", "update_s")
 TINY = dict(
     env_id="Hopper-v4", device="cpu", seed=3, actor_width=16, iterations=4, eval_every=3, num_envs=4, rollout_steps=12, eval_episodes=2,
-    final_eval_episodes=3, buffer_size=70, warmup_iterations=1, gradient_steps=3, batch=8, bc_epochs=1, bc_batch=64,
+    final_eval_episodes=3, buffer_size=70, warmup_iterations=1, critic_iterations=0, gradient_steps=3, batch=8, bc_epochs=1, bc_batch=64,
 )  # fmt: skip
 
 
@@ -84,6 +84,21 @@ def test_evaluating_a_run_gives_the_returns_of_its_last_evaluation(finished):
     assert scores == {"zero": result["final_return"], "noise": result["final_return_sampled"]}
 
 
+def test_actor_stands_still_while_the_critics_are_trained_alone(demonstrations, tmp_path, finished):
+    def parts(run):
+        saved = torch.load(run / "checkpoint.pt", weights_only=True)
+        return saved["policy"], {key: value for key, value in saved["networks"].items() if key.startswith("critic.")}
+
+    sac_gym.main(make_args(demonstrations, tmp_path / "some", critic_iterations=5))
+    actor, critic = parts(only(tmp_path / "some"))
+    sac_gym.main(make_args(demonstrations, tmp_path / "none", warmup_iterations=9))
+    cloned, fresh = parts(only(tmp_path / "none"))
+    assert all(torch.equal(value, cloned[key]) for key, value in actor.items())
+    assert not any(torch.equal(value, fresh[key]) for key, value in critic.items())
+    trained, _ = parts(finished[0])
+    assert not torch.equal(trained["actor.mu.weight"], cloned["actor.mu.weight"])
+
+
 def test_wall_budget_ends_the_run(demonstrations, tmp_path):
     result = sac_gym.main(make_args(demonstrations, tmp_path, iterations=1000, wall_budget_s=0.01))
     assert result["env_steps"] == 0
@@ -146,7 +161,7 @@ def test_sac_improves_an_actor_that_does_not_look(tmp_path):
     data = dataset.Demonstrations(obs.astype(np.float32), action.astype(np.float32), np.array([2000]))
     args = sac_gym.Args(**{key: SMALL[key] for key in ("env_id", "backend", "num_envs", "final_eval_episodes", "seed", "device")}, runs=tmp_path,
                         actor_width=32, iterations=12, eval_every=100, rollout_steps=16, gradient_steps=60, batch=64, lr=3e-3, gamma=0.0,
-                        warmup_iterations=1, entropy_start=0.01, buffer_size=5000)  # fmt: skip
+                        warmup_iterations=1, critic_iterations=2, entropy_start=0.01, buffer_size=5000)  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sac_gym, "get_demonstrations", lambda args, envs: data)
         result = sac_gym.main(args)

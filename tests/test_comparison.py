@@ -1,0 +1,106 @@
+import csv
+import json
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from benchmark import plot_baselines, run
+from benchmark.returns import COLUMNS
+from benchmark.tools import read_csv
+
+TINY = ("--chunk 2 --euler-steps 4 --actor-width 16 --time-dim 8 --device cpu --num-envs 4 --rollout-chunks 12 --iterations 2 --eval-episodes 2 "
+        "--final-eval-episodes 2 --batch 16 --epochs 1 --value-width 16")  # fmt: skip
+
+
+def write(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS["gym"])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_what_a_csv_holds_is_not_run_again(tmp_path):
+    write(tmp_path / "baselines.csv", [dict(task="Hopper-v4", method="qam", seed=1), dict(task="Hopper-v4", method="fpo++", seed=2)])
+    write(tmp_path / "gym.csv", [dict(task="Hopper-v4", method="rldt", seed=2)])
+    args = run.Args(methods=("rldt", "qam", "fpo++"), tasks=("Hopper-v4",), seeds=(1, 2), out=tmp_path / "baselines.csv", wall_budget_s=90, extra="--threads 2")
+    cells = run.cells(args)
+    assert [(cell.method, cell.seed) for cell in cells] == [("rldt", 1), ("fpo++", 1), ("qam", 2)]
+    assert [cell.extra for cell in cells] == ["--threads 2", "--threads 2 --wall-budget-s 90", "--threads 2 --wall-budget-s 90"]
+
+
+def test_unknown_method_stops_with_the_known_ones():
+    with pytest.raises(SystemExit, match=r"ppo is none of rldt, qam, .*sac"):
+        run.cells(run.Args(methods=("ppo", "qam")))
+
+
+@pytest.mark.parametrize("method", run.METHODS)
+def test_every_method_is_a_module_with_the_flags_that_the_launcher_gives(method):
+    import importlib
+
+    module, flags = run.METHODS[method]
+    argv = ["--env-id=Hopper-v4", "--seed=2", f"--exp-name={method}", "--runs=x", *flags.split()]
+    argv += [] if method == "rldt" else ["--wall-budget-s=3"]
+    args = importlib.import_module(module).parse_args(argv)
+    assert (args.seed, args.exp_name) == (2, method)
+
+
+def test_cell_is_run_and_its_row_and_curve_are_kept(tiny_base, tmp_path):
+    args = run.Args(methods=("fpo",), tasks=("Hopper-v4",), seeds=(4,), extra=f"{TINY} --base {tiny_base}", out=tmp_path / "b.csv", runs=tmp_path / "runs")
+    (cell,) = run.cells(args)
+    files = run.execute(cell, args.runs)
+    elsewhere = run.Args(out=args.out, runs=tmp_path / "driver")  # as if the run was on another node
+    line = run.keep(cell, files, elsewhere)
+    (row,) = read_csv(args.out)
+    assert (row["task"], row["method"], row["seed"], row["args"]) == ("Hopper-v4", "fpo", "4", args.extra)
+    assert line.startswith("Hopper-v4__fpo__4: ")
+    assert json.loads(files["result.json"])["args"]["form"] == "fpo"
+    curve = read_csv(tmp_path / "b" / "Hopper-v4__fpo__4.csv")
+    assert [point["iteration"] for point in curve] == ["0", "1", "2"]
+    assert {"env_steps", "wall_s", "eval_return", "eval_return_sampled", "losses/policy"} <= set(curve[0])
+    assert run.cells(args) == []
+
+
+def test_run_that_fails_is_reported_and_not_kept(tmp_path):
+    args = run.Args(methods=("qam",), tasks=("Nothing-v0",), seeds=(1,), out=tmp_path / "b.csv", runs=tmp_path / "runs")
+    (cell,) = run.cells(args)
+    files = run.execute(cell, args.runs)
+    assert "Cannot make the environment 'Nothing-v0'" in run.keep(cell, files, args)
+    assert not args.out.exists()
+
+
+def row(task, method, seed, final):
+    return dict(task=task, method=method, seed=str(seed), base_return="100", final_return=str(final), base_return_sampled="0", final_return_sampled="0")
+
+
+def test_scores_are_zero_at_the_base_and_one_at_the_best_method_of_complete_seeds():
+    rows = [row(task, "rldt", seed, final) for task, final in (("A", 300), ("B", 500)) for seed in (1, 2)]
+    rows += [row("A", "qam", 1, 200), row("A", "qam", 3, 250), row("B", "qam", 1, 100), row("A", "dppo", 1, 400)]  # dppo lacks B, qam a seed 3 of B
+    scores = plot_baselines.final_scores(rows, "eval_return")
+    assert list(scores) == ["rldt", "qam"]
+    np.testing.assert_allclose(scores["rldt"], [[1, 1], [1, 1]])
+    np.testing.assert_allclose(scores["qam"], [[0.5, 0]])
+
+
+def test_rows_of_rldt_come_from_its_own_csv(tmp_path):
+    write(tmp_path / "gym.csv", [dict(task="A", method="rldt", seed=1), dict(task="A", method="other", seed=1)])
+    write(tmp_path / "baselines.csv", [dict(task="A", method="qam", seed=1), dict(task="A", method="rldt", seed=1)])
+    rows = plot_baselines.load(tmp_path)
+    assert [(r["method"], r["curves"].name) for r in rows] == [("rldt", "curves"), ("qam", "baselines")]
+
+
+def test_interquartile_mean_leaves_out_the_lowest_and_the_highest_quarter():
+    values = np.arange(8.0)[:, None, None] * np.array([1.0, 10.0])
+    values[-1] = 1e9
+    np.testing.assert_allclose(plot_baselines.iqm(values), [3.5, 35])
+
+
+def test_plotting_without_results_stops(tmp_path):
+    with pytest.raises(SystemExit, match=r"no gym\.csv and no baselines\.csv"):
+        plot_baselines.main(plot_baselines.Args(results=tmp_path))
+
+
+def test_pins_of_the_extras_do_not_contradict_those_of_the_project():
+    pinned = lambda name: dict(line.split("==") for line in (ROOT / name).read_text().split() if "==" in line)
+    ours, theirs = pinned("baselines/requirements.txt"), pinned("requirements.txt")
+    assert {key: value for key, value in ours.items() if key in theirs} == {key: theirs[key] for key in ours if key in theirs}

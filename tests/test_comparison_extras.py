@@ -1,0 +1,46 @@
+"""Needs Ray and rliable, see baselines/requirements.txt."""
+
+import csv
+import subprocess
+import sys
+
+import numpy as np
+from conftest import ROOT
+from test_comparison import TINY, write
+
+from benchmark import plot_baselines
+from benchmark.tools import read_csv
+
+
+def test_comparison_through_ray_runs_each_cell_once(tiny_base, tmp_path):
+    command = [sys.executable, "-m", "benchmark.run", "--methods", "reinflow", "fpo++", "--tasks", "Hopper-v4", "--seeds", "1", "--parallel", "1"]
+    command += ["--extra", f"{TINY} --base {tiny_base}", "--out", tmp_path / "b.csv", "--runs", tmp_path / "runs"]
+    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert first.returncode == 0, first.stdout + first.stderr
+    rows = read_csv(tmp_path / "b.csv")
+    assert sorted(row["method"] for row in rows) == ["fpo++", "reinflow"]
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["Hopper-v4__fpo++__1.csv", "Hopper-v4__reinflow__1.csv"]
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert "0 of 2 runs to do" in again.stdout
+    assert read_csv(tmp_path / "b.csv") == rows
+
+
+def test_figures_and_table_are_made_from_the_csvs(tmp_path, capsys):
+    rng, rows = np.random.default_rng(0), {"gym": [], "baselines": []}
+    for file, folder, method, level in (("gym", "curves", "rldt", 300), ("baselines", "baselines", "qam", 200)):
+        (tmp_path / folder).mkdir()
+        for task in ("A", "B"):
+            for seed in (1, 2, 3):
+                final = level + rng.uniform(0, 10)
+                values = dict(base_return=100, final_return=final, best_return=final, base_return_sampled=90, final_return_sampled=final)
+                rows[file].append(dict(task=task, method=method, seed=seed, env_steps=1000, wall_s=60) | values)
+                with (tmp_path / folder / f"{task}__{method}__{seed}.csv").open("w", newline="") as out:
+                    writer = csv.writer(out)
+                    writer.writerows([["env_steps", "wall_s", "eval_return"], [0, 1, 100], [500, 30, ""], [1000, 60, final]])
+        write(tmp_path / f"{file}.csv", rows[file])
+    plot_baselines.main(plot_baselines.Args(results=tmp_path, images=tmp_path / "images", reps=50))
+    for name in ("baselines.png", "baselines_reliability.png"):
+        assert (tmp_path / "images" / name).read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    finals = [row["final_return"] for row in rows["baselines"] if row["task"] == "B"]
+    assert f"| B | QAM | 3 | 100 ± 0 | {np.mean(finals):.0f} ± {np.std(finals):.0f} |" in printed
