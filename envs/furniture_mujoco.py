@@ -229,15 +229,17 @@ class Part:
 
 @dataclass(frozen=True)
 class Screw:
-    """A threaded part that goes into holes of the first part: where MuJoCo steps finely, with threads that collide."""
+    """A threaded part that goes into holes of the first part."""
 
     part: int
     tip: tuple
     """End of the thread, in the part's frame."""
-    mouths: tuple
-    """Mouths of the holes, in the first part's frame."""
-    out: tuple
-    """Direction out of the holes, in the first part's frame."""
+    holes: tuple
+    """x and z of the holes, in the first part's frame."""
+    level: float
+    """y of the mouths."""
+    out: int
+    """1 where the holes open towards y, -1 where towards -y."""
 
 
 @dataclass(frozen=True)
@@ -275,7 +277,7 @@ FURNITURE = {
               for i, x in enumerate((-0.20, -0.12, 0.12, 0.20), 1)),
         ),
         pairs=((0, 4, tuple((x, 0.046875, z) for x, z in HOLES), np.eye(3)),),
-        screw=Screw(4, (0, -0.05625, 0), tuple((x, 0.0156, z) for x, z in HOLES), (0, 1, 0)),
+        screw=Screw(4, (0, -0.05625, 0), HOLES, 0.0156, 1),
         force=(25, 1, 1, 1, 1), torque=(70, 1, 1, 1, 1), horizon=700, gripper=0.065,
     ),
     "lamp": Furniture(
@@ -285,7 +287,7 @@ FURNITURE = {
             Part("hood", "lamp/lamp_hood", lamp_hood, (-0.08, 0.13, -0.048583), (np.pi / 2, 0, 0), 0.3316),
         ),
         pairs=((0, 1, ((0, -0.0678, 0),), rotation(0, 0, np.pi)), (0, 2, ((0, -0.088324, 0),), None)),
-        screw=Screw(1, (0, -0.053, 0), ((0, -0.0458, 0),), (0, -1, 0)),
+        screw=Screw(1, (0, -0.053, 0), ((0, 0),), -0.0458, -1),
         force=(8, 15, 30), torque=(16, 20, 60), horizon=1000, gripper=0.07, held=1,
     ),
 }  # fmt: skip
@@ -368,7 +370,8 @@ def build_xml(furniture: str) -> str:
     for i, part in enumerate(spec.parts):
         meshes += f'<mesh name="{part.name}" file="{root}/furniture/mesh/{part.mesh}.obj" inertia="shell"/>'
         color = "0.85 0.25 0.2 1" if i == spec.screw.part else "0.85 0.7 0.5 1"
-        bodies += (f'<body name="{part.name}"><freejoint name="{part.name}"/>{part.build()}'
+        tip = f'<site name="tip" pos="{numbers(*spec.screw.tip)}"/>' if i == spec.screw.part else ""
+        bodies += (f'<body name="{part.name}"><freejoint name="{part.name}"/>{part.build()}{tip}'
                    f'<geom type="mesh" mesh="{part.name}" class="visual" rgba="{color}"/></body>')  # fmt: skip
     for name, pos in OBSTACLE.items():
         half = (0.175, 0.01, 0.015) if name == "front" else (0.01, 0.085, 0.015)
@@ -403,6 +406,7 @@ def load_models(furniture: str) -> dict[tuple[bool, bool], mujoco.MjModel]:
 
     The models share their layout, so that one MjData goes through all of them.
     """
+    mujoco.set_mju_user_warning(lambda text: None)  # raised as PhysicsError; MuJoCo would write MUJOCO_LOG.TXT into the working directory
     threaded = mujoco.MjModel.from_xml_string(build_xml(furniture))
     smooth = copy.copy(threaded)
     smooth.geom_contype[smooth.geom_contype == THREAD] = 0
@@ -444,6 +448,10 @@ class FurnitureEnv(gym.Env):
         self.seen = [*self.parts, self.model.body("front_obstacle").id]
         self.obstacles = [self.model.body(f"{name}_obstacle").mocapid[0] for name in OBSTACLE]
         self.site = self.model.site("ee").id
+        self.tip = self.data.site_xpos[self.model.site("tip").id]  # views of the state, as are the following
+        self.nut = self.data.xpos[self.parts[0]], self.data.xmat[self.parts[0]].reshape(3, 3)
+        self.qpos, self.qvel, self.ctrl = self.data.qpos, self.data.qvel, self.data.ctrl
+        self.hand = self.data.site_xpos[self.site], self.data.site_xmat[self.site].reshape(3, 3)
         self.jacobian = np.zeros((6, self.model.nv))
 
     # ---- state; arm joints come first in qpos, qvel and ctrl, then the fingers
@@ -494,24 +502,21 @@ class FurnitureEnv(gym.Env):
     # ---- physics
     def near_thread(self) -> bool:
         """Whether a threaded part is in, or within 2 cm of, a hole."""
-        screw, data = self.furniture.screw, self.data
-        nut, part = self.parts[0], self.parts[screw.part]
-        tip = data.xpos[part] + data.xmat[part].reshape(3, 3) @ screw.tip
-        offset = (tip - data.xpos[nut]) @ data.xmat[nut].reshape(3, 3) - screw.mouths  # (holes, 3)
-        height = offset @ screw.out
-        return bool(((height < 0.02) & ((offset * offset).sum(1) - height * height < 0.025**2)).any())
+        screw, (nut, turn) = self.furniture.screw, self.nut
+        x, y, z = ((self.tip - nut) @ turn).tolist()
+        return screw.out * (y - screw.level) < 0.02 and any((x - a) ** 2 + (z - b) ** 2 < 0.025**2 for a, b in screw.holes)
 
     def simulate(self, blocks: int):
         """Steps `blocks` times 1/60 s. Raises PhysicsError where the state is not finite."""
-        held = self.furniture.held
+        held, closed = self.furniture.held, bool(self.ctrl[7] < 0)
         for _ in range(blocks):
             if self.resting is not None:
                 self.place(held, *self.resting)
-            near, closed = self.near_thread(), self.data.ctrl[7] < 0
+            near = self.near_thread()
             steps = MOVING if not closed else SCREWING if near else GRASPING
             mujoco.mj_step(self.models[near, closed], self.data, steps)
         self.refresh()
-        if not (np.isfinite(self.data.qpos).all() and np.isfinite(self.data.qvel).all()):
+        if not (np.isfinite(self.qpos).all() and np.isfinite(self.qvel).all()):
             raise PhysicsError(f"the simulation diverged in step {self.t} of the episode")
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
@@ -545,21 +550,21 @@ class FurnitureEnv(gym.Env):
 
     def joint_targets(self, position: np.ndarray, matrix: np.ndarray) -> np.ndarray:
         """Joint positions (7,) that reach a pose to first order: the least-norm solution, damped only where it is singular."""
-        here, turn = self.data.site_xpos[self.site], self.data.site_xmat[self.site].reshape(3, 3)
+        here, turn = self.hand
         error = np.concatenate([position - here, rotation_vector(matrix @ turn.T)])
         J = self.jacobian[:, :7]
         step = J.T @ np.linalg.solve(J @ J.T + 1e-6 * np.eye(6), error)
-        return np.clip(self.data.qpos[:7] + step, JOINT_LOW, JOINT_HIGH)
+        return np.clip(self.qpos[:7] + step, JOINT_LOW, JOINT_HIGH)
 
     def advance(self, action: np.ndarray) -> float:
         """Executes one action (10,); returns the reward."""
         action = np.clip(np.asarray(action, float), -1, 1)
-        self.data.ctrl[:7] = self.joint_targets(action[:3], matrix_from_6d(action[3:9]))
+        self.ctrl[:7] = self.joint_targets(action[:3], matrix_from_6d(action[3:9]))
         grasp = float(action[9])
         changes = np.sign(grasp) != np.sign(self.gripper) and abs(grasp) > GRASP_MARGIN
         opens = (grasp if changes else self.gripper) < 0
         self.gripper = grasp
-        self.data.ctrl[7:] = FINGER_FORCE if opens else -FINGER_FORCE
+        self.ctrl[7:] = FINGER_FORCE if opens else -FINGER_FORCE
         if self.resting is not None and (self.t > self.horizon / 2 or np.abs(self.ee_pose()[0] - self.resting[0]).max() <= 0.03):
             self.resting = None
         self.simulate(BLOCKS)

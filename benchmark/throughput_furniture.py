@@ -1,0 +1,129 @@
+"""Speed of FurnitureBench's tasks on MuJoCo, in control steps of 1/10 s.
+
+    python -m benchmark.throughput_furniture            # writes benchmark/results/throughput_furniture.csv
+
+vector   FurnitureVectorEnv with 1, 8 and 32 environments that replay the scripted assembler's episodes in chunks, in `threads` threads:
+         per second of wall time, and `cpu`, per second of the process's CPU time
+single   one environment that the assembler steers, its own time left out, per second of CPU time: `adaptive` as it is, `fixed` with
+         threads that always collide and steps of 1/480 s throughout, which takes away only the adaptation
+phase    milliseconds of CPU time per control step of both, by what the robot does: open or closed fingers, far from or near a thread
+physics  share of the simulator's time in `adaptive`: finding contacts, setting up constraints, solving them, and the rest
+
+Run it on an idle machine.
+"""
+
+import statistics
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import mujoco
+import numpy as np
+import tyro
+
+import envs.furniture_mujoco as module
+from benchmark.tools import RESULTS, provenance, write_csv
+from demos.make_furniture_demos import ASSEMBLERS, run_episode
+from envs.furniture_mujoco import BLOCKS, CONTROL_RATE, FurnitureEnv, FurnitureVectorEnv
+
+
+@dataclass
+class Args:
+    furniture: str = "one_leg"
+    """Task."""
+    randomness: str = "low"
+    """Range of the initial states."""
+    envs: tuple[int, ...] = (1, 8, 32)
+    """Numbers of environments."""
+    threads: int = 2
+    """Threads of the vector environment."""
+    episodes: int = 4
+    """Episodes of the assembler, with seeds from 0, which all measurements use."""
+    out: Path = RESULTS / "throughput_furniture.csv"
+    """CSV to write."""
+
+
+class TimedEnv(FurnitureEnv):
+    """Times its control steps by phase; with `fixed`, threads always collide and all steps are of 1/480 s."""
+
+    def __init__(self, furniture: str, randomness: str, fixed: bool):
+        super().__init__(furniture, randomness)
+        self.seconds, self.profile = defaultdict(list), np.zeros(4)
+        self.fixed = fixed
+        if fixed:
+            model = mujoco.MjModel.from_xml_string(module.build_xml(furniture))
+            model.opt.timestep = 1 / (CONTROL_RATE * BLOCKS * module.GRASPING)
+            self.models = dict.fromkeys(self.models, model)
+
+    def step(self, action):
+        phase = f"{'near' if self.near_thread() else 'far'}, {'closed' if action[9] > 0 else 'open'}"
+        timers = [self.data.timer[getattr(mujoco.mjtTimer, f"mjTIMER_{name}")] for name in ("STEP", "POS_COLLISION", "POS_MAKE", "CONSTRAINT")]
+        before = [timer.duration for timer in timers]
+        start = time.thread_time()
+        result = super().step(action)
+        self.seconds[phase].append(time.thread_time() - start)
+        self.profile += [timer.duration - old for timer, old in zip(timers, before, strict=True)]
+        return result
+
+
+def time_single(args: Args, fixed: bool) -> tuple[TimedEnv, int]:
+    """The environment with the times of `args.episodes` episodes of the assembler, and how many of them succeeded."""
+    adaptive = module.MOVING, module.SCREWING
+    if fixed:
+        module.MOVING = module.SCREWING = module.GRASPING
+    try:
+        env = TimedEnv(args.furniture, args.randomness, fixed)
+        rewards = [run_episode(env, ASSEMBLERS[args.furniture], seed)["rewards"].sum() for seed in range(args.episodes)]
+    finally:
+        module.MOVING, module.SCREWING = adaptive
+    return env, sum(reward == len(env.furniture.pairs) for reward in rewards)
+
+
+def time_vector(args: Args, number: int, actions: list[np.ndarray]) -> tuple[float, float]:
+    """Control steps per second of wall time and of CPU time, resets left out."""
+    vector = FurnitureVectorEnv(number, args.furniture, args.randomness, threads=args.threads)
+    everyone, seeds = np.ones(number, bool), np.arange(number) % args.episodes
+    vector.reset(seeds, everyone)
+    steps, wall, cpu = 0, 0.0, 0.0
+    for start in range(0, min(map(len, actions)) - vector.chunk + 1, vector.chunk):
+        chunks = np.stack([actions[seed][start : start + vector.chunk] for seed in seeds])
+        begin = time.perf_counter(), time.process_time()
+        length = vector.step(chunks, everyone)[-1]
+        wall, cpu, steps = wall + time.perf_counter() - begin[0], cpu + time.process_time() - begin[1], steps + length.sum()
+    vector.close()
+    return steps / wall, steps / cpu
+
+
+def main(args: Args):
+    rows, source = [], provenance()
+    add = lambda name, variant, value, unit: rows.append(dict(name=name, variant=variant, value=value, unit=unit, furniture=args.furniture,
+                                                              threads=args.threads, **source))  # fmt: skip
+    speed = {}
+    for fixed in (False, True):
+        variant = "fixed" if fixed else "adaptive"
+        env, successes = time_single(args, fixed)
+        everything = [value for values in env.seconds.values() for value in values]
+        speed[variant] = len(everything) / sum(everything)
+        add("single", variant, speed[variant], "control steps/s")
+        print(f"{variant}: {speed[variant]:.0f} control steps/s, {successes} of {args.episodes} episodes succeeded", flush=True)
+        for phase, values in sorted(env.seconds.items()):
+            add("phase", f"{variant}, {phase}", 1e3 * statistics.mean(values), "ms")
+            add("phase steps", f"{variant}, {phase}", len(values) / args.episodes, "control steps/episode")
+        if not fixed:
+            total, collision, make, solve = env.profile
+            for part, value in (("contacts", collision), ("constraints", make), ("solver", solve), ("rest", total - collision - make - solve)):
+                add("physics", part, value / total, "share")
+    print(f"adaptive is {speed['adaptive'] / speed['fixed']:.2f} times as fast", flush=True)
+    env = FurnitureEnv(args.furniture, args.randomness)
+    actions = [run_episode(env, ASSEMBLERS[args.furniture], seed, noise=0.0)["actions"] for seed in range(args.episodes)]
+    for number in args.envs:
+        wall, cpu = time_vector(args, number, actions)
+        add("vector", str(number), wall, "control steps/s")
+        add("vector", f"{number}, cpu", cpu, "control steps/s")
+        print(f"{number} environments, {args.threads} threads: {wall:.0f} control steps/s, {cpu:.0f} per CPU second", flush=True)
+    write_csv(args.out, rows)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
