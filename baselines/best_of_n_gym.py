@@ -3,6 +3,7 @@
     python -m baselines.best_of_n_gym --env-id Hopper-v4 --candidates 8
 
 Critic and replay are those of rldt_gym.py; there is no actor update. docs/baselines.md has the equations.
+In the settings below, "official" means this method's own code, "paper" and "authors" those of RLDT.
 """
 
 import copy
@@ -46,7 +47,7 @@ class Args:
     env_id: str = "Hopper-v4"
     """Gymnasium task with flat Box observations and actions. Hopper-v4, Walker2d-v4 and HalfCheetah-v4 ship a base policy."""
     preset: Literal["laptop", "paper"] = "laptop"
-    """Which defaults: `laptop` (two CPU cores, minutes) or `paper` (the paper's settings, for a GPU). Explicit flags win."""
+    """Which defaults: `laptop` (two CPU cores, minutes) or `paper` (the official ones, for a GPU). Explicit flags win."""
     exp_name: str = "best-of-n"
     """Name of the experiment, part of the run directory's name."""
     seed: int = 1

@@ -5,6 +5,7 @@
 
 finetunes a pretrained flow-matching policy by PPO whose likelihood ratio is that of flow-matching losses.
 Same skeleton as rldt_gym.py; docs/baselines.md has the equations.
+In the settings below, "official" means this method's own code, "paper" and "authors" those of RLDT.
 """
 
 import copy
@@ -47,7 +48,7 @@ class Args:
     env_id: str = "Hopper-v4"
     """Gymnasium task with flat Box observations and actions. Hopper-v4, Walker2d-v4 and HalfCheetah-v4 ship a base policy."""
     preset: Literal["laptop", "paper"] = "laptop"
-    """Which defaults: `laptop` (two CPU cores, minutes) or `paper` (the paper's settings, for a GPU). Explicit flags win."""
+    """Which defaults: `laptop` (two CPU cores, minutes) or `paper` (the official ones, for a GPU). Explicit flags win."""
     exp_name: str = "fpo"
     """Name of the experiment, part of the run directory's name."""
     seed: int = 1
@@ -107,33 +108,33 @@ class Args:
 
     # rollouts
     iterations: int = 0
-    """Training iterations, the evaluation-only ones included (official: 1000); 0: 31 for Hopper-v4, else 106 (1 M and 3.5 M steps)."""
+    """Training iterations, the evaluation-only ones included (DPPO: 1000); 0: 31 for Hopper-v4, else 106 (1 M and 3.5 M steps)."""
     wall_budget_s: float = 0.0
     """Seconds after which the run ends with its final evaluation, evaluations included; 0: after `iterations`."""
     num_envs: int = 40
-    """Parallel environments, per process under torchrun (official: 40)."""
+    """Parallel environments, per process under torchrun (DPPO: 40)."""
     rollout_chunks: int = 250
-    """Chunks per environment and iteration (official: 500)."""
+    """Chunks per environment and iteration (DPPO: 500)."""
     zero_fraction: float = 0.25
-    """Share of environments that start from x_0 = 0 instead of noise, as the evaluation does (official: 0)."""
+    """Share of environments that start from x_0 = 0 instead of noise, as the evaluation does (DPPO: 0)."""
     eval_every: int = 6
-    """Every n-th iteration only evaluates, and resets the environments (official: 10)."""
+    """Every n-th iteration only evaluates, and resets the environments (DPPO: 10)."""
     eval_episodes: int = 20
-    """Episodes per evaluation during training, from x_0 = 0 and again from noise (official: 40)."""
+    """Episodes per evaluation during training, from x_0 = 0 and again from noise (DPPO: 40)."""
     final_eval_episodes: int = 100
     """Episodes of the base, final and best evaluations, from x_0 = 0 and again from noise (RLDT's authors: 100)."""
 
     # value
     gamma: float = 0.99
-    """Discount per chunk of actions (official: 0.99)."""
+    """Discount per chunk of actions (DPPO: 0.99)."""
     gae_lambda: float = 0.95
-    """lambda of generalised advantage estimation (official: 0.95)."""
+    """lambda of generalised advantage estimation (DPPO: 0.95)."""
     value_lr: float = 1e-3
     """Adam step size of the value network (DPPO: 1e-3; official FPO: 3e-4)."""
     value_width: int = 256
-    """Hidden width of the value network (official: 256)."""
+    """Hidden width of the value network (DPPO: 256)."""
     value_depth: int = 3
-    """Hidden layers of the value network, odd (official: 3)."""
+    """Hidden layers of the value network, odd (DPPO: 3)."""
     warmup_iterations: int = 0
     """Training iterations before the actor starts (DPPO: 0)."""
 

@@ -4,6 +4,7 @@
 
 finetunes a pretrained flow-matching policy by PPO on its denoising chain, to which a small network adds Gaussian
 noise of learned size. Same skeleton as rldt_gym.py; docs/baselines.md has the equations.
+In the settings below, "official" means this method's own code, "paper" and "authors" those of RLDT.
 """
 
 import copy
@@ -46,7 +47,7 @@ class Args:
     env_id: str = "Hopper-v4"
     """Gymnasium task with flat Box observations and actions. Hopper-v4, Walker2d-v4 and HalfCheetah-v4 ship a base policy."""
     preset: Literal["laptop", "paper"] = "laptop"
-    """Which defaults: `laptop` (two CPU cores, minutes) or `paper` (the paper's settings, for a GPU). Explicit flags win."""
+    """Which defaults: `laptop` (two CPU cores, minutes) or `paper` (the official ones, for a GPU). Explicit flags win."""
     exp_name: str = "reinflow"
     """Name of the experiment, part of the run directory's name."""
     seed: int = 1
