@@ -12,8 +12,8 @@ Physics. From the original: masses, sizes, gravity, the arm's position drive (st
 fingers' force of 13 N, the friction of 0.15 between parts and 0.125 on the table (PhysX averages 0.15 and 0.1), 0.575 on the fingers
 (with PhysX's default of 1 for them). Measured on the meshes: the pitch, phase, radius and ends of the screw threads, which are
 helices of capsules that collide with each other; nothing but contact makes a leg or a bulb go in. Our choice, not calibrated
-against Isaac Gym: contact stiffness, the fingers' damping and armature, the thickness of the wire that makes a thread, and
-the primitives that stand for concave parts.
+against Isaac Gym: contact stiffness, torsional friction, the fingers' damping, friction and armature, the thickness of the wire that
+makes a thread, the primitives that stand for concave parts, and the mass that the reset's force accelerates (`Part.hull_mass`).
 """
 
 import copy
@@ -33,7 +33,10 @@ import numpy as np
 
 CONTROL_RATE = 10  # Hz
 BLOCKS = 6  # per action, of 1/60 s: the physics step of the original, in which its force of the reset acts
-MOVING, GRASPING, SCREWING = 4, 8, 6  # MuJoCo's steps per block: with open fingers, closed ones, and closed ones near a thread
+# MuJoCo's steps per block: with open fingers, closed ones, and closed ones near a thread, where the arm is slow. A contact lets its
+# parts slip until the difference of their speeds has decayed, in about the time of two steps: with fewer of them the arm's
+# jerks at 10 Hz shake a leg out of the fingers.
+MOVING, GRASPING, SCREWING = 4, 8, 6
 HOME = np.array([-0.02630888, 0.3758795, 0.12485036, -2.1383357, -0.09431414, 2.49649072, 0.01921718])  # joints at reset
 FINGER_FORCE = 13.0  # N
 GRASP_MARGIN = 0.019  # a change of sign of the gripper's action counts above this
@@ -122,17 +125,12 @@ def disc(radius: float, low: float, high: float, contype: int, conaffinity: int,
     return geom("cylinder", (radius, (high - low) / 2), pos, contype, conaffinity, turn=rotation(np.pi / 2, 0, 0), **kwargs)
 
 
-RODS, ROD = 6, 0.0025
-
-
 def bundle(radius: float, low: float, high: float, contype: int, conaffinity: int, center=(0.0, 0.0), mass: float = 0.0) -> str:
-    """A cylinder around the y axis, made of capsules parallel to it: these collide with capsules and boxes in closed form."""
-    result = ""
-    if RODS == 0:
-        return disc(radius, low, high, contype, conaffinity, center, mass=mass)
-    for angle in 2 * np.pi * np.arange(RODS) / RODS:
-        pos = center[0] + (radius - ROD) * np.cos(angle), (low + high) / 2, center[1] + (radius - ROD) * np.sin(angle)
-        result += geom("capsule", (ROD, (high - low) / 2 - ROD), pos, contype, conaffinity, mass=mass / RODS, turn=rotation(np.pi / 2, 0, 0))
+    """A cylinder around the y axis, made of six capsules parallel to it: these collide with capsules and boxes in closed form."""
+    rod, result = 0.0025, ""  # radius of a capsule
+    for angle in np.pi / 3 * np.arange(6):
+        pos = center[0] + (radius - rod) * np.cos(angle), (low + high) / 2, center[1] + (radius - rod) * np.sin(angle)
+        result += geom("capsule", (rod, (high - low) / 2 - rod), pos, contype, conaffinity, mass=mass / 6, turn=rotation(np.pi / 2, 0, 0))
     return result
 
 
@@ -419,8 +417,10 @@ def load_models(furniture: str) -> dict[tuple[bool, bool], mujoco.MjModel]:
 
 # --------------------------------------------------------------------------------- environment
 class FurnitureEnv(gym.Env):
-    """One task. Observation (58,) or (44,) float32, unnormalised: position, rotation (6D), linear and angular velocity of the end effector, opening of the
-    gripper, then per part and for the front obstacle position and quaternion (x, y, z, w >= 0) in the tag's frame.
+    """One task.
+
+    Observation (58,) or (44,) float32, unnormalised: position, rotation (6D), linear and angular velocity of the end effector and
+    opening of the gripper, then per part and for the front obstacle position and quaternion (x, y, z, w >= 0) in the tag's frame.
 
     Action (10,) in [-1, 1]: the absolute pose that the end effector shall reach, position (m) and rotation (6D), and the gripper,
     which a positive value closes. The reward is 1 when a pair is newly assembled. Episodes never terminate and are truncated at
