@@ -328,8 +328,11 @@ def make_policy(args: Args, obs_dim: int, action_dim: int) -> FlowPolicy:
                       args.actor_layer_norm, args.cond_mlp)  # fmt: skip
 
 
-def pretrain(args: Args, data: dict, log=print) -> FlowPolicy:
-    """Flow matching on demonstrations, eq. (1)-(2); returns the policy with averaged weights."""
+def pretrain(args: Args, data: dict, log=print, each=None) -> FlowPolicy:
+    """Flow matching on demonstrations, eq. (1)-(2); returns the policy with averaged weights.
+
+    Every 500 steps `each`, where given, is called with the step, the averaged policy and the validation loss.
+    """
     starts = np.r_[0, data["episode_ends"][:-1]]
     first = np.concatenate([np.arange(s, e - args.chunk + 1) for s, e in zip(starts, data["episode_ends"], strict=True)])
     if len(first) == 0:
@@ -366,6 +369,8 @@ def pretrain(args: Args, data: dict, log=print) -> FlowPolicy:
             if not math.isfinite(validation):
                 raise FloatingPointError("the flow-matching loss is not finite; lower --bc-lr")
             progress.set_postfix(validation=f"{validation:.4f}")
+            if each:
+                each(step + 1, averaged, validation)
     log(f"base policy: {steps} steps, validation loss {validation:.4f}, {len(data['episode_ends'])} demonstrations")
     averaged.validation_loss = validation
     return averaged
