@@ -453,6 +453,7 @@ class FurnitureEnv(gym.Env):
         self.qpos, self.qvel, self.ctrl = self.data.qpos, self.data.qvel, self.data.ctrl
         self.hand = self.data.site_xpos[self.site], self.data.site_xmat[self.site].reshape(3, 3)
         self.jacobian = np.zeros((6, self.model.nv))
+        self.assembled = np.zeros(len(self.furniture.pairs), bool)
 
     # ---- state; arm joints come first in qpos, qvel and ctrl, then the fingers
     def ee_pose(self) -> tuple[np.ndarray, np.ndarray]:
@@ -633,8 +634,8 @@ class FurnitureVectorEnv:
         self.each(start, np.flatnonzero(mask))
         return {"state": self.obs.copy()}
 
-    def run_chunk(self, i: int, actions: np.ndarray) -> tuple[float, bool, bool, int]:
-        """Steps one environment through actions (chunk, 10); returns reward, terminated, truncated and steps taken."""
+    def run_chunk(self, i: int, actions: np.ndarray) -> tuple[float, bool, bool, int, int]:
+        """Steps one environment through actions (chunk, 10); returns reward, terminated, truncated, stages and steps taken."""
         env, total, steps = self.envs[i], 0.0, 0
         try:
             for action in actions:
@@ -646,11 +647,12 @@ class FurnitureVectorEnv:
                     break
         except PhysicsError:
             self.diverged[i] += 1
+            stages = env.assembled.sum()
             env.reset()
-            return total, False, True, steps + 1
+            return total, False, True, stages, steps + 1
         self.obs[i] = env.observe()
         terminated = self.stop_on_success and bool(env.assembled.all())
-        return total, terminated, not terminated and env.t >= env.horizon, steps
+        return total, terminated, not terminated and env.t >= env.horizon, env.assembled.sum(), steps
 
     def step(self, chunks: np.ndarray, active: np.ndarray):
         """Chunks (N, chunk, 10) where `active` (N,); returns obs, reward, terminated, truncated, stages and steps, each (N, ...).
@@ -660,12 +662,11 @@ class FurnitureVectorEnv:
         """
         if not np.isfinite(chunks[active]).all():
             raise FloatingPointError("the policy returned a non-finite action")
-        indices = np.flatnonzero(active)
+        indices, stages = np.flatnonzero(active), np.array([env.assembled.sum() for env in self.envs])
         reward, length = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
         terminated, truncated = np.zeros(self.num_envs, bool), np.zeros(self.num_envs, bool)
         for i, result in zip(indices, self.each(lambda i: self.run_chunk(i, chunks[i]), indices), strict=True):
-            reward[i], terminated[i], truncated[i], length[i] = result
-        stages = np.array([env.assembled.sum() for env in self.envs])
+            reward[i], terminated[i], truncated[i], stages[i], length[i] = result
         return {"state": self.obs.copy()}, reward, terminated, truncated, stages, length
 
     def take_frames(self, index: int = 0) -> list[np.ndarray]:

@@ -413,11 +413,11 @@ def test_divergence_truncates_and_resets():
     everyone = np.ones(2, bool)
     last = vector.reset([1, 2], everyone)["state"]
     chunk = chunk_of(vector, rng)
-    vector.envs[0].data.qvel[:] = np.nan
-    obs, reward, terminated, truncated, _, _ = vector.step(chunk, everyone)
+    vector.envs[0].data.qvel[:], vector.envs[0].assembled[:] = np.nan, True
+    obs, reward, terminated, truncated, stages, _ = vector.step(chunk, everyone)
     np.testing.assert_array_equal(obs["state"][0], last[0])
     assert truncated.tolist() == [True, False] and not terminated.any() and not reward.any()
-    assert vector.diverged.tolist() == [1, 0]
-    obs = vector.step(chunk_of(vector, rng), everyone)[0]["state"]
-    assert np.isfinite(obs).all()
+    assert vector.diverged.tolist() == [1, 0] and stages.tolist() == [1, 0]
+    obs, _, _, _, stages, _ = vector.step(chunk_of(vector, rng), everyone)
+    assert np.isfinite(obs["state"]).all() and stages.tolist() == [0, 0]
     vector.close()
