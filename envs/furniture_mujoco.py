@@ -257,6 +257,10 @@ class Furniture:
     """Time limit in environment steps of 1/10 s."""
     gripper: float
     """Largest opening of the fingers."""
+    armature: float = 0.01
+    """Of the arm's joints (kg m^2). MuJoCo's contacts do not see that the drives' damping is integrated implicitly: a light arm that
+    accelerates drags the part out of the fingers, about a tenth of its way. The Lamp's round parts slip out, so there it has that
+    of MuJoCo Menagerie's Franka."""
     held: int | None = None
     """A part that stays where it is until the hand is close, as the original does with the bulb, which would roll."""
 
@@ -286,7 +290,7 @@ FURNITURE = {
         ),
         pairs=((0, 1, ((0, -0.0678, 0),), rotation(0, 0, np.pi)), (0, 2, ((0, -0.088324, 0),), None)),
         screw=Screw(1, (0, -0.053, 0), ((0, 0),), -0.0458, -1),
-        force=(8, 15, 30), torque=(16, 20, 60), horizon=1000, gripper=0.07, held=1,
+        force=(8, 15, 30), torque=(16, 20, 60), horizon=1000, gripper=0.07, armature=0.1, held=1,
     ),
 }  # fmt: skip
 
@@ -327,7 +331,7 @@ JOINT_HIGH = np.array([2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973])
 TORQUE = (87, 87, 87, 87, 12, 12, 12)  # N m
 
 
-def robot(franka: Path, opening: float) -> str:
+def robot(franka: Path, opening: float, armature: float) -> str:
     """The arm of the URDF, without gravity as in the original; links 6, 7 and the hand collide as primitives of their meshes' extent."""
     inertial = {}
     for link in ET.parse(franka / "robots/franka_panda.urdf").getroot().findall("link"):
@@ -339,7 +343,7 @@ def robot(franka: Path, opening: float) -> str:
     for i, (pos, roll) in enumerate(ORIGINS, 1):
         result += (f'<body name="link{i}" pos="{numbers(*pos)}" quat="{numbers(*quaternion(rotation(roll, 0, 0)))}" gravcomp="1">'
                    f'{inertial[f"panda_link{i}"]}<joint name="joint{i}" axis="0 0 1" range="{JOINT_LOW[i - 1]} {JOINT_HIGH[i - 1]}" '
-                   f'armature="0.01" damping="0.003"/><geom type="mesh" mesh="link{i}" class="visual"/>')  # fmt: skip
+                   f'armature="{armature}" damping="0.003"/><geom type="mesh" mesh="link{i}" class="visual"/>')  # fmt: skip
         if i == 6:
             result += f'<geom type="capsule" fromto="0 0.015 0.006 0.082 0.015 0.006" size="0.05" contype="{ROBOT}" conaffinity="{TABLE}" mass="0" group="3"/>'
         if i == 7:
@@ -391,7 +395,7 @@ def build_xml(furniture: str) -> str:
 <body name="aim" pos="0.5 0 0.05"/>
 <geom name="table" type="box" pos="0.3 0 -0.015" size="0.65 0.4 0.015" contype="{TABLE}" conaffinity="0" rgba="0.5 0.5 0.5 1" {ON_TABLE}/>
 <geom name="floor" type="plane" size="3 3 0.1" pos="0 0 -0.415" contype="{TABLE}" conaffinity="0" rgba="0.3 0.3 0.3 1"/>
-<body name="robot">{robot(franka, spec.gripper)}</body>
+<body name="robot">{robot(franka, spec.gripper, spec.armature)}</body>
 {bodies}
 </worldbody>
 <actuator>{arm}{fingers}</actuator>
