@@ -143,8 +143,8 @@ class Args:
     """`fpo`: ratio of the mean losses of an action, clipped. `fpo++`: a ratio per sample, clipped where the advantage is positive, SPO else."""
     samples: int = 8
     """N, pairs (epsilon, t) per action (official FPO: 8; RLDT's paper for FPO++: 16)."""
-    clip: float = 0.01
-    """Trust region of the ratio (RLDT's paper: 0.01, the best of 0.01, 0.02, 0.04; official FPO: 0.05)."""
+    clip: float = 0.0
+    """Trust region of the ratio; 0: 0.05 of `fpo` (official), 0.01 of `fpo++` (RLDT's paper, the best of 0.01, 0.02, 0.04)."""
     loss_clamp: float = 20.0
     """Flow-matching losses are cut off here (official FPO++: 20)."""
     log_ratio_clamp: float = 10.0
@@ -607,6 +607,7 @@ def resolve(args: Args) -> Args:
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit(f"--device {args.device}: this torch sees no CUDA device; use --device cpu.")
     args.iterations = args.iterations or (31 if args.env_id == "Hopper-v4" else 106)
+    args.clip = args.clip or (0.05 if args.form == "fpo" else 0.01)
     for name in "chunk euler_steps samples num_envs rollout_chunks epochs batch lr_warmup eval_every threads".split():
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")

@@ -9,6 +9,7 @@ What the CSV holds already is never run again (RLDT's runs are those of gym.csv,
 be stopped and started again; a run that was cut off starts over.
 """
 
+import os
 import shlex
 import subprocess
 import sys
@@ -115,6 +116,7 @@ def main(args: Args):
         import ray
     except ImportError as error:
         raise SystemExit("The comparison needs Ray: pip install -r baselines/requirements.txt") from error
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray would give its workers, and so the timed runs, what others leave over
     if args.address:
         ray.init(args.address, log_to_driver=False)
     else:

@@ -673,6 +673,12 @@ def test_fpo_clips_and_fpo_plus_plus_pulls_the_ratio_back_where_the_advantage_is
     assert best[0, fpo_gym.surrogate(best, minus, fpopp).argmax()].item() == pytest.approx(0.9, abs=1e-3)
 
 
+@pytest.mark.parametrize("form, clip", [("fpo", 0.05), ("fpo++", 0.01)])
+def test_fpo_takes_the_trust_region_of_its_form_unless_told_otherwise(form, clip):
+    assert fpo_gym.resolve(fpo_gym.Args(form=form, device="cpu")).clip == clip
+    assert fpo_gym.resolve(fpo_gym.Args(form=form, clip=0.2, device="cpu")).clip == 0.2
+
+
 def test_fpo_compares_losses_at_the_same_pairs_and_bounds_them():
     policy, rollout, args = rolled_out("fpo", samples=5)
     batch = fpo_gym.make_batch(policy, rollout, torch.zeros(3, 4), torch.zeros(3, 4), args)
