@@ -1,7 +1,7 @@
-"""Success of a furniture base policy against its training steps, by the number of demonstrations and what they look like.
+"""Success of a furniture base policy against its training steps, by the number of demonstrations.
 
-    python -m benchmark.pretraining_furniture                     # writes benchmark/results/pretraining_furniture.csv
-    python -m benchmark.pretraining_furniture --variant noiseless --dataset demos_without_noise.hdf5
+    python -m benchmark.pretraining_furniture --bc-epochs 45                        # writes benchmark/results/pretraining_furniture.csv
+    python -m benchmark.pretraining_furniture --bc-epochs 82 --bc-episodes 100
 
 A row is the averaged policy after `step` steps: its validation loss, and success rate and assembled pairs of `episodes` episodes from
 x_0 = 0 and again from noise, in MuJoCo. The rows are those of one training, so before the last one the step size is not yet at its end.
@@ -21,10 +21,10 @@ from benchmark.tools import RESULTS, provenance, pyplot, read_csv, save_figure, 
 
 @dataclass
 class Args:
-    script: script.Args = field(default_factory=script.Args)
+    settings: script.Args = field(default_factory=script.Args)
     """Settings of rldt_furniture.py; those of the task and the base policy matter here."""
-    variant: str = "default"
-    """Name of this training in the CSV and the figure."""
+    variant: str = ""
+    """Name of this training in the CSV and the figure; default the number of demonstrations."""
     every: int = 2000
     """Steps between evaluations, a multiple of 500."""
     episodes: int = 50
@@ -36,13 +36,14 @@ class Args:
 
 
 def main(args: Args):
-    config = script.resolve(args.script)
+    config = script.resolve(args.settings)
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     data = script.get_demonstrations(config)
     envs = script.FurnitureVectorEnv(config.num_envs, config.furniture, config.randomness, config.chunk, threads=config.threads, stop_on_success=True)
+    variant = args.variant or f"{len(data['episode_ends'])} demonstrations"
     task = f"{config.furniture}-{config.randomness}"
-    rows = [row for row in read_csv(args.out) if (row["task"], row["variant"]) != (task, args.variant)]
+    rows = [row for row in read_csv(args.out) if (row["task"], row["variant"]) != (task, variant)]
     start, evaluating = time.perf_counter(), 0.0
 
     def each(step: int, policy: script.FlowPolicy, validation: float):
@@ -51,14 +52,14 @@ def main(args: Args):
             return
         tick = time.perf_counter()
         scores = script.evaluate(policy, envs, config, args.episodes, 1_000_000)
-        row = dict(task=task, variant=args.variant, demonstrations=len(data["episode_ends"]), width=config.actor_width, depth=config.actor_depth,
+        row = dict(task=task, variant=variant, demonstrations=len(data["episode_ends"]), width=config.actor_width, depth=config.actor_depth,
                    batch=config.bc_batch, step=step, train_s=tick - start - evaluating, validation_loss=validation)  # fmt: skip
         for name, stages in ("zero", scores["zero"]), ("sampled", scores["noise"]):
             row |= script.summary(stages, f"success_{name}", config)
         rows.append(row | {"episodes": args.episodes, "threads": config.threads} | provenance())
         write_csv(args.out, rows)
         if args.save:
-            script.save_base(policy, args.save / f"{args.variant}_{step}.safetensors", **row)
+            script.save_base(policy, args.save / f"{variant}_{step}.safetensors", **row)
         print(f"{step} steps: success {100 * row['success_zero']:.0f} % from x_0 = 0, {100 * row['success_sampled']:.0f} % from noise", flush=True)
         evaluating += time.perf_counter() - tick
 
