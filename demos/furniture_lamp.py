@@ -129,7 +129,7 @@ class Lamp:
     def inserted(self) -> bool:
         """Whether the bulb stands in the hole."""
         position, matrix = self.env.relative_pose(BASE, BULB)
-        return np.hypot(position[0], position[2]) < 0.015 and position[1] > -0.105 and matrix[1, 1] < -0.9
+        return np.hypot(position[0], position[2]) < 0.022 and position[1] > -0.105 and matrix[1, 1] < -0.87
 
     def holds_bulb(self) -> bool:
         return self.arm.width() > 0.04 and np.linalg.norm(self.arm.pose[0] - self.globe()) < 0.025
@@ -277,8 +277,8 @@ class Lamp:
         away = self.arm.pose[0] - self.arm.part(HOOD)[0]
         return self.arm.width() > 0.04 and np.hypot(*away[:2]) < 0.015 and abs(away[2] - RIM) < 0.02
 
-    def lift_hood(self, height: float) -> Iterator[np.ndarray]:
-        """Grasps the hood from above, its narrow end between the fingers, and lifts it until the gripper is at z = `height` (m)."""
+    def lift_hood(self) -> Iterator[np.ndarray]:
+        """Grasps the hood from above, its narrow end between the fingers, and lifts it a little: high over the robot's foot the arm is singular."""
         arm = self.arm
 
         def over(height: float) -> Callable[[], Pose]:
@@ -289,14 +289,13 @@ class Lamp:
         yield from arm.go(over(RIM), 20, 0.004, 0.06)
         yield from arm.close(over(RIM)(), 0.0665, least=3, most=8)
         position, matrix = arm.pose
-        goal = np.array([*position[:2], height + 0.03])
-        yield from self.guarded(arm.go((goal, matrix), 20, until=lambda: arm.pose[0][2] > height), self.holds_hood)
+        yield from self.guarded(arm.go((position + [0, 0, 0.06], matrix), 20, until=lambda: arm.pose[0][2] > position[2] + 0.035), self.holds_hood)
 
     def move_hood(self) -> Iterator[np.ndarray]:
         """Sets the hood down where it leaves room around the lying bulb."""
         arm = self.arm
-        x, y = max(((0.40, 0.12), (0.40, -0.22)), key=lambda spot: np.linalg.norm(self.globe()[:2] - spot))
-        yield from self.lift_hood(0.15)
+        x, y = max(((0.44, 0.28), (0.47, -0.25)), key=lambda spot: np.linalg.norm(self.globe()[:2] - spot))
+        yield from self.lift_hood()
         yield from self.guarded(arm.go(lambda: (np.array([x, y, 0.18]), self.leaning(0.0, 0.0)), 40, 0.02, 0.2, rough=True), self.holds_hood)
         yield from self.guarded(arm.go(lambda: (np.array([x, y, 0.05 + RIM]), self.leaning(0.0, 0.0)), 20, 0.008), self.holds_hood)
         yield from arm.open(0.069, 8)
@@ -314,7 +313,9 @@ class Lamp:
 
             return pose
 
-        yield from self.lift_hood(0.24)
+        yield from self.lift_hood()
+        way = np.array([0.53, 0.03, 0.27])
+        yield from self.guarded(arm.go(lambda: (way, self.leaning(0.0, 0.0)), 40, 0.04, 0.5, rough=True), self.holds_hood)
         yield from self.guarded(arm.go(set_down(0.215), 40, 0.006, 0.1, rough=True), self.holds_hood)
         yield from self.guarded(arm.go(set_down(0.086), 25, 0.004, 0.1, reach=0.06, until=lambda: self.env.assembled[1]), self.holds_hood)
         yield from arm.open(0.069, 8)
