@@ -1,6 +1,6 @@
 """QAM (Q-learning with Adjoint Matching, arXiv 2601.14234) for Gymnasium tasks.
 
-    python -m baselines.qam_gym --env-id Hopper-v4 --inv-temp 0.3
+    python -m baselines.qam_gym --env-id Hopper-v4 --inv-temp 5
 
 finetunes a pretrained flow-matching policy toward base * exp(inv_temp * Q) by adjoint matching. Rollouts and
 critic are those of rldt_gym.py, from which this file differs only in the actor; docs/baselines.md has the equations.
