@@ -31,13 +31,19 @@ COLUMNS = {  # by family
         "commit,date,args,base_success_sampled,best_success_sampled,base_success_low,base_success_high,final_success_low,"
         "final_success_high,final_success_sampled_low,final_success_sampled_high,episodes,num_envs"
     ).split(","),
+    "furniture": (
+        "task,backend,method,preset,seed,base_success,final_success,best_success,final_success_sampled,base_stages,final_stages,best_stages,"
+        "final_stages_sampled,env_steps,wall_s,threads,device,commit,date,args,base_success_sampled,best_success_sampled,base_stages_sampled,"
+        "base_success_low,base_success_high,final_success_low,final_success_high,final_success_sampled_low,final_success_sampled_high,"
+        "base_stages_std,final_stages_std,episodes,num_envs"
+    ).split(","),
 }
 
 
 @dataclass
 class Args:
     tasks: tuple[str, ...] = ("Hopper-v4", "Walker2d-v4", "HalfCheetah-v4")
-    """Tasks; of rldt_robomimic.py: lift-image, square-state, ..."""
+    """Tasks; of rldt_robomimic.py: lift-image, square-state, ...; of rldt_furniture.py: one_leg-low, lamp-med, ..."""
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     """Seeds."""
     method: str = "rldt"
@@ -73,12 +79,14 @@ class Job:
 
     @property
     def family(self) -> str:
-        """gym or robomimic, from the name of the script."""
+        """gym, robomimic or furniture, from the name of the script."""
         return self.script.stem.removeprefix("rldt_")
 
     def start(self, runs: Path) -> subprocess.Popen:
-        task, _, obs = self.task.rpartition("-")
-        chosen = ["--env-id", self.task] if self.family == "gym" else ["--task", task, "--obs", obs]
+        task, _, kind = self.task.rpartition("-")
+        chosen = {
+            "gym": ["--env-id", self.task], "robomimic": ["--task", task, "--obs", kind], "furniture": ["--furniture", task, "--randomness", kind],
+        }[self.family]  # fmt: skip
         command = [sys.executable, ROOT / self.script, *chosen, "--seed", str(self.seed)]
         command += ["--exp-name", self.method, "--runs", runs.resolve(), *shlex.split(self.extra)]
         runs.mkdir(parents=True, exist_ok=True)
@@ -104,7 +112,7 @@ def append_row(out: Path, row: dict, columns: list[str]):
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         if file.tell() == 0:
             writer.writeheader()
-        digits = lambda key: 4 if "success" in key else 1
+        digits = lambda key: 4 if "success" in key or "stages" in key else 1
         writer.writerow({k: round(v, digits(k)) if isinstance(v, float) else v for k, v in row.items()})
 
 
