@@ -16,7 +16,8 @@ SEATED = 0.0678  # height of the bulb's origin over the base's once it is screwe
 LEAN = np.radians(45)  # of the gripper: backward when it grasps the lying bulb, so forward when it holds it upright
 RIM = 0.045  # height over the hood's origin at which the fingers hold it from outside
 FIRST, LAST = np.radians(170), np.radians(-100)  # yaw of the gripper at the ends of a screwing stroke
-AWKWARD = np.radians(135)  # beyond this course, its globe toward the robot, a lying bulb cannot be raised: see `turn_bulb`
+AWKWARD = np.radians(120)  # beyond this course a lying bulb's globe is toward the robot: see `awkward`
+HIGH = 0.012  # height over the globe's center at which a crowded bulb is grasped: the fingers are over the obstacle
 HAND = np.array(list(itertools.product((-0.032, 0, 0.032), np.linspace(-0.104, 0.104, 9), (-0.105, -0.07, -0.037))))  # points of it, in the gripper's frame
 
 
@@ -39,7 +40,7 @@ class Lamp:
                     if not self.in_corner():
                         yield from self.place_base()
                     if not self.inserted():
-                        awkward = abs(self.course()) > AWKWARD
+                        awkward = self.awkward()
                         if self.hood_in_way(awkward):
                             yield from self.move_hood()
                         yield from self.pick_bulb(awkward)
@@ -139,11 +140,30 @@ class Lamp:
         axis = self.arm.part(BULB)[1][:, 1]
         return float(np.arctan2(axis[1], axis[0]))
 
+    def crowded(self) -> bool:
+        """Whether the obstacle or the base leaves no room for a finger beside the lying bulb's globe."""
+        course = self.course()
+        side = 0.052 * np.array([-np.sin(course), np.cos(course)])
+        front, right, left = (self.env.obstacle_position(i) for i in range(3))
+        for x, y in (self.globe()[:2] + side, self.globe()[:2] - side):
+            beside = x > left[0] - 0.087 and not right[1] + 0.012 < y < left[1] - 0.012
+            if x > front[0] - 0.012 or beside or np.abs(self.arm.part(BASE)[0][:2] - [x, y]).max() < 0.047:
+                return True
+        return False
+
+    def awkward(self) -> bool:
+        """Whether the lying bulb must be set down elsewhere first, grasped from straight above.
+
+        Around a bulb that points to the robot, the gripper would have to lean forward, where it lines up with the forearm: there
+        the wrist is singular.
+        """
+        return abs(self.course()) > AWKWARD or self.crowded()
+
     def around_lying(self, awkward: bool) -> tuple[np.ndarray, float, float]:
         """Where the gripper grasps the lying bulb: the globe's center (3,), yaw, and how it leans away from the socket, if not awkward."""
         course = self.course()
         if awkward:
-            return self.globe(), course % (2 * np.pi), 0.0
+            return self.globe() + [0, 0, HIGH * self.crowded()], course % (2 * np.pi) if abs(course) > AWKWARD else course, 0.0
         lean = max(LEAN - np.arcsin(np.clip(self.arm.part(BULB)[1][2, 1], -1, 1)), 0.0)
         flipped = course < np.radians(-45)  # the other way around, which keeps the wrist's range
         return self.globe(), course + np.pi * flipped, -lean if flipped else lean
@@ -175,17 +195,15 @@ class Lamp:
         yield from arm.go(above, 60, 0.02, 0.15, rough=True)
         if self.env.resting is not None:
             yield from arm.go(touching, 20, until=lambda: np.abs(arm.pose[0] - arm.part(BULB)[0]).max() < 0.028)
-        yield from arm.go(grasp, 30, 0.006, 0.12)
+        yield from arm.go(grasp, 20, 0.006, 0.12)
+        if not arm.at(grasp(), 0.012, 0.25):  # a finger stands on the globe, or something is in the way
+            raise Lost
         yield from arm.close(grasp(), 0.0615, least=3)
         position, matrix = arm.pose
         yield from self.guarded(arm.go((position + [0, 0, 0.12], matrix), 20, until=lambda: arm.pose[0][2] > 0.11), self.holds_bulb)
 
     def turn_bulb(self) -> Iterator[np.ndarray]:
-        """Sets the bulb down with its globe to the left.
-
-        Around a bulb that points to the robot, the gripper would have to lean forward, where it lines up with the forearm: there
-        the wrist is singular.
-        """
+        """Sets the bulb down where there is room, with its globe to the left."""
         arm = self.arm
         left = np.pi / 2
 
@@ -194,7 +212,7 @@ class Lamp:
 
         yield from self.guarded(arm.go(at(0.12), 40, until=lambda: arm.at(at(0.12)(), 0.03, np.inf) and abs(heading(arm.pose[1]) - left) < 0.2,
                                        turn=1.0, rough=True), self.holds_bulb)  # fmt: skip
-        yield from self.guarded(arm.go(at(0.031), 20, reach=0.06, until=lambda: arm.pose[0][2] < 0.037), self.holds_bulb)
+        yield from self.guarded(arm.go(at(0.03), 20, reach=0.06, until=lambda: self.globe()[2] < 0.036), self.holds_bulb)
         yield from arm.open(0.067, 8)
         yield from arm.rise(0.12)
 
