@@ -18,13 +18,14 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from demos.furniture_lamp import Lamp
 from demos.furniture_one_leg import OneLeg
 from demos.furniture_skills import Arm
 from demos.make_robomimic_demos import replacing
 from envs.furniture_mujoco import FurnitureEnv, PhysicsError
 
 DEMOS = Path(__file__).parent
-ASSEMBLERS: dict[str, Callable] = {"one_leg": OneLeg}
+ASSEMBLERS: dict[str, Callable] = {"one_leg": OneLeg, "lamp": Lamp}
 MEMORY = 0.7  # of the noise, per step
 
 
@@ -80,8 +81,6 @@ def make(args: Args) -> Path:
     """Lets the assembler act until `args.episodes` have succeeded and writes them; returns the file's path."""
     if args.episodes < 1 or args.noise < 0:
         raise SystemExit("--episodes must be at least 1 and --noise at least 0.")
-    if args.furniture not in ASSEMBLERS:
-        raise SystemExit(f"There is no assembler of {args.furniture}; there is one of {', '.join(ASSEMBLERS)}.")
     out = args.out or DEMOS / args.furniture / f"{args.randomness}.hdf5"
     env = FurnitureEnv(args.furniture, args.randomness)
     pairs, lengths, diverged = len(env.furniture.pairs), [], 0
