@@ -13,7 +13,7 @@ GLOBE = np.array([0, 0.038, 0])  # center of the bulb's globe, of radius 0.03, i
 FLANGE = 0.041  # height of the base's flange, by which it is carried, over its origin
 FOOT = 0.0423  # half width of the base's foot
 SEATED = 0.0678  # height of the bulb's origin over the base's once it is screwed in
-LEAN = np.radians(45)  # of the gripper: backward when it grasps the lying bulb, so forward when it holds it upright
+LEAN = np.radians(45)  # of the gripper, one way when it grasps the lying bulb and the other way when it holds the bulb upright
 RIM = 0.045  # height over the hood's origin at which the fingers hold it from outside
 FIRST, LAST = np.radians(170), np.radians(-100)  # yaw of the gripper at the ends of a screwing stroke
 AWKWARD = np.radians(120)  # beyond this course a lying bulb's globe is toward the robot: see `awkward`
@@ -162,10 +162,10 @@ class Lamp:
     def around_lying(self, awkward: bool) -> tuple[np.ndarray, float, float]:
         """Where the gripper grasps the lying bulb: the globe's center (3,), yaw, and how it leans away from the socket, if not awkward."""
         course = self.course()
-        if awkward:
-            return self.globe() + [0, 0, HIGH * self.crowded()], course % (2 * np.pi) if abs(course) > AWKWARD else course, 0.0
-        lean = max(LEAN - np.arcsin(np.clip(self.arm.part(BULB)[1][2, 1], -1, 1)), 0.0)
         flipped = course < np.radians(-45)  # the other way around, which keeps the wrist's range
+        if awkward:
+            return self.globe() + [0, 0, HIGH * self.crowded()], course + np.pi * flipped, 0.0
+        lean = max(LEAN - np.arcsin(np.clip(self.arm.part(BULB)[1][2, 1], -1, 1)), 0.0)
         return self.globe(), course + np.pi * flipped, -lean if flipped else lean
 
     def hood_in_way(self, awkward: bool) -> bool:
@@ -205,7 +205,7 @@ class Lamp:
     def turn_bulb(self) -> Iterator[np.ndarray]:
         """Sets the bulb down where there is room, with its globe to the left."""
         arm = self.arm
-        left = np.pi / 2
+        left = np.pi / 2 if abs(wrap(heading(arm.pose[1]) - self.course())) < np.pi / 2 else -np.pi / 2
 
         def at(height: float) -> Callable[[], Pose]:
             return lambda: (np.array([0.53, 0.02, height]), self.leaning(left, 0.0))
