@@ -313,7 +313,8 @@ class RobomimicVectorEnv:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
             return RobomimicEnv(**kwargs)
 
-        renders = _rendering and (kwargs["images"] or kwargs.get("record"))  # a forked copy of an open renderer would hang
+        opened = _rendering or getattr(sys.modules.get("mujoco.egl"), "EGL_DISPLAY", None) is not None  # by robosuite's context, or MuJoCo's own
+        renders = opened and (kwargs["images"] or kwargs.get("record"))  # a forked copy of an open renderer would hang
         context = "fork" if sys.platform == "linux" and not renders else "spawn"
         self.envs = gym.vector.AsyncVectorEnv([make] * num_envs, context=context, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
         self.num_envs, self.timeout = num_envs, timeout

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 from contextlib import closing
 
 import h5py
@@ -734,3 +735,16 @@ def test_import_of_another_robosuite_stops_with_its_version(monkeypatch):
     monkeypatch.setattr(robosuite, "__version__", "1.5.1")
     with pytest.raises(SystemExit, match=r"1\.5\.1.*1\.4\.1"):
         import_robomimic()
+
+
+@pytest.mark.parametrize("images, context", [(True, "spawn"), (False, "fork")])
+def test_simulators_with_cameras_are_not_forked_from_a_process_in_which_mujoco_renders(monkeypatch, images, context):
+    """A forked copy of an open renderer hangs."""
+    egl, seen = types.ModuleType("mujoco.egl"), {}
+    egl.EGL_DISPLAY = object()  # as after the first mujoco.GLContext
+    monkeypatch.setitem(sys.modules, "mujoco.egl", egl)
+    monkeypatch.setattr(module, "_rendering", False)
+    monkeypatch.setattr(module.sys, "platform", "linux")
+    monkeypatch.setattr(module.gym.vector, "AsyncVectorEnv", lambda *args, **kwargs: seen.update(kwargs))
+    module.RobomimicVectorEnv(2, task="lift", images=images)
+    assert seen["context"] == context
