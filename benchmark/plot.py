@@ -145,7 +145,7 @@ def plot_success(plt, rows: list[dict], args: Args):
         axis.set(title=task, xlabel="wall time (minutes)", ylim=(-0.02, 1.02))
     axes[0, 0].set_ylabel("success rate")
     entries = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4)
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=2)
     save_figure(figure, args.images / "success.png")
 
 
