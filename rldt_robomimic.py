@@ -210,9 +210,6 @@ class Args:
     """Weight of the consistency loss, eq. (14) (paper: 0.5); alone it moves the policy, and success hangs on centimetres."""
     constraint_weight: float = 0.2
     """Weight of the Fisher-divergence constraint, eq. (15) (paper: 0.2)."""
-    constraint_points: Literal["path", "trajectory"] = "path"
-    """Where the constraint is taken: at fresh points (1 - t) eps + t a (paper), or at the points of the transport loss, where the sum of
-    the two is a regression on v_ref + phi / (2 w K (1 - t)), without noise at its minimum (ours)."""
     reference: Literal["previous", "pretrained"] = "previous"
     """Policy of the constraint: an earlier one (authors) or the pretrained one (paper's text)."""
     reference_every: int = 10
@@ -613,13 +610,10 @@ def actor_losses(velocity, reference, critic: Critic, cond, cond_ref, cond_q, tr
     k = torch.randint(K, (B, P), device=device) if k is None else k
     x = trajectory.gather(0, k[None, ..., None].expand(1, -1, -1, D))[0]  # x_{t_k}, (B, P, D)
     t = k / K
-    x_c, t_c = x, t
-    if args.constraint_points == "path":
-        t_c = torch.randint(K, (B, P), device=device) / K
-        x_c = interpolate(action, start_noise(action.shape, args), t_c)
+    t_c = torch.randint(K, (B, P), device=device) / K
+    x_c = interpolate(action, start_noise(action.shape, args), t_c)
     with autocast(args):
-        v = velocity(x, t, cond)
-        v_c = v if x_c is x else velocity(x_c, t_c, cond)
+        v, v_c = velocity(torch.stack([x, x_c]), torch.stack([t, t_c]), cond.expand(2, -1, -1, -1))  # both in one pass
         with torch.no_grad():
             v_ref = reference(x_c, t_c, cond_ref)
     a_dagger = expected_target(x, t, v)  # eq. (8)

@@ -8,7 +8,6 @@ successes are written: data/demo_i/{actions, rewards, obs/state}, float32, with 
 """
 
 import itertools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Literal
 
 import numpy as np
 import tyro
+from scipy.stats import binomtest
 from tqdm import tqdm
 
 from demos.furniture_lamp import Lamp
@@ -47,10 +47,8 @@ class Args:
 
 def wilson(successes: int, attempts: int) -> tuple[float, float]:
     """95 % interval of a success rate (Wilson 1927)."""
-    z, rate = 1.96, successes / attempts
-    center = rate + z * z / (2 * attempts)
-    half = z * math.sqrt(rate * (1 - rate) / attempts + z * z / (4 * attempts * attempts))
-    return (center - half) / (1 + z * z / attempts), (center + half) / (1 + z * z / attempts)
+    interval = binomtest(successes, attempts).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def run_episode(env: FurnitureEnv, assembler: Callable, seed: int, noise: float = 0.004) -> dict[str, np.ndarray]:

@@ -349,8 +349,15 @@ def test_consistency_loss_has_the_value_and_gradient_of_eq_14():
 
 
 def test_constraint_loss_has_the_value_and_gradient_of_eq_15():
-    velocity, reference, obs, _, x, t, _, (_, _, constraint, _) = losses(constraint_points="trajectory")
-    expected = (velocity(x, t, obs) - reference(x, t, obs).detach()).square().sum(-1).mean()
+    velocity, seen = VelocityMLP(D, 3, 16, 3, 8).double(), {}
+
+    def reference(x, t, obs):
+        seen.update(x=x, t=t, obs=obs)
+        return x.sin()
+
+    trajectory, obs = torch.randn(K + 1, B, P, D, dtype=torch.float64), torch.randn(B, 3, dtype=torch.float64)
+    _, _, constraint, _ = actor_losses(velocity, reference, QuadraticCritic(), obs, obs, trajectory, arguments(euler_steps=K))
+    expected = (velocity(seen["x"], seen["t"], seen["obs"]) - seen["x"].sin()).square().sum(-1).mean()
     torch.testing.assert_close(constraint, expected)
     torch.testing.assert_close(gradients(velocity, constraint), gradients(velocity, expected))
 
@@ -852,6 +859,19 @@ def test_pretraining_lowers_the_validation_loss():
     assert long < 0.5 * short
 
 
+def test_pretraining_shows_the_averaged_policy_every_500_steps():
+    seen = []
+    torch.manual_seed(0)
+    each = lambda step, policy, validation: seen.append((step, copy.deepcopy(policy.state_dict()), validation))
+    policy = rldt_furniture.pretrain(arguments(actor_width=8, actor_depth=3, time_dim=8, chunk=4, bc_batch=8, bc_epochs=84),
+                                     demonstrations(lengths=(20,) * 6), log=lambda *_: None, each=each)  # fmt: skip
+    assert [step for step, *_ in seen] == [500, 1000, seen[-1][0]] and 1000 < seen[-1][0] < 1500  # and at the end
+    for key, value in policy.state_dict().items():
+        torch.testing.assert_close(seen[-1][1][key], value)
+    assert seen[-1][2] == policy.validation_loss
+    assert any(not torch.equal(value, seen[-1][1][key]) for key, value in seen[0][1].items())
+
+
 def test_demonstrations_shorter_than_a_chunk_stop():
     with pytest.raises(SystemExit, match=r"as long as a chunk \(4 steps\)"):
         pretrain(demonstrations(lengths=(3, 2)))
@@ -1013,7 +1033,7 @@ def test_paper_preset_sets_the_values_of_the_paper(argv, furniture, rows):
         actor_width=1024, actor_depth=7, actor_layer_norm=True, cond_mlp=(512, 64), time_dim=32, chunk=8, bc_epochs=8000, bc_batch=256, bc_lr=1e-4,
         bc_lr_end=1e-5, bc_ema=0.995, gamma=0.995, td_lambda=0.5, target_momentum=0.998, critic_lr=5e-4, critic_width=512, critic_depth=3,
         critic_stage=True, warmup_iterations=2, warmup_lambda=0.5, warmup_factor=1, n_particles=8, kernel="rbf", alpha=1e-3, consistency_weight=0.5,
-        constraint_weight=0.2, constraint_points="path", reference="previous", reference_every=1, actor_lr=2e-5, actor_lr_end=1.0, actor_warmup=32,
+        constraint_weight=0.2, reference="previous", reference_every=1, actor_lr=2e-5, actor_lr_end=1.0, actor_warmup=32,
         transport_loss="authors", transport_scale=1.0, value_samples=2, rounds=16, critic_steps=128, actor_steps=2, eval_every=10,
         stop_on_success=False, time_limit="terminal", critic_layer_norm=False, critic_init="normal", fresh_fraction=0.33, zero_fraction=0.0,
         exploration_steps=2, balanced=True, bf16=False,
@@ -1141,7 +1161,7 @@ def test_run_succeeds_and_fails_in_turn_so_that_it_tests_something(fake_run):
 @pytest.mark.parametrize("changes", [
     dict(td_lambda=0.0, critic_layer_norm=False, critic_init="normal", exploration_steps=0, time_limit="bootstrap", value_samples=2, critic_stage=False),
     dict(transport_loss="literal", kernel="delta", reference="pretrained", bf16=False, n_particles=1, balanced=False),
-    dict(furniture="one_leg", stop_on_success=False, constraint_points="trajectory", segment_chunks=0, reference_every=1),
+    dict(furniture="one_leg", stop_on_success=False, segment_chunks=0, reference_every=1),
 ])  # fmt: skip
 def test_run_with_the_other_choices_ends_with_finite_numbers(fakes, bases, tmp_path, changes):
     furniture = changes.get("furniture", "lamp")

@@ -1287,7 +1287,7 @@ def test_run_succeeds_and_fails_in_turn_so_that_it_tests_something(fake_run):
     dict(td_lambda=0.0, critic_layer_norm=False, critic_init="normal", exploration_steps=0, time_limit="terminal", value_samples=2),
     dict(transport_loss="literal", kernel="delta", reference="pretrained", bf16=False, n_particles=1, balanced=False),
     dict(obs="image", encoder="shared", rounds=1), dict(obs="image", encoder="own", stop_on_success=False, rounds=1),
-    dict(obs="image", encoder="frozen"),
+    dict(obs="image", encoder="frozen", reference_every=1),
 ])  # fmt: skip
 def test_run_with_the_other_choices_ends_with_finite_numbers(fakes, bases, tmp_path, changes):
     argv = flags(bases[changes.get("obs", "state")], tmp_path, **dict(iterations=3, warmup_iterations=0, segments=3) | changes)
@@ -1300,7 +1300,7 @@ def test_run_with_the_other_choices_ends_with_finite_numbers(fakes, bases, tmp_p
     start = rldt_robomimic.load_policy(run / "base_policy.pt", "cpu").state_dict()
     moved = {key for key, value in saved["policy"].items() if not torch.equal(value, start[key])}
     followed = all(torch.equal(value, saved["policy"][key]) for key, value in saved["reference"].items())
-    assert followed == (changes.get("reference") == "previous")
+    assert followed == (changes.get("reference_every") == 1)
     encoder = {key for key in start if key.startswith("encoder.")}
     assert {key.split(".")[0] for key in moved} == ({"velocity"} if changes.get("encoder", "frozen") == "frozen" else {"velocity", "encoder"})
     assert bool(encoder) == ("obs" in changes)
