@@ -609,7 +609,7 @@ def collect(policy: FlowPolicy, envs, slot: dict, seeds, args: Args):
             slot[name][row[ids], ids] = torch.as_tensor(value, device=args.device)[ids].to(slot[name].dtype)
         steps += int(length[active].sum())
         row[ids] += 1
-        stage = np.where(active, np.maximum(stage, next_stage), stage)  # a simulation that diverged has none left
+        stage = np.where(active, next_stage, stage)
         over = active & (truncated | (solved & args.stop_on_success))
         cut = active & ~over & (row == T - 1)
         for i in everyone[over | cut]:
@@ -641,7 +641,7 @@ def evaluate(policy: FlowPolicy, envs, args: Args, episodes: int, seed: int) -> 
         with autocast(args):
             chunks = policy.to_env(policy.sample(policy.normalize(raw["state"]), x0))
         raw, _, _, truncated, stage, _ = envs.step(chunks, active := job >= 0)
-        stages[job[active]] = np.maximum(stages[job[active]], stage[active])
+        stages[job[active]] = stage[active]
         job[truncated | (stage == stages_of(args))] = -1
         free = job < 0
         if args.backend == "isaac" and not free.all():

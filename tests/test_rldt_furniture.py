@@ -119,8 +119,8 @@ class FakeEnvs:
         for i in np.flatnonzero(active):
             seed, t = self.seed[i], self.t[i]
             self.valid[seed] += self.stage[i] < self.stages
-            if self.diverges(seed) == t:  # it is reset, and what is seen is the last finite state
-                truncated[i], self.stage[i] = True, 0
+            if self.diverges(seed) == t:  # what is seen is the last finite state
+                truncated[i] = True
             else:
                 reward[i] = min(self.assembles(seed, t, chunks[i]), self.stages - self.stage[i])
                 self.stage[i] += int(reward[i])
