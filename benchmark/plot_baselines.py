@@ -16,11 +16,11 @@ from benchmark.plot import curves
 from benchmark.tools import IMAGES, RESULTS, group, markdown, pyplot, read_csv, save_figure
 
 COLORS = {
-    "rldt": "#d6604d", "qam": "#2166ac", "reinflow": "#1b7837", "dppo": "#762a83", "dppo-diffusion": "#c2a5cf", "fpo": "#e08214",
+    "rldt": "#d6604d", "rldt-delta": "#f4a582", "qam": "#2166ac", "reinflow": "#1b7837", "dppo": "#762a83", "dppo-diffusion": "#c2a5cf", "fpo": "#e08214",
     "fpo++": "#fdb863", "best-of-n": "#4d4d4d", "sac": "#969696",
 }  # fmt: skip
 NAMES = {
-    "rldt": "RLDT", "qam": "QAM", "reinflow": "ReinFlow", "dppo": "DPPO (flow)", "dppo-diffusion": "DPPO (diffusion)", "fpo": "FPO",
+    "rldt": "RLDT", "rldt-delta": "RLDT-Delta", "qam": "QAM", "reinflow": "ReinFlow", "dppo": "DPPO (flow)", "dppo-diffusion": "DPPO (diffusion)", "fpo": "FPO",
     "fpo++": "FPO++", "best-of-n": "best of N", "sac": "SAC",
 }  # fmt: skip
 

@@ -21,6 +21,7 @@ from benchmark.tools import RESULTS, ROOT, parse, read_csv, shown
 
 METHODS = {  # module and flags
     "rldt": ("rldt_gym", ""),
+    "rldt-delta": ("rldt_gym", "--kernel delta"),
     "qam": ("baselines.qam_gym", ""),
     "reinflow": ("baselines.reinflow_gym", ""),
     "dppo": ("baselines.dppo_gym", ""),
@@ -35,13 +36,13 @@ METHODS = {  # module and flags
 @dataclass
 class Args:
     methods: tuple[str, ...] = tuple(METHODS)
-    """Methods, of: rldt, qam, reinflow, dppo, dppo-diffusion, fpo, fpo++, best-of-n, sac."""
+    """Methods, of: rldt, rldt-delta, qam, reinflow, dppo, dppo-diffusion, fpo, fpo++, best-of-n, sac."""
     tasks: tuple[str, ...] = ("Hopper-v4", "Walker2d-v4", "HalfCheetah-v4")
     """Gymnasium tasks."""
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     """Seeds."""
     wall_budget_s: float = 0.0
-    """Seconds of training and evaluation per run, of all methods but rldt; 0: as many iterations as each preset has."""
+    """Seconds of training and evaluation per run of a baseline; 0, and RLDT: as many iterations as each preset has."""
     extra: str = ""
     """Flags for every script, in one string, e.g. "--preset paper"."""
     out: Path = RESULTS / "baselines.csv"
@@ -61,7 +62,7 @@ class Cell(Job):
     family = "gym"
 
     def start(self, runs: Path) -> subprocess.Popen:
-        module, flags = METHODS[self.method]
+        module, flags = METHODS[self.method.partition("#")[0]]  # qam#3: the third try of benchmark.search
         command = [sys.executable, "-m", module, "--env-id", self.task, "--seed", str(self.seed), "--exp-name", self.method]
         command += ["--runs", runs.resolve(), *shlex.split(flags), *shlex.split(self.extra)]
         runs.mkdir(parents=True, exist_ok=True)
@@ -76,7 +77,7 @@ def cells(args: Args) -> list[Cell]:
         raise SystemExit(f"--methods: {', '.join(sorted(unknown))} is none of {', '.join(METHODS)}")
     held = finished(args.out) | finished(args.out.with_name("gym.csv"))
     budget = f" --wall-budget-s {args.wall_budget_s:g}" if args.wall_budget_s else ""
-    chosen = [Cell(task, method, seed, (args.extra + (budget if method != "rldt" else "")).strip())
+    chosen = [Cell(task, method, seed, (args.extra + (budget if METHODS[method][0] != "rldt_gym" else "")).strip())
               for seed in args.seeds for task in args.tasks for method in args.methods]  # fmt: skip
     return [cell for cell in chosen if cell.key() not in held]
 
@@ -107,9 +108,8 @@ def keep(cell: Cell, files: dict[str, str], args: Args) -> str:
     return f"{cell.name}: {row['base_return']} -> {row['final_return']}, {float(row['wall_s']) / 60:.1f} min"
 
 
-def main(args: Args):
-    todo = cells(args)
-    print(f"{len(todo)} of {len(args.methods) * len(args.tasks) * len(args.seeds)} runs to do", flush=True)
+def launch(todo: list[Cell], args):
+    """Runs the cells through Ray, as many side by side as there are cores, and keeps each result as it comes."""
     if not todo:
         return
     try:
@@ -134,6 +134,12 @@ def main(args: Args):
         print(keep(cell, files, args), flush=True)
     ray.shutdown()
     print(f"results in {shown(args.out)}" + (f", {failed} runs failed" if failed else ""))
+
+
+def main(args: Args):
+    todo = cells(args)
+    print(f"{len(todo)} of {len(args.methods) * len(args.tasks) * len(args.seeds)} runs to do", flush=True)
+    launch(todo, args)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from benchmark import plot_baselines, run
+from benchmark import plot_baselines, run, search
 from benchmark.returns import COLUMNS
 from benchmark.tools import read_csv
 
@@ -30,7 +30,7 @@ def test_what_a_csv_holds_is_not_run_again(tmp_path):
 
 
 def test_unknown_method_stops_with_the_known_ones():
-    with pytest.raises(SystemExit, match=r"ppo is none of rldt, qam, .*sac"):
+    with pytest.raises(SystemExit, match=r"ppo is none of rldt, rldt-delta, qam, .*sac"):
         run.cells(run.Args(methods=("ppo", "qam")))
 
 
@@ -40,7 +40,7 @@ def test_every_method_is_a_module_with_the_flags_that_the_launcher_gives(method)
 
     module, flags = run.METHODS[method]
     argv = ["--env-id=Hopper-v4", "--seed=2", f"--exp-name={method}", "--runs=x", *flags.split()]
-    argv += [] if method == "rldt" else ["--wall-budget-s=3"]
+    argv += [] if module == "rldt_gym" else ["--wall-budget-s=3"]
     args = importlib.import_module(module).parse_args(argv)
     assert (args.seed, args.exp_name) == (2, method)
 
@@ -104,3 +104,25 @@ def test_pins_of_the_extras_do_not_contradict_those_of_the_project():
     pinned = lambda name: dict(line.split("==") for line in (ROOT / name).read_text().split() if "==" in line)
     ours, theirs = pinned("baselines/requirements.txt"), pinned("requirements.txt")
     assert {key: value for key, value in ours.items() if key in theirs} == {key: theirs[key] for key in ours if key in theirs}
+
+
+@pytest.mark.parametrize(("method", "flags"), [(method, flags) for method, options in search.TRIES.items() for flags in options])
+def test_every_try_of_the_search_is_understood_by_its_method(method, flags):
+    import importlib
+
+    module, own = run.METHODS[method]
+    importlib.import_module(module).parse_args([*own.split(), *flags.split(), "--wall-budget-s=3"])
+
+
+def test_search_runs_what_its_csv_lacks_and_ranks_by_the_mean_of_both_returns(tiny_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "TRIES", {"fpo": ("--clip 0.1", "--clip 0.2"), "qam": ("--inv-temp 1",)})
+    args = search.Args(methods=("fpo",), wall_budget_s=60, extra=f"{TINY} --base {tiny_base}", out=tmp_path / "s.csv", runs=tmp_path / "runs")
+    first, second = search.tries(args)
+    assert (second.method, second.extra.split()[:4]) == ("fpo#2", ["--clip", "0.2", "--wall-budget-s", "60"])
+    files = run.execute(first, args.runs)
+    assert json.loads(files["result.json"])["args"]["clip"] == 0.1
+    run.keep(first, files, args)
+    assert [cell.method for cell in search.tries(args)] == ["fpo#2"]
+    one = dict(read_csv(args.out)[0], final_return="100", final_return_sampled="0")
+    two = dict(one, method="fpo#2", final_return="80", final_return_sampled="60")
+    assert [line.split(" | ")[1] for line in search.table([one, two]).splitlines()[2:]] == ["fpo#2", "fpo#1"]

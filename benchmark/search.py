@@ -1,0 +1,111 @@
+"""Searches the laptop settings of the baselines: equal time for each try, on a seed that the comparison does not use.
+
+    pip install -r baselines/requirements.txt
+    python -m benchmark.search                          # writes benchmark/results/search.csv and search/
+
+A try is scored by the mean of its final returns from x_0 = 0 and from noise. What the CSV holds is not run again, so lines can be
+added to TRIES. The settings that win become the presets by hand.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmark.returns import finished
+from benchmark.run import Cell, launch
+from benchmark.tools import RESULTS, group, markdown, parse, read_csv
+
+TRIES = {  # flags that replace a preset's, in the order in which they are numbered from 1
+    "qam": (
+        "--inv-temp 2", "--inv-temp 5", "--inv-temp 15", "--inv-temp 5 --actor-lr 3e-4", "--inv-temp 15 --actor-lr 3e-4", "--inv-temp 5 --actor-steps 16",
+    ),
+    "reinflow": (
+        "--actor-lr 1e-4 --clip 0.01 --batch 2500", "--actor-lr 3e-4 --clip 0.01 --batch 2500", "--actor-lr 3e-4 --clip 0.02 --batch 2500",
+        "--actor-lr 3e-4 --clip 0.05 --batch 1250", "--actor-lr 3e-4 --clip 0.02 --batch 2500 --entropy-weight 0",
+        "--actor-lr 3e-4 --clip 0.02 --batch 2500 --sigma-min 0.05 --sigma-max 0.15",
+    ),
+    "dppo": (
+        "--actor-lr 1e-4 --clip 0.01 --batch 5000", "--actor-lr 3e-4 --clip 0.01 --batch 5000", "--actor-lr 3e-4 --clip 0.02 --batch 2500",
+        "--actor-lr 3e-4 --clip 0.02 --batch 2500 --sigma 0.15", "--actor-lr 3e-4 --clip 0.05 --batch 2500 --epochs 10",
+        "--actor-lr 3e-4 --clip 0.02 --batch 2500 --tuned-steps 4",
+    ),
+    "dppo-diffusion": (
+        "--actor-lr 1e-4 --clip 0.01 --batch 5000", "--actor-lr 3e-4 --clip 0.01 --batch 5000", "--actor-lr 3e-4 --clip 0.02 --batch 2500",
+        "--actor-lr 3e-4 --clip 0.05 --batch 2500", "--actor-lr 3e-4 --clip 0.02 --batch 2500 --sigma 0.15", "--actor-lr 1e-3 --clip 0.02 --batch 5000",
+    ),
+    "fpo": (
+        "--actor-lr 1e-4 --clip 0.05", "--actor-lr 3e-4 --clip 0.05", "--actor-lr 3e-4 --clip 0.02", "--actor-lr 3e-4 --clip 0.1",
+        "--actor-lr 3e-4 --clip 0.05 --samples 16", "--actor-lr 3e-4 --clip 0.05 --batch 1250",
+    ),
+    "fpo++": (
+        "--actor-lr 1e-4 --clip 0.01", "--actor-lr 3e-4 --clip 0.01", "--actor-lr 3e-4 --clip 0.04", "--actor-lr 3e-4 --clip 0.1",
+        "--actor-lr 3e-4 --clip 0.04 --samples 16", "--actor-lr 3e-4 --clip 0.04 --batch 1250",
+    ),
+    "best-of-n": ("--candidates 4", "--candidates 8", "--candidates 16", "--candidates 32", "--candidates 8 --critic-steps 64", "--candidates 32 --critic-steps 64"),
+    "sac": (
+        "--lr 3e-4", "--lr 1e-4", "--lr 1e-4 --entropy-start 0.01", "--lr 1e-4 --entropy-start 0.01 --gamma 0.98",
+        "--lr 3e-4 --entropy-start 0.01 --critic-iterations 20", "--lr 1e-4 --entropy-start 0.01 --gradient-steps 250",
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class Args:
+    methods: tuple[str, ...] = tuple(TRIES)
+    """Methods, of: qam, reinflow, dppo, dppo-diffusion, fpo, fpo++, best-of-n, sac."""
+    tasks: tuple[str, ...] = ("Hopper-v4",)
+    """Gymnasium tasks."""
+    seed: int = 11
+    """Seed of all tries, none of the comparison's."""
+    wall_budget_s: float = 240.0
+    """Seconds of training and evaluation per try, on one core."""
+    extra: str = ""
+    """Flags for every try, in one string."""
+    out: Path = RESULTS / "search.csv"
+    """CSV to append to; curves go to a folder of its name next to it."""
+    runs: Path = Path("runs")
+    """Directory for the run directories and the logs."""
+    parallel: int = 2
+    """Runs side by side on this machine, one core each."""
+    address: str | None = None
+    """Ray cluster to run on, `auto` or host:port; `parallel` is then the cluster's number of cores."""
+
+
+def tries(args: Args) -> list[Cell]:
+    """What is to be run: the tries that the CSV does not hold, named <method>#<number>."""
+    unknown = set(args.methods) - set(TRIES)
+    if unknown:
+        raise SystemExit(f"--methods: {', '.join(sorted(unknown))} is none of {', '.join(TRIES)}")
+    budget = f"--wall-budget-s {args.wall_budget_s:g}"
+    chosen = [Cell(task, f"{method}#{number}", args.seed, " ".join(filter(None, (flags, budget, args.extra))))
+              for method in args.methods for task in args.tasks for number, flags in enumerate(TRIES[method], start=1)]  # fmt: skip
+    held = finished(args.out)
+    return [cell for cell in chosen if cell.key() not in held]
+
+
+def score(row: dict[str, str]) -> float:
+    """Mean of the final returns from x_0 = 0 and from noise."""
+    return (float(row["final_return"]) + float(row["final_return_sampled"])) / 2
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """A markdown table of the tries, each task's and method's best first."""
+    lines = []
+    for task, members in group(rows, "task").items():
+        for row in sorted(members, key=lambda row: (row["method"].partition("#")[0], -score(row))):
+            lines.append({
+                "task": task, "try": row["method"], "settings": row["args"].partition(" --wall-budget-s")[0], "score": f"{score(row):.0f}",
+                "final, x₀ = 0": f"{float(row['final_return']):.0f}", "final, sampled": f"{float(row['final_return_sampled']):.0f}",
+                "env steps (10⁶)": f"{float(row['env_steps']) / 1e6:.2f}",
+            })  # fmt: skip
+    return markdown(lines)
+
+
+def main(args: Args):
+    todo = tries(args)
+    print(f"{len(todo)} tries to do", flush=True)
+    launch(todo, args)
+    print(table(read_csv(args.out)) if read_csv(args.out) else "no try finished")
+
+
+if __name__ == "__main__":
+    main(parse(Args, __doc__))
