@@ -476,15 +476,15 @@ def lean_adjoint(base, critic: Critic, obs: torch.Tensor, points: torch.Tensor, 
     return torch.stack(adjoints[::-1]), q.detach(), grad_q
 
 
-def adjoint_loss(velocity, base, obs: torch.Tensor, points: torch.Tensor, adjoint: torch.Tensor) -> torch.Tensor:
-    """Mean over states of sum_t |(2 / sigma_t) (v_theta - v_base) + sigma_t g_t|^2 at x_0 .. x_{K-1}."""
+def adjoint_losses(velocity, base, obs: torch.Tensor, points: torch.Tensor, adjoint: torch.Tensor) -> torch.Tensor:
+    """|(2 / sigma_t) (v_theta - v_base) + sigma_t g_t|^2 at each of x_0 .. x_{K-1}, (K,), means over states; the loss is their sum."""
     K = len(adjoint)
     t = torch.arange(K, device=obs.device)[:, None] / K  # (K, 1)
     obs, sigma = obs.expand(K, -1, -1), noise_level(t, K)[..., None]
     with torch.no_grad():
         v_base = base(points[:-1], t, obs)
     v = velocity(points[:-1], t, obs)
-    return (2 / sigma * (v - v_base) + sigma * adjoint).square().sum((0, 2)).mean()
+    return (2 / sigma * (v - v_base) + sigma * adjoint).square().sum(2).mean(1)
 
 
 def update_actor(velocity, base, critic: Critic, optimizer, obs, x0, args: Args) -> dict[str, torch.Tensor]:
@@ -492,7 +492,7 @@ def update_actor(velocity, base, critic: Critic, optimizer, obs, x0, args: Args)
     with autocast(args):
         points = sample_memoryless(velocity, base, obs, x0, args.euler_steps)  # (K + 1, B, D)
         adjoint, q, grad_q = lean_adjoint(base, critic, obs, points, args.inv_temp)  # (K, B, D)
-        loss = adjoint_loss(velocity, base, obs, points, adjoint)
+        loss = adjoint_losses(velocity, base, obs, points, adjoint).sum()
     optimizer.zero_grad()
     loss.backward()
     parameters = list(velocity.parameters())

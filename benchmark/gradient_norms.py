@@ -1,15 +1,16 @@
 """Which ODE steps the actor's gradient comes from (the paper's figure 4).
 
-    python -m benchmark.gradient_norms RUN_DIR          # a run directory with checkpoint.pt
+    python -m benchmark.gradient_norms RUN_DIR --qam QAM_RUN_DIR         # run directories with checkpoint.pt
 
 The norm of the gradient of the actor loss, eq. (16), with every particle at the same ODE step k, for both
 transport losses, at the base policy and at the policy of the checkpoint, with the critic of the checkpoint
 (or for the base policy that of a shorter run, `--early`). States come from the run's replay. `share` is the
 norm divided by the sum over k. The reference of the constraint is the policy itself, as in the first
-actor step of an iteration, so the constraint adds nothing here.
+actor step of an iteration, so the constraint adds nothing here. Of QAM it is the gradient of the adjoint loss at step k.
 """
 
 import copy
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 import tyro
 
 import rldt_gym
+from baselines import qam_gym
 from benchmark.tools import COLORS, IMAGES, RESULTS, Run, load_run, pyplot, save_figure, write_csv
 
 
@@ -26,6 +28,8 @@ class Args:
     """Run directory."""
     early: Path | None = None
     """Run directory, e.g. of a few iterations, whose critic goes with the base policy."""
+    qam: Path | None = None
+    """Run directory of baselines.qam_gym to compare with."""
     batches: int = 16
     """Batches of actor_batch states over which the norm is averaged."""
     seed: int = 1
@@ -58,35 +62,54 @@ def norms(policy: rldt_gym.FlowPolicy, critic: rldt_gym.Critic, run: Run, transp
     return result
 
 
+def qam_norms(policy: rldt_gym.FlowPolicy, run: Run, inv_temp: float, args: Args):
+    """Gradient norms of QAM's loss at each ODE step, (1, K), averaged over batches."""
+    generator = torch.Generator().manual_seed(args.seed)
+    torch.manual_seed(args.seed)
+    base, parameters, K = copy.deepcopy(run.base.velocity).requires_grad_(False), list(policy.velocity.parameters()), run.args.euler_steps
+    result = torch.zeros(1, K)
+    for _ in range(args.batches):
+        states = run.states[torch.randint(len(run.states), (run.args.actor_batch,), generator=generator)]
+        with torch.no_grad():
+            points = qam_gym.sample_memoryless(policy.velocity, base, states, torch.randn(len(states), policy.action_size), K)
+        adjoint, _, _ = qam_gym.lean_adjoint(base, run.critic, states, points, inv_temp)
+        losses = qam_gym.adjoint_losses(policy.velocity, base, states, points, adjoint)
+        for k in range(K):
+            gradients = torch.autograd.grad(losses[k], parameters, retain_graph=k < K - 1)
+            result[0, k] += torch.stack(torch._foreach_norm(gradients)).norm() / args.batches
+    return result
+
+
 def main(args: Args):
     torch.set_num_threads(1)
     run = load_run(args.run)
     early = load_run(args.early) if args.early else run
     stages = {"base policy": (run.base, early.critic), "end of the run": (run.policy, run.critic)}
+    losses = {"literal": "eq. (13) as printed: weight 1 - t", "authors": "authors' code: weight 1 / (1 - t)"}
+    measured = {(run.name, stage, loss): norms(policy, critic, run, loss, args) for stage, (policy, critic) in stages.items() for loss in losses}
+    if args.qam:
+        losses["adjoint"] = "QAM: adjoint matching"
+        qam = load_run(args.qam, critic_key="target")
+        inv_temp = json.loads((args.qam / "args.json").read_text())["inv_temp"]
+        for stage, policy in zip(stages, (qam.base, qam.policy), strict=True):
+            measured[qam.name, stage, "adjoint"] = qam_norms(policy, qam, inv_temp, args)
     rows = []
-    for stage, (policy, critic) in stages.items():
-        for transport_loss in "literal", "authors":
-            measured = norms(policy, critic, run, transport_loss, args)
-            for term, values in zip(("total", "transport"), measured, strict=True):
-                for k, value in enumerate(values.tolist()):
-                    rows.append({
-                        "run": run.name, "stage": stage, "transport_loss": transport_loss, "term": term, "k": k,
-                        "norm": value, "share": value / values.sum().item(),
-                    })  # fmt: skip
-                shares = " ".join(f"{share:.3f}" for share in (values / values.sum()).tolist())
-                print(f"{stage:15} {transport_loss:8} {term:10} sum {values.sum():9.4g}, shares {shares}")
+    for (name, stage, loss), terms in measured.items():
+        for term, values in zip(("total", "transport"), terms, strict=False):
+            share = values / values.sum()
+            rows += [{"run": name, "stage": stage, "loss": loss, "term": term, "k": k, "norm": values[k].item(), "share": share[k].item()}
+                     for k in range(len(values))]  # fmt: skip
+            print(f"{stage:15} {loss:8} {term:10} sum {values.sum():9.4g}, shares {' '.join(f'{x:.3f}' for x in share.tolist())}")
     write_csv(args.out, rows)
 
     plt = pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
-    for axis, transport_loss in zip(axes, ("literal", "authors"), strict=True):
+    figure, axes = plt.subplots(1, len(losses), figsize=(0.6 + 4.2 * len(losses), 3.2), sharey=True)
+    for axis, (loss, title) in zip(axes, losses.items(), strict=True):
         for stage, offset, color in zip(stages, (-0.2, 0.2), (COLORS["blue"], COLORS["orange"]), strict=True):
-            chosen = [r for r in rows if (r["stage"], r["transport_loss"]) == (stage, transport_loss)]
-            total = [r["share"] for r in chosen if r["term"] == "total"]
+            total = [r["share"] for r in rows if (r["stage"], r["loss"], r["term"]) == (stage, loss, "total")]
             axis.bar([k + offset for k in range(len(total))], total, 0.38, color=color, label=stage)
         axis.axhline(1 / len(total), color=COLORS["grey"], lw=1, ls="--", label="even")
-        titles = {"literal": "eq. (13) as printed: weight 1 - t", "authors": "authors' code: weight 1 / (1 - t)"}
-        axis.set(title=titles[transport_loss], xlabel="ODE step k", xticks=range(len(total)))
+        axis.set(title=title, xlabel="ODE step k", xticks=range(len(total)))
         axis.grid(axis="x", visible=False)
     axes[0].set_ylabel("share of the gradient norm")
     axes[0].legend()

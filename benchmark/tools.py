@@ -1,5 +1,6 @@
 """What the benchmark scripts share: folders, CSV files, figures, and reading a finished run."""
 
+import copy
 import csv
 import itertools
 import json
@@ -93,8 +94,8 @@ class Run:
     states: torch.Tensor  # (n, obs_dim) the normalised observations of the replay
 
 
-def load_run(run_dir: Path, device: str = "cpu") -> Run:
-    """Reads args.json and checkpoint.pt of a run; raises SystemExit where there is none."""
+def load_run(run_dir: Path, device: str = "cpu", critic_key: str = "critic") -> Run:
+    """Reads args.json and checkpoint.pt of a run of RLDT or QAM; `critic_key` may be "target". Raises SystemExit where there is none."""
     if not (run_dir / "checkpoint.pt").exists():
         raise SystemExit(f"{run_dir}: not a run directory (it has no checkpoint.pt)")
     stored = json.loads((run_dir / "args.json").read_text())
@@ -106,11 +107,12 @@ def load_run(run_dir: Path, device: str = "cpu") -> Run:
     envs = VectorEnv(args.env_id, 1, args.chunk, args.backend)
     base, policy = rldt_gym.load_base(path, args, envs), rldt_gym.load_base(path, args, envs)
     policy.load_state_dict(saved["policy"])
-    reference = rldt_gym.load_base(path, args, envs).velocity
-    reference.load_state_dict(saved["reference"])
+    reference = copy.deepcopy(base.velocity)
+    if "reference" in saved:  # of RLDT alone
+        reference.load_state_dict(saved["reference"])
     critic = rldt_gym.Critic(envs.obs_dim, policy.action_size, args.critic_width, args.critic_depth,
                              args.critic_layer_norm, args.critic_init).to(device)  # fmt: skip
-    critic.load_state_dict(saved["critic"])
+    critic.load_state_dict(saved[critic_key])
     envs.close()
     states = saved["replay"]["obs"][: max(1, saved["added"])].flatten(0, 2)
     return Run(run_dir.resolve().name, args, policy, base, critic, reference, saved["state"]["reward_scale"], states)
