@@ -1,6 +1,6 @@
 """Draws the results from the committed CSVs and prints them as a table.
 
-    python -m benchmark.plot                            # writes docs/images/returns.png, ablations.png and success.png
+    python -m benchmark.plot                            # writes docs/images/returns.png, ablations.png, success.png and kernels.png
 """
 
 from dataclasses import dataclass
@@ -149,6 +149,24 @@ def plot_success(plt, rows: list[dict], args: Args):
     save_figure(figure, args.images / "success.png")
 
 
+def plot_kernels(plt, rows: list[dict], args: Args):
+    """RBF beside delta kernel on a sparse reward (the paper's figures 5 and 8): success, constraint loss and |phi| against iterations."""
+    panels = {"eval_success": "success rate, x₀ = 0", "eval_success_sampled": "success rate, sampled"} | {k: v for k, v in reversed(DIAGNOSTICS.items())}
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.2))
+    for method, (label, color) in {"rldt": ("RBF kernel", COLORS["green"]), "rldt-delta": ("delta kernel", COLORS["purple"])}.items():
+        for axis, (column, title) in zip(axes, panels.items(), strict=True):
+            for row in rows:
+                if row["method"] == method:
+                    curve = read_csv(args.results / "curves" / f"{row['task']}__{method}__{row['seed']}.csv")
+                    points = [(int(p["iteration"]), float(p[column])) for p in curve if p.get(column)]
+                    axis.plot(*zip(*points, strict=True), color=color, lw=1.2, marker="o" if "success" in column else None, ms=3, label=label)
+            axis.set(title=title, xlabel="iteration", ylim=(0, 1) if "success" in column else (0, None))
+    entries = {label: handle for handle, label in zip(*axes[0].get_legend_handles_labels(), strict=True)}
+    figure.suptitle(rows[0]["task"])
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=2)
+    save_figure(figure, args.images / "kernels.png")
+
+
 def success_table(rows: list[dict]) -> str:
     """A markdown table of success rates in percent with their 95 % intervals, a line per run."""
     lines = []
@@ -177,6 +195,8 @@ def main(args: Args):
         print(table(ablations, "method"))
     if robomimic := read_csv(args.results / "robomimic.csv"):
         plot_success(plt, robomimic, args)
+        for task in {row["task"] for row in robomimic if row["method"] == "rldt-delta"}:
+            plot_kernels(plt, [row for row in robomimic if row["task"] == task], args)
         print(success_table(robomimic))
 
 
