@@ -117,8 +117,8 @@ class Args:
     """Random-shift augmentation of images, in pixels, in pretraining and updates; 0: none (DPPO: 4)."""
 
     # rollouts
-    iterations: int = 120
-    """Training iterations, the evaluation-only ones included (paper: 200)."""
+    iterations: int = 0
+    """Training iterations, the evaluation-only ones included; 0: 40 for lift, 120 else (paper: 200)."""
     num_envs: int = 4
     """Simulators, each a process of 0.4 to 1.2 GB (paper: 64)."""
     horizon: int = 0
@@ -127,8 +127,9 @@ class Args:
     """End an episode at success; else it runs to the time limit, and what follows success is masked (authors)."""
     fast_render: bool = True
     """Images without multisampling, shadows and reflections, 3 to 4 times as fast in software."""
-    rollout_chunks: int = 400
-    """Chunks per environment and iteration; episodes start anew in every iteration (paper: 200, of 64 environments)."""
+    rollout_chunks: int = 0
+    """Chunks per environment and iteration, in which episodes start anew; 0: 200 for lift and for images, 400 else
+    (paper: 200, of 64 environments)."""
     exploration_steps: int = 2
     """Exploration noise |a - a_dagger_k| N(0, I) with k uniform over this many last ODE steps; 0: none (authors: 2)."""
     zero_fraction: float = 0.25
@@ -898,6 +899,8 @@ def resolve(args: Args) -> Args:
     args.horizon, args.chunk = args.horizon or spec.horizon, args.chunk or spec.chunk
     args.actor_width = args.actor_width or (768 if args.obs == "image" else 512)
     args.bc_epochs = args.bc_epochs or (30 if args.obs == "image" else 200)
+    args.iterations = args.iterations or (40 if args.task == "lift" else 120)
+    args.rollout_chunks = args.rollout_chunks or (200 if args.task == "lift" or args.obs == "image" else 400)
     if args.obs == "state":
         args.encoder = "frozen"  # there is none
     for name in "chunk euler_steps n_particles num_envs horizon rounds reference_every segments value_samples eval_every eval_episodes threads".split():

@@ -1173,6 +1173,16 @@ def test_paper_preset_sets_the_values_of_the_paper(argv):
     assert 2000 <= args.bc_epochs <= 8000
 
 
+@pytest.mark.parametrize(("task", "obs", "iterations", "chunks"), [
+    ("lift", "state", 40, 200), ("lift", "image", 40, 200), ("square", "state", 120, 400), ("square", "image", 120, 200), ("transport", "state", 120, 400),
+])  # fmt: skip
+def test_length_of_a_run_is_that_of_the_task_unless_given(task, obs, iterations, chunks):
+    args = rldt_robomimic.resolve(rldt_robomimic.Args(task=task, obs=obs))
+    assert (args.iterations, args.rollout_chunks) == (iterations, chunks)
+    args = rldt_robomimic.resolve(rldt_robomimic.Args(task=task, obs=obs, iterations=3, rollout_chunks=50))
+    assert (args.iterations, args.rollout_chunks) == (3, 50)
+
+
 def test_explicit_flags_win_over_the_preset():
     args = rldt_robomimic.parse_args(["--n-particles", "5", "--preset", "paper", "--critic-batch=64"])
     assert (args.n_particles, args.critic_batch, args.rounds) == (5, 64, 16)
