@@ -4,14 +4,16 @@
 
 vector   FurnitureVectorEnv with 1, 8 and 32 environments that replay the scripted assembler's episodes in chunks, in `threads` threads:
          per second of wall time, and `cpu`, per second of the process's CPU time
-single   one environment that the assembler steers, its own time left out, per second of CPU time: `adaptive` as it is, `fixed` with
-         threads that always collide and steps of 1/480 s throughout, which takes away only the adaptation
+single   one environment that the assembler steers, its own time left out, per second of CPU time: `default`, and `fine` with steps of
+         1/480 s throughout
 phase    milliseconds of CPU time per control step of both, by what the robot does: open or closed fingers, far from or near a thread
-physics  share of the simulator's time in `adaptive`: finding contacts, setting up constraints, solving them, and the rest
+physics  share of the simulator's time in `default`: finding contacts, setting up constraints, solving them, and the rest
 
 Run it on an idle machine.
 """
 
+import copy
+import dataclasses
 import statistics
 import time
 from collections import defaultdict
@@ -22,10 +24,9 @@ import mujoco
 import numpy as np
 import tyro
 
-import envs.furniture_mujoco as module
 from benchmark.tools import RESULTS, provenance, write_csv
 from demos.make_furniture_demos import ASSEMBLERS, run_episode
-from envs.furniture_mujoco import BLOCKS, CONTROL_RATE, FurnitureEnv, FurnitureVectorEnv
+from envs.furniture_mujoco import FurnitureEnv, FurnitureVectorEnv
 
 
 @dataclass
@@ -45,16 +46,16 @@ class Args:
 
 
 class TimedEnv(FurnitureEnv):
-    """Times its control steps by phase; with `fixed`, threads always collide and all steps are of 1/480 s."""
+    """Times its control steps by phase; with `fine`, all of MuJoCo's steps are of 1/480 s."""
 
-    def __init__(self, furniture: str, randomness: str, fixed: bool):
+    def __init__(self, furniture: str, randomness: str, fine: bool):
         super().__init__(furniture, randomness)
         self.seconds, self.profile = defaultdict(list), np.zeros(4)
-        self.fixed = fixed
-        if fixed:
-            model = mujoco.MjModel.from_xml_string(module.build_xml(furniture))
-            model.opt.timestep = 1 / (CONTROL_RATE * BLOCKS * module.GRASPING)
-            self.models = dict.fromkeys(self.models, model)
+        if fine:
+            self.furniture = dataclasses.replace(self.furniture, steps=(8, 8, 8))
+            self.models = {key: copy.copy(model) for key, model in self.models.items()}
+            for model in self.models.values():
+                model.opt.timestep = 1 / 480
 
     def step(self, action):
         phase = f"{'near' if self.near_thread() else 'far'}, {'closed' if action[9] > 0 else 'open'}"
@@ -67,16 +68,10 @@ class TimedEnv(FurnitureEnv):
         return result
 
 
-def time_single(args: Args, fixed: bool) -> tuple[TimedEnv, int]:
+def time_single(args: Args, fine: bool) -> tuple[TimedEnv, int]:
     """The environment with the times of `args.episodes` episodes of the assembler, and how many of them succeeded."""
-    adaptive = module.MOVING, module.SCREWING
-    if fixed:
-        module.MOVING = module.SCREWING = module.GRASPING
-    try:
-        env = TimedEnv(args.furniture, args.randomness, fixed)
-        rewards = [run_episode(env, ASSEMBLERS[args.furniture], seed)["rewards"].sum() for seed in range(args.episodes)]
-    finally:
-        module.MOVING, module.SCREWING = adaptive
+    env = TimedEnv(args.furniture, args.randomness, fine)
+    rewards = [run_episode(env, ASSEMBLERS[args.furniture], seed)["rewards"].sum() for seed in range(args.episodes)]
     return env, sum(reward == len(env.furniture.pairs) for reward in rewards)
 
 
@@ -100,9 +95,9 @@ def main(args: Args):
     add = lambda name, variant, value, unit: rows.append(dict(name=name, variant=variant, value=value, unit=unit, furniture=args.furniture,
                                                               threads=args.threads, **source))  # fmt: skip
     speed = {}
-    for fixed in (False, True):
-        variant = "fixed" if fixed else "adaptive"
-        env, successes = time_single(args, fixed)
+    for fine in (False, True):
+        variant = "fine" if fine else "default"
+        env, successes = time_single(args, fine)
         everything = [value for values in env.seconds.values() for value in values]
         speed[variant] = len(everything) / sum(everything)
         add("single", variant, speed[variant], "control steps/s")
@@ -110,11 +105,11 @@ def main(args: Args):
         for phase, values in sorted(env.seconds.items()):
             add("phase", f"{variant}, {phase}", 1e3 * statistics.mean(values), "ms")
             add("phase steps", f"{variant}, {phase}", len(values) / args.episodes, "control steps/episode")
-        if not fixed:
+        if not fine:
             total, collision, make, solve = env.profile
             for part, value in (("contacts", collision), ("constraints", make), ("solver", solve), ("rest", total - collision - make - solve)):
                 add("physics", part, value / total, "share")
-    print(f"adaptive is {speed['adaptive'] / speed['fixed']:.2f} times as fast", flush=True)
+    print(f"default is {speed['default'] / speed['fine']:.2f} times as fast", flush=True)
     env = FurnitureEnv(args.furniture, args.randomness)
     actions = [run_episode(env, ASSEMBLERS[args.furniture], seed, noise=0.0)["actions"] for seed in range(args.episodes)]
     for number in args.envs:

@@ -11,9 +11,10 @@ z = 0; poses of parts in observations are in the AprilTag frame on the table (`T
 Physics. From the original: masses, sizes, gravity, the arm's position drive (stiffness 1000, damping 200) and torque limits, the
 fingers' force of 13 N, the friction of 0.15 between parts and 0.125 on the table (PhysX averages 0.15 and 0.1), 0.575 on the fingers
 (with PhysX's default of 1 for them). Measured on the meshes: the pitch, phase, radius and ends of the screw threads, which are
-helices of capsules that collide with each other; nothing but contact makes a leg or a bulb go in. Our choice, not calibrated
-against Isaac Gym: contact stiffness, torsional friction, the fingers' damping, friction and armature, the thickness of the wire that
-makes a thread, the primitives that stand for concave parts, and the mass that the reset's force accelerates (`Part.hull_mass`).
+helices of capsules that collide with each other, on the leg of spheres; nothing but contact makes a leg or a bulb go in. Our choice,
+not calibrated against Isaac Gym: contact stiffness, torsional friction, the fingers' damping and friction, the armature of all joints,
+the thickness of the wire that makes a thread, the leg's spheres, the primitives that stand for concave parts, and the mass
+that the reset's force accelerates (`Part.hull_mass`).
 """
 
 import copy
@@ -33,12 +34,11 @@ import numpy as np
 
 CONTROL_RATE = 10  # Hz
 BLOCKS = 6  # per action, of 1/60 s: the physics step of the original, in which its force of the reset acts
-# MuJoCo's steps per block: with open fingers, closed ones, and closed ones near a thread, where the arm is slow. A contact lets its
-# parts slip until the difference of their speeds has decayed, in about the time of two steps: with fewer of them the arm's
-# jerks at 10 Hz shake a leg out of the fingers.
-MOVING, GRASPING, SCREWING = 4, 8, 6
 HOME = np.array([-0.02630888, 0.3758795, 0.12485036, -2.1383357, -0.09431414, 2.49649072, 0.01921718])  # joints at reset
 FINGER_FORCE = 13.0  # N
+# Of the arm's joints (kg m^2), that of MuJoCo Menagerie's Franka. MuJoCo's contacts do not see that the drives' damping is integrated
+# implicitly: with a tenth of it, an arm that accelerates drags the part out of the fingers, the more the longer the steps.
+ARMATURE = 0.1
 GRASP_MARGIN = 0.019  # a change of sign of the gripper's action counts above this
 POSITION_TOLERANCE, COSINE_TOLERANCE = 0.005, 0.94  # of an assembled pair: m per axis; cosine per row of the rotation
 
@@ -143,14 +143,24 @@ def ring(count: int, radius: float, half: tuple, low: float, contype: int, conaf
     return result
 
 
-def thread(low: float, high: float, radius: float, phase: float, contype: int, conaffinity: int, center=(0.0, 0.0), pitch: float = PITCH) -> str:
-    """A helix of capsules around the y axis, ten per turn, from y = `low` to `high`."""
-    count = int(np.ceil(10 * (high - low) / pitch))
-    y = np.linspace(low, high, count + 1)
+def helix(low: float, high: float, radius: float, phase: float, center=(0.0, 0.0), pitch: float = PITCH) -> np.ndarray:
+    """Points (n, 3) of a helix around the y axis, ten per turn, from y = `low` to `high`."""
+    y = np.linspace(low, high, int(np.ceil(10 * (high - low) / pitch)) + 1)
     angle = 2 * np.pi * y / pitch + phase
-    points = np.stack([center[0] + radius * np.cos(angle), y, center[1] - radius * np.sin(angle)], 1)
-    return "".join(f'<geom type="capsule" fromto="{numbers(*a, *b)}" size="{WIRE}" contype="{contype}" conaffinity="{conaffinity}" mass="0" '
-                   f'group="3" {PART}/>' for a, b in itertools.pairwise(points))  # fmt: skip
+    return np.stack([center[0] + radius * np.cos(angle), y, center[1] - radius * np.sin(angle)], 1)
+
+
+def thread(*curve, contype: int, conaffinity: int) -> str:
+    """A helix of capsules, in a body of its own, so that what is far from it is sorted out at once."""
+    shapes = "".join(f'<geom type="capsule" fromto="{numbers(*a, *b)}" size="{WIRE}" contype="{contype}" conaffinity="{conaffinity}" mass="0" '
+                     f'group="3" {PART}/>' for a, b in itertools.pairwise(helix(*curve)))  # fmt: skip
+    return f"<body>{shapes}</body>"
+
+
+def beads(*curve, contype: int, conaffinity: int) -> str:
+    """A helix of spheres: it runs in a thread of capsules as another one would, with fewer contacts. With spheres elsewhere than at the
+    capsules' ends, a leg that is pushed would turn in by itself."""
+    return f"<body>{''.join(geom('sphere', (WIRE,), point, contype, conaffinity) for point in helix(*curve))}</body>"
 
 
 def table_top() -> str:
@@ -163,7 +173,7 @@ def table_top() -> str:
         result += geom("box", (tray - 2 * rim, 0.0125, rim), (0, 0.0031, side * (tray - rim)), SHELL, ROBOT)
     for x, z in HOLES:
         result += ring(8, 0.0144, (0.0016, 0.0125, 0.0062), -0.0094, HOLE, ROBOT, (x, z))
-        result += thread(-0.0088, 0.0099, 0.0131, -1.541, THREAD, 0, (x, z))
+        result += thread(-0.0088, 0.0099, 0.0131, -1.541, (x, z), contype=THREAD, conaffinity=0)
     return result
 
 
@@ -174,7 +184,7 @@ def table_leg(threaded: bool) -> str:
     result = geom("box", (0.015, 0.03125, 0.015), (0, 0, z), LEG, everything, ON_TABLE, mass=0.0195)
     core = 0.0100 if threaded else 0.0122
     result += bundle(core, -0.05625, -0.03125, 0, everything | HOLE | THREAD, (0, z), mass=0.0036)
-    return result + (thread(-0.0500, -0.0332, 0.0100, 0.020, 0, THREAD, (0, z)) if threaded else "")
+    return result + (beads(-0.0500, -0.0332, 0.0100, 0.020, (0, z), contype=0, conaffinity=THREAD) if threaded else "")
 
 
 def lamp_base() -> str:
@@ -188,7 +198,7 @@ def lamp_base() -> str:
         x = (side * hole, side * flange)
         result += box((min(x), -0.0458, -flange), (max(x), -0.0410, flange), SHELL, TABLE | ROBOT)
         result += box((-hole, -0.0458, min(x)), (hole, -0.0410, max(x)), SHELL, TABLE | ROBOT)
-    return result + thread(-0.04019, -0.0213, 0.0131, 2.57796, THREAD, 0, (0, -0.00025))
+    return result + thread(-0.04019, -0.0213, 0.0131, 2.57796, (0, -0.00025), contype=THREAD, conaffinity=0)
 
 
 def lamp_bulb() -> str:
@@ -198,7 +208,7 @@ def lamp_bulb() -> str:
     result += geom("sphere", (0.030,), (0, 0.038, 0), LEG, everything | HOOD, mass=0.015)
     result += disc(0.0224, -0.0220, -0.0160, LEG, everything, mass=0.002)
     result += bundle(0.0100, -0.0530, -0.0220, 0, everything | HOLE | THREAD, mass=0.0015)
-    return result + thread(-0.0410, -0.02327, 0.0100, -3.00569, 0, THREAD, (-0.00025, 0), pitch=0.0096)
+    return result + thread(-0.0410, -0.02327, 0.0100, -3.00569, (-0.00025, 0), 0.0096, contype=0, conaffinity=THREAD)
 
 
 def lamp_hood() -> str:
@@ -257,10 +267,10 @@ class Furniture:
     """Time limit in environment steps of 1/10 s."""
     gripper: float
     """Largest opening of the fingers."""
-    armature: float = 0.01
-    """Of the arm's joints (kg m^2). MuJoCo's contacts do not see that the drives' damping is integrated implicitly: a light arm that
-    accelerates drags the part out of the fingers, about a tenth of its way. The Lamp's round parts slip out, so there it has that
-    of MuJoCo Menagerie's Franka."""
+    steps: tuple[int, int, int] = (4, 4, 5)
+    """MuJoCo's steps per block: with open fingers, closed ones, and closed ones near a thread, where the arm is slow. A contact lets its
+    parts slip until the difference of their speeds has decayed, in about the time of two steps: with fewer of them the arm's jerks at
+    10 Hz shake a part out of the fingers."""
     held: int | None = None
     """A part that stays where it is until the hand is close, as the original does with the bulb, which would roll."""
 
@@ -290,7 +300,7 @@ FURNITURE = {
         ),
         pairs=((0, 1, ((0, -0.0678, 0),), rotation(0, 0, np.pi)), (0, 2, ((0, -0.088324, 0),), None)),
         screw=Screw(1, (0, -0.053, 0), ((0, 0),), -0.0458, -1),
-        force=(8, 15, 30), torque=(16, 20, 60), horizon=1000, gripper=0.07, armature=0.1, held=1,
+        force=(8, 15, 30), torque=(16, 20, 60), horizon=1000, gripper=0.07, steps=(4, 8, 6), held=1,
     ),
 }  # fmt: skip
 
@@ -331,7 +341,7 @@ JOINT_HIGH = np.array([2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973])
 TORQUE = (87, 87, 87, 87, 12, 12, 12)  # N m
 
 
-def robot(franka: Path, opening: float, armature: float) -> str:
+def robot(franka: Path, opening: float) -> str:
     """The arm of the URDF, without gravity as in the original; links 6, 7 and the hand collide as primitives of their meshes' extent."""
     inertial = {}
     for link in ET.parse(franka / "robots/franka_panda.urdf").getroot().findall("link"):
@@ -343,7 +353,7 @@ def robot(franka: Path, opening: float, armature: float) -> str:
     for i, (pos, roll) in enumerate(ORIGINS, 1):
         result += (f'<body name="link{i}" pos="{numbers(*pos)}" quat="{numbers(*quaternion(rotation(roll, 0, 0)))}" gravcomp="1">'
                    f'{inertial[f"panda_link{i}"]}<joint name="joint{i}" axis="0 0 1" range="{JOINT_LOW[i - 1]} {JOINT_HIGH[i - 1]}" '
-                   f'armature="{armature}" damping="0.003"/><geom type="mesh" mesh="link{i}" class="visual"/>')  # fmt: skip
+                   f'armature="{ARMATURE}" damping="0.003"/><geom type="mesh" mesh="link{i}" class="visual"/>')  # fmt: skip
         if i == 6:
             result += f'<geom type="capsule" fromto="0 0.015 0.006 0.082 0.015 0.006" size="0.05" contype="{ROBOT}" conaffinity="{TABLE}" mass="0" group="3"/>'
         if i == 7:
@@ -395,7 +405,7 @@ def build_xml(furniture: str) -> str:
 <body name="aim" pos="0.5 0 0.05"/>
 <geom name="table" type="box" pos="0.3 0 -0.015" size="0.65 0.4 0.015" contype="{TABLE}" conaffinity="0" rgba="0.5 0.5 0.5 1" {ON_TABLE}/>
 <geom name="floor" type="plane" size="3 3 0.1" pos="0 0 -0.415" contype="{TABLE}" conaffinity="0" rgba="0.3 0.3 0.3 1"/>
-<body name="robot">{robot(franka, spec.gripper, spec.armature)}</body>
+<body name="robot">{robot(franka, spec.gripper)}</body>
 {bodies}
 </worldbody>
 <actuator>{arm}{fingers}</actuator>
@@ -404,17 +414,19 @@ def build_xml(furniture: str) -> str:
 
 @functools.cache
 def load_models(furniture: str) -> dict[tuple[bool, bool], mujoco.MjModel]:
-    """The task's model by whether threads collide and whether the fingers close, which need finer steps to hold a part.
+    """The task's model by whether threads collide and whether the fingers close, which may need finer steps to hold a part.
 
-    The models share their layout, so that one MjData goes through all of them.
+    The models share their layout, so that one MjData goes through all of them. Far from a thread its collisions cost little, but in a
+    state that is not finite every capsule would touch every sphere.
     """
     mujoco.set_mju_user_warning(lambda text: None)  # raised as PhysicsError; MuJoCo would write MUJOCO_LOG.TXT into the working directory
     threaded = mujoco.MjModel.from_xml_string(build_xml(furniture))
     smooth = copy.copy(threaded)
     smooth.geom_contype[smooth.geom_contype == THREAD] = 0
+    opened, closed, screwing = FURNITURE[furniture].steps
     models = {}
-    for threads, closed, steps in ((False, False, MOVING), (False, True, GRASPING), (True, False, MOVING), (True, True, SCREWING)):
-        models[threads, closed] = model = copy.copy(threaded if threads else smooth)
+    for (threads, closes), steps in {(False, False): opened, (False, True): closed, (True, False): opened, (True, True): screwing}.items():
+        models[threads, closes] = model = copy.copy(threaded if threads else smooth)
         model.opt.timestep = 1 / (CONTROL_RATE * BLOCKS * steps)
     return models
 
@@ -513,13 +525,13 @@ class FurnitureEnv(gym.Env):
 
     def simulate(self, blocks: int):
         """Steps `blocks` times 1/60 s. Raises PhysicsError where the state is not finite."""
-        held, closed = self.furniture.held, bool(self.ctrl[7] < 0)
+        (opened, closed, screwing), closes = self.furniture.steps, bool(self.ctrl[7] < 0)
         for _ in range(blocks):
             if self.resting is not None:
-                self.place(held, *self.resting)
+                self.place(self.furniture.held, *self.resting)
             near = self.near_thread()
-            steps = MOVING if not closed else SCREWING if near else GRASPING
-            mujoco.mj_step(self.models[near, closed], self.data, steps)
+            steps = opened if not closes else screwing if near else closed
+            mujoco.mj_step(self.models[near, closes], self.data, steps)
         self.refresh()
         if not (np.isfinite(self.qpos).all() and np.isfinite(self.qvel).all()):
             raise PhysicsError(f"the simulation diverged in step {self.t} of the episode")

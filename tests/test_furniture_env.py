@@ -281,7 +281,7 @@ def test_turning_screws_in_by_the_pitch(envs, furniture, part, start, flip):
     body, v, data = env.parts[part], env.part_qvel[part], env.data
     depth, yaw = [], []
     for step in range(28):
-        for _ in range(36):
+        for _ in range(module.BLOCKS * FURNITURE[furniture].steps[-1]):
             env.place(0, center, turn)
             matrix = data.xmat[body].reshape(3, 3)
             sway = data.qvel[v + 3 : v + 6] * [1, 0, 1]
@@ -301,6 +301,19 @@ def test_turning_screws_in_by_the_pitch(envs, furniture, part, start, flip):
     way = (turns < -0.05) & (turns > -0.65)
     assert way.sum() > 4
     assert np.polyfit(turns[way], depth[way], 1)[0] == pytest.approx(PITCH, rel=0.07)  # clockwise is deeper: closer to the first part's origin
+
+
+@pytest.mark.parametrize("furniture", TASKS)
+def test_a_control_step_takes_a_tenth_of_a_second(envs, furniture, monkeypatch):
+    env = envs(furniture)
+    env.reset(seed=0)
+    for near in False, True:
+        monkeypatch.setattr(env, "near_thread", lambda: near)
+        for gripper in -1, 1:
+            before, action = env.data.time, stay(env)
+            action[9] = gripper
+            env.step(action)
+            assert env.data.time - before == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("value", [np.nan, 1e15])
