@@ -160,7 +160,8 @@ def plot_kernels(plt, rows: list[dict], args: Args):
                     curve = read_csv(args.results / "curves" / f"{row['task']}__{method}__{row['seed']}.csv")
                     points = [(int(p["iteration"]), float(p[column])) for p in curve if p.get(column)]
                     axis.plot(*zip(*points, strict=True), color=color, lw=1.2, marker="o" if "success" in column else None, ms=3, label=label)
-            axis.set(title=title, xlabel="iteration", ylim=(0, 1) if "success" in column else (0, None))
+    for axis, (column, title) in zip(axes, panels.items(), strict=True):
+        axis.set(title=title, xlabel="iteration", ylim=(0, 1 if "success" in column else None))
     entries = {label: handle for handle, label in zip(*axes[0].get_legend_handles_labels(), strict=True)}
     figure.suptitle(rows[0]["task"])
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=2)
