@@ -31,8 +31,8 @@ from envs.furniture_mujoco import FurnitureEnv, FurnitureVectorEnv
 
 @dataclass
 class Args:
-    furniture: str = "one_leg"
-    """Task."""
+    furniture: tuple[str, ...] = ("one_leg", "lamp")
+    """Tasks."""
     randomness: str = "low"
     """Range of the initial states."""
     envs: tuple[int, ...] = (1, 8, 32)
@@ -68,16 +68,16 @@ class TimedEnv(FurnitureEnv):
         return result
 
 
-def time_single(args: Args, fine: bool) -> tuple[TimedEnv, int]:
+def time_single(furniture: str, args: Args, fine: bool) -> tuple[TimedEnv, int]:
     """The environment with the times of `args.episodes` episodes of the assembler, and how many of them succeeded."""
-    env = TimedEnv(args.furniture, args.randomness, fine)
-    rewards = [run_episode(env, ASSEMBLERS[args.furniture], seed)["rewards"].sum() for seed in range(args.episodes)]
+    env = TimedEnv(furniture, args.randomness, fine)
+    rewards = [run_episode(env, ASSEMBLERS[furniture], seed)["rewards"].sum() for seed in range(args.episodes)]
     return env, sum(reward == len(env.furniture.pairs) for reward in rewards)
 
 
-def time_vector(args: Args, number: int, actions: list[np.ndarray]) -> tuple[float, float]:
+def time_vector(furniture: str, args: Args, number: int, actions: list[np.ndarray]) -> tuple[float, float]:
     """Control steps per second of wall time and of CPU time, resets left out."""
-    vector = FurnitureVectorEnv(number, args.furniture, args.randomness, threads=args.threads)
+    vector = FurnitureVectorEnv(number, furniture, args.randomness, threads=args.threads)
     everyone, seeds = np.ones(number, bool), np.arange(number) % args.episodes
     vector.reset(seeds, everyone)
     steps, wall, cpu = 0, 0.0, 0.0
@@ -90,18 +90,18 @@ def time_vector(args: Args, number: int, actions: list[np.ndarray]) -> tuple[flo
     return steps / wall, steps / cpu
 
 
-def main(args: Args):
-    rows, source = [], provenance()
-    add = lambda name, variant, value, unit: rows.append(dict(name=name, variant=variant, value=value, unit=unit, furniture=args.furniture,
+def measure(furniture: str, args: Args) -> list[dict]:
+    """The rows of one task."""
+    rows, source, speed = [], provenance(), {}
+    add = lambda name, variant, value, unit: rows.append(dict(name=name, variant=variant, value=value, unit=unit, furniture=furniture,
                                                               threads=args.threads, **source))  # fmt: skip
-    speed = {}
     for fine in (False, True):
         variant = "fine" if fine else "default"
-        env, successes = time_single(args, fine)
+        env, successes = time_single(furniture, args, fine)
         everything = [value for values in env.seconds.values() for value in values]
         speed[variant] = len(everything) / sum(everything)
         add("single", variant, speed[variant], "control steps/s")
-        print(f"{variant}: {speed[variant]:.0f} control steps/s, {successes} of {args.episodes} episodes succeeded", flush=True)
+        print(f"{furniture}, {variant}: {speed[variant]:.0f} control steps/s, {successes} of {args.episodes} episodes succeeded", flush=True)
         for phase, values in sorted(env.seconds.items()):
             add("phase", f"{variant}, {phase}", 1e3 * statistics.mean(values), "ms")
             add("phase steps", f"{variant}, {phase}", len(values) / args.episodes, "control steps/episode")
@@ -110,14 +110,18 @@ def main(args: Args):
             for part, value in (("contacts", collision), ("constraints", make), ("solver", solve), ("rest", total - collision - make - solve)):
                 add("physics", part, value / total, "share")
     print(f"default is {speed['default'] / speed['fine']:.2f} times as fast", flush=True)
-    env = FurnitureEnv(args.furniture, args.randomness)
-    actions = [run_episode(env, ASSEMBLERS[args.furniture], seed, noise=0.0)["actions"] for seed in range(args.episodes)]
+    env = FurnitureEnv(furniture, args.randomness)
+    actions = [run_episode(env, ASSEMBLERS[furniture], seed, noise=0.0)["actions"] for seed in range(args.episodes)]
     for number in args.envs:
-        wall, cpu = time_vector(args, number, actions)
+        wall, cpu = time_vector(furniture, args, number, actions)
         add("vector", str(number), wall, "control steps/s")
         add("vector", f"{number}, cpu", cpu, "control steps/s")
         print(f"{number} environments, {args.threads} threads: {wall:.0f} control steps/s, {cpu:.0f} per CPU second", flush=True)
-    write_csv(args.out, rows)
+    return rows
+
+
+def main(args: Args):
+    write_csv(args.out, [row for furniture in args.furniture for row in measure(furniture, args)])
 
 
 if __name__ == "__main__":
