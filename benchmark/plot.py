@@ -154,7 +154,7 @@ def plot_kernels(plt, rows: list[dict], args: Args):
     panels = {"eval_success": "success rate, x₀ = 0", "eval_success_sampled": "success rate, sampled"} | {k: v for k, v in reversed(DIAGNOSTICS.items())}
     figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.2))
     for method, (label, color) in {"rldt": ("RBF kernel", COLORS["green"]), "rldt-delta": ("delta kernel", COLORS["purple"])}.items():
-        for axis, (column, title) in zip(axes, panels.items(), strict=True):
+        for axis, column in zip(axes, panels, strict=True):
             for row in rows:
                 if row["method"] == method:
                     curve = read_csv(args.results / "curves" / f"{row['task']}__{method}__{row['seed']}.csv")
