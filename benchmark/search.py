@@ -10,6 +10,7 @@ added to TRIES. The settings that win become the presets by hand.
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmark import run
 from benchmark.returns import finished
 from benchmark.run import Cell, launch
 from benchmark.tools import RESULTS, group, markdown, parse, read_csv
@@ -49,25 +50,17 @@ TRIES = {  # flags that replace a preset's, in the order in which they are numbe
 
 
 @dataclass
-class Args:
+class Args(run.Args):
     methods: tuple[str, ...] = tuple(TRIES)
     """Methods, of: qam, reinflow, dppo, dppo-diffusion, fpo, fpo++, best-of-n, sac."""
     tasks: tuple[str, ...] = ("Hopper-v4",)
     """Gymnasium tasks."""
-    seed: int = 11
-    """Seed of all tries, none of the comparison's."""
+    seeds: tuple[int, ...] = (11,)
+    """Seeds of each try, none of the comparison's."""
     wall_budget_s: float = 240.0
     """Seconds of training and evaluation per try, on one core."""
-    extra: str = ""
-    """Flags for every try, in one string."""
     out: Path = RESULTS / "search.csv"
     """CSV to append to; curves go to a folder of its name next to it."""
-    runs: Path = Path("runs")
-    """Directory for the run directories and the logs."""
-    parallel: int = 2
-    """Runs side by side on this machine, one core each."""
-    address: str | None = None
-    """Ray cluster to run on, `auto` or host:port; `parallel` is then the cluster's number of cores."""
 
 
 def tries(args: Args) -> list[Cell]:
@@ -76,8 +69,9 @@ def tries(args: Args) -> list[Cell]:
     if unknown:
         raise SystemExit(f"--methods: {', '.join(sorted(unknown))} is none of {', '.join(TRIES)}")
     budget = f"--wall-budget-s {args.wall_budget_s:g}"
-    chosen = [Cell(task, f"{method}#{number}", args.seed, " ".join(filter(None, (flags, budget, args.extra))))
-              for method in args.methods for task in args.tasks for number, flags in enumerate(TRIES[method], start=1)]  # fmt: skip
+    chosen = [Cell(task, f"{method}#{number}", seed, " ".join(filter(None, (flags, budget, args.extra))))
+              for method in args.methods for task in args.tasks for seed in args.seeds
+              for number, flags in enumerate(TRIES[method], start=1)]  # fmt: skip
     held = finished(args.out)
     return [cell for cell in chosen if cell.key() not in held]
 
