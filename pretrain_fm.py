@@ -65,9 +65,11 @@ def robomimic(args: rldt_robomimic.Args, out: Path | None = None) -> dict[str, f
     if args.obs == "image":
         rldt_robomimic.choose_renderer()
     out = out or dataset.DEMOS / args.task / f"base_{args.obs}.safetensors"
-    policy = rldt_robomimic.pretrain(args, rldt_robomimic.get_demonstrations(args))
+    checkpoint = out.with_name(f"{out.name}.unfinished")
+    policy = rldt_robomimic.pretrain(args, rldt_robomimic.get_demonstrations(args), checkpoint=checkpoint)
     info = {"task": args.task, "obs": args.obs, "validation_loss": policy.validation_loss, "episodes": args.final_eval_episodes}
     rldt_robomimic.save_base(policy, out, **info)  # before the evaluation, which takes longer
+    checkpoint.unlink(missing_ok=True)
     envs = rldt_robomimic.make_envs(args, args.num_envs)
     scores = rldt_robomimic.evaluate(policy, envs, args, args.final_eval_episodes, 1_000_000)
     envs.close()
@@ -89,10 +91,12 @@ def furniture(args: rldt_furniture.Args, out: Path | None = None) -> dict[str, f
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     out = out or dataset.DEMOS / args.furniture / f"base_{args.randomness}.safetensors"
-    policy = rldt_furniture.pretrain(args, rldt_furniture.get_demonstrations(args))
+    checkpoint = out.with_name(f"{out.name}.unfinished")
+    policy = rldt_furniture.pretrain(args, rldt_furniture.get_demonstrations(args), checkpoint=checkpoint)
     info = {"furniture": args.furniture, "randomness": args.randomness, "backend": args.backend, "validation_loss": policy.validation_loss,
             "episodes": args.final_eval_episodes}  # fmt: skip
     rldt_furniture.save_base(policy, out, **info)  # before the evaluation, which takes longer
+    checkpoint.unlink(missing_ok=True)
     envs = rldt_furniture.make_envs(args, args.num_envs)
     scores = rldt_furniture.evaluate(policy, envs, args, args.final_eval_episodes, 1_000_000)
     envs.close()

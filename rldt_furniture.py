@@ -326,10 +326,11 @@ def make_policy(args: Args, obs_dim: int, action_dim: int) -> FlowPolicy:
                       args.actor_layer_norm, args.cond_mlp)  # fmt: skip
 
 
-def pretrain(args: Args, data: dict, log=print, each=None) -> FlowPolicy:
+def pretrain(args: Args, data: dict, log=print, checkpoint: Path | None = None, each=None) -> FlowPolicy:
     """Flow matching on demonstrations, eq. (1)-(2); returns the policy with averaged weights.
 
-    Every 500 steps `each`, where given, is called with the step, the averaged policy and the validation loss.
+    Every 500 steps all that it needs to go on goes into `checkpoint`, where given; if that file exists, it goes on from there.
+    `each`, where given, is called then with the step, the averaged policy and the validation loss.
     """
     starts = np.r_[0, data["episode_ends"][:-1]]
     first = np.concatenate([np.arange(s, e - args.chunk + 1) for s, e in zip(starts, data["episode_ends"], strict=True)])
@@ -350,7 +351,21 @@ def pretrain(args: Args, data: dict, log=print, each=None) -> FlowPolicy:
     optimizer = torch.optim.AdamW(policy.parameters(), args.bc_lr, weight_decay=1e-6, fused=True)
     steps = max(1, args.bc_epochs * len(train) // args.bc_batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, args.bc_lr_end)
-    progress = tqdm(range(steps), desc="pretraining", mininterval=1)
+    modules = dict(policy=policy, averaged=averaged, optimizer=optimizer, schedule=schedule)
+    settings = dict(policy=policy.config, steps=steps, chunks=len(action), **{k: v for k, v in vars(args).items() if k.startswith("bc_") or k == "seed"})
+    done = 0
+    if checkpoint and checkpoint.exists():
+        try:
+            saved = torch.load(checkpoint, map_location=args.device, weights_only=True)
+        except Exception as error:  # torch.load raises many types
+            raise SystemExit(f"{checkpoint}: cannot be loaded ({error}); delete it to pretrain from the start") from error
+        if saved.get("settings") != settings:
+            raise SystemExit(f"{checkpoint}: an unfinished pretraining with other settings or data; finish it with those, or delete it.")
+        for key, module in modules.items():
+            module.load_state_dict(saved[key])
+        done, validation, held_out, train = (saved[key] for key in ("done", "validation", "held_out", "train"))
+        set_rng(saved["rng"], args)
+    progress = tqdm(range(done, steps), desc="pretraining", mininterval=1, initial=done, total=steps)
     for step in progress:
         i = train[torch.randint(len(train), (args.bc_batch,), device=args.device)]
         with autocast(args):
@@ -367,6 +382,10 @@ def pretrain(args: Args, data: dict, log=print, each=None) -> FlowPolicy:
             if not math.isfinite(validation):
                 raise FloatingPointError("the flow-matching loss is not finite; lower --bc-lr")
             progress.set_postfix(validation=f"{validation:.4f}")
+            if checkpoint:
+                saved = {key: module.state_dict() for key, module in modules.items()}
+                saved |= dict(settings=settings, done=step + 1, validation=validation, held_out=held_out, train=train, rng=get_rng(args))
+                write_atomically(checkpoint, lambda p, saved=saved: torch.save(saved, p))
             if each:
                 each(step + 1, averaged, validation)
     log(f"base policy: {steps} steps, validation loss {validation:.4f}, {len(data['episode_ends'])} demonstrations")
@@ -415,8 +434,10 @@ def get_base(args: Args, run_dir: Path) -> FlowPolicy:
     path = args.base or (shipped if shipped.exists() and args.dataset is None else None)
     if path and not args.pretrain:
         return load_base(Path(path), args)
-    policy = pretrain(args, get_demonstrations(args))
+    checkpoint = run_dir / "pretraining.pt"
+    policy = pretrain(args, get_demonstrations(args), checkpoint=checkpoint)
     save_base(policy, run_dir / "base.safetensors", furniture=args.furniture, randomness=args.randomness, validation_loss=policy.validation_loss)
+    checkpoint.unlink(missing_ok=True)
     return load_base(run_dir / "base.safetensors", args)  # in half precision, as a resumed run finds it
 
 
@@ -726,6 +747,17 @@ def write_rows(path: Path, rows: list[dict]):
         writer.writerows(rows)
 
 
+def get_rng(args: Args) -> dict[str, torch.Tensor]:
+    """States of torch's random number generators, of the CPU and of the run's device."""
+    return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state(args.device)} if args.device.startswith("cuda") else {})
+
+
+def set_rng(states: dict[str, torch.Tensor], args: Args):
+    torch.set_rng_state(states["cpu"].cpu())
+    if "cuda" in states and args.device.startswith("cuda"):
+        torch.cuda.set_rng_state(states["cuda"].cpu(), args.device)
+
+
 def save_policy(policy: FlowPolicy, path: Path):
     write_atomically(path, lambda p: torch.save({"config": policy.config, "state": policy.state_dict()}, p))
 
@@ -870,12 +902,12 @@ def main(args: Args) -> dict | None:
         if new_rollout:  # one file per rollout: what was saved before stays as it is
             write_atomically(run_dir / f"replay{replay.slot()}.pt", lambda p: torch.save({k: v.clone() for k, v in replay.newest().items()}, p))
         saved = {key: module.state_dict() for key, module in modules.items()}
-        saved |= dict(state=state, best_policy=best_policy, added=replay.added, rng=torch.get_rng_state())
-        if torch.cuda.is_available():
-            saved["cuda_rng"] = torch.cuda.get_rng_state(args.device)
+        saved |= dict(state=state, best_policy=best_policy, added=replay.added, rng=get_rng(args))
         write_atomically(checkpoint_path, lambda p: torch.save(saved, p))
 
-    if args.resume:
+    if args.resume and not checkpoint_path.exists():
+        print(f"{run_dir}: no iteration was finished; it starts at the first.")
+    elif args.resume:
         try:
             saved = torch.load(checkpoint_path, map_location=args.device, weights_only=True)
             replay.added = saved["added"]
@@ -887,9 +919,7 @@ def main(args: Args) -> dict | None:
         for key, module in modules.items():
             module.load_state_dict(saved[key])
         state, best_policy = saved["state"], saved["best_policy"]
-        torch.set_rng_state(saved["rng"].cpu())
-        if "cuda_rng" in saved and torch.cuda.is_available():
-            torch.cuda.set_rng_state(saved["cuda_rng"].cpu(), args.device)
+        set_rng(saved["rng"], args)
 
     # logging
     writer = SummaryWriter(str(run_dir), purge_step=state["env_steps"] + 1 if args.resume else None)

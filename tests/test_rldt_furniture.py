@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -831,8 +832,8 @@ def demonstrations(obs_dim=44, lengths=(3, 17, 20)):
     return {"state": np.stack([steps] + [-1 - steps] * (obs_dim - 1), 1), "action": action, "episode_ends": ends, "meta": {}}
 
 
-def pretrain(data, **changes):
-    return rldt_furniture.pretrain(base_args("lamp", **dict(bc_epochs=1, bc_batch=8) | changes), data, log=lambda line: None)
+def pretrain(data, checkpoint=None, **changes):
+    return rldt_furniture.pretrain(base_args("lamp", **dict(bc_epochs=1, bc_batch=8) | changes), data, log=lambda line: None, checkpoint=checkpoint)
 
 
 def test_pretraining_chunks_are_consecutive_and_stay_inside_an_episode(monkeypatch):
@@ -870,6 +871,46 @@ def test_pretraining_shows_the_averaged_policy_every_500_steps():
         torch.testing.assert_close(seen[-1][1][key], value)
     assert seen[-1][2] == policy.validation_loss
     assert any(not torch.equal(value, seen[-1][1][key]) for key, value in seen[0][1].items())
+
+
+def test_pretraining_goes_on_where_it_was_cut_off(monkeypatch, tmp_path):
+    def run(path, stop_at=math.inf):
+        """The policy, None if cut off, and the number of steps made here."""
+        loss, calls = rldt_furniture.flow_matching_loss, []
+
+        def counted(v, a, o):
+            calls.append(torch.is_grad_enabled())
+            if sum(calls) == stop_at:
+                raise KeyboardInterrupt
+            return loss(v, a, o)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(rldt_furniture, "flow_matching_loss", counted)
+            with contextlib.suppress(KeyboardInterrupt):
+                return pretrain(demonstrations(), checkpoint=path, bc_epochs=170), sum(calls)
+        return None, sum(calls)
+
+    torch.manual_seed(3)
+    whole, steps = run(None)
+    torch.manual_seed(3)
+    assert run(tmp_path / "unfinished", stop_at=550) == (None, 550)
+    torch.manual_seed(4)
+    continued, steps_made = run(tmp_path / "unfinished")
+    assert steps_made == steps - 500
+    assert continued.validation_loss == whole.validation_loss
+    for name, value in whole.state_dict().items():
+        assert torch.equal(continued.state_dict()[name], value), name
+
+
+def test_an_unfinished_pretraining_of_other_settings_or_an_unreadable_one_stops(tmp_path):
+    path = tmp_path / "unfinished"
+    pretrain(demonstrations(), checkpoint=path)
+    with pytest.raises(SystemExit, match="with other settings or data; finish it with those, or delete it"):
+        pretrain(demonstrations(), checkpoint=path, bc_lr=2e-3)
+    path.write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(SystemExit, match=r"(?s)cannot be loaded .*delete it to pretrain from the start"):
+        pretrain(demonstrations(), checkpoint=path)
+    assert not LOADED
 
 
 def test_demonstrations_shorter_than_a_chunk_stop():

@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -1061,8 +1062,8 @@ def demonstrations(lengths=(3, 17, 20), images=False):
     return data
 
 
-def pretrain(data, **changes):
-    return rldt_robomimic.pretrain(base_args(**dict(bc_epochs=1, bc_batch=8) | changes), data, log=lambda line: None)
+def pretrain(data, checkpoint=None, **changes):
+    return rldt_robomimic.pretrain(base_args(**dict(bc_epochs=1, bc_batch=8) | changes), data, log=lambda line: None, checkpoint=checkpoint)
 
 
 def test_pretraining_chunks_are_consecutive_and_stay_inside_an_episode(monkeypatch):
@@ -1107,6 +1108,46 @@ def test_pretraining_on_images_trains_the_encoder_on_shifted_images(monkeypatch)
     policy = pretrain(demonstrations((8, 30), images=True), obs="image", shift=3, bc_ema=0.5)
     assert {name for name, _ in policy.named_parameters()} <= changed(policy, first)
     assert set(shifted) == {3}
+
+
+def test_pretraining_goes_on_where_it_was_cut_off(monkeypatch, tmp_path):
+    def run(path, stop_at=math.inf):
+        """The policy, None if cut off, and the number of steps made here."""
+        loss, calls = rldt_robomimic.flow_matching_loss, []
+
+        def counted(v, a, o):
+            calls.append(torch.is_grad_enabled())
+            if sum(calls) == stop_at:
+                raise KeyboardInterrupt
+            return loss(v, a, o)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(rldt_robomimic, "flow_matching_loss", counted)
+            with contextlib.suppress(KeyboardInterrupt):
+                return pretrain(demonstrations(), checkpoint=path, bc_epochs=170), sum(calls)
+        return None, sum(calls)
+
+    torch.manual_seed(3)
+    whole, steps = run(None)
+    torch.manual_seed(3)
+    assert run(tmp_path / "unfinished", stop_at=550) == (None, 550)
+    torch.manual_seed(4)
+    continued, steps_made = run(tmp_path / "unfinished")
+    assert steps_made == steps - 500
+    assert continued.validation_loss == whole.validation_loss
+    for name, value in whole.state_dict().items():
+        assert torch.equal(continued.state_dict()[name], value), name
+
+
+def test_an_unfinished_pretraining_of_other_settings_or_an_unreadable_one_stops(tmp_path):
+    path = tmp_path / "unfinished"
+    pretrain(demonstrations(), checkpoint=path)
+    with pytest.raises(SystemExit, match="with other settings or data; finish it with those, or delete it"):
+        pretrain(demonstrations(), checkpoint=path, bc_lr=2e-3)
+    path.write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(SystemExit, match=r"(?s)cannot be loaded .*delete it to pretrain from the start"):
+        pretrain(demonstrations(), checkpoint=path)
+    assert not LOADED
 
 
 def test_demonstrations_shorter_than_a_chunk_stop():
