@@ -524,15 +524,18 @@ class FurnitureEnv(gym.Env):
         return screw.out * (y - screw.level) < 0.02 and any((x - a) ** 2 + (z - b) ** 2 < 0.025**2 for a, b in screw.holes)
 
     def simulate(self, blocks: int):
-        """Steps `blocks` times 1/60 s. Raises PhysicsError where the state is not finite."""
+        """Steps `blocks` times 1/60 s. Raises PhysicsError where MuJoCo stops or the state is not finite."""
         (opened, closed, screwing), closes = self.furniture.steps, bool(self.ctrl[7] < 0)
-        for _ in range(blocks):
-            if self.resting is not None:
-                self.place(self.furniture.held, *self.resting)
-            near = self.near_thread()
-            steps = opened if not closes else screwing if near else closed
-            mujoco.mj_step(self.models[near, closes], self.data, steps)
-        self.refresh()
+        try:
+            for _ in range(blocks):
+                if self.resting is not None:
+                    self.place(self.furniture.held, *self.resting)
+                near = self.near_thread()
+                steps = opened if not closes else screwing if near else closed
+                mujoco.mj_step(self.models[near, closes], self.data, steps)
+            self.refresh()
+        except mujoco.FatalError as error:  # MuJoCo may stop at what it cannot compute before the state is looked at
+            raise PhysicsError(f"the simulation stopped in step {self.t} of the episode: {error}") from error
         if not (np.isfinite(self.qpos).all() and np.isfinite(self.qvel).all()):
             raise PhysicsError(f"the simulation diverged in step {self.t} of the episode")
 

@@ -5,6 +5,7 @@ import sys
 import warnings
 
 import h5py
+import mujoco
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -325,6 +326,20 @@ def test_divergence_is_an_error(envs, value):
     with pytest.raises(PhysicsError, match="diverged in step 0"):
         env.step(action)
     np.testing.assert_array_equal(env.reset(seed=4)[0], envs().reset(seed=4)[0])
+
+
+def test_an_error_of_mujoco_is_one_of_the_physics(monkeypatch):
+    env = FurnitureEnv()
+    env.reset(seed=0)
+
+    def stopped(*_):
+        raise mujoco.FatalError("mj_makeMesh: no such thing")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mujoco, "mj_step", stopped)
+        with pytest.raises(PhysicsError, match="stopped in step 0 of the episode: mj_makeMesh"):
+            env.step(stay(env))
+    assert np.isfinite(env.reset(seed=1)[0]).all()
 
 
 def test_assembler_succeeds(envs):
