@@ -441,7 +441,7 @@ def step_log_prob(policy: FlowPolicy, batch: dict, args: Args) -> torch.Tensor:
     with autocast(args):
         mean, std = policy.step(policy.velocity, batch["x"], batch["k"], batch["obs"])
     steps = torch.distributions.Normal(mean, std.clamp_min(args.sigma)[..., None].expand_as(mean))
-    return steps.log_prob(batch["x_next"]).clamp(-5, 2).mean(-1)
+    return steps.log_prob(batch["x_next"]).clamp(-5, 2).mean(-1)  # (D1) of docs/baselines.md
 
 
 @torch.no_grad()
@@ -463,7 +463,7 @@ def update_actor(policy: FlowPolicy, optimizer, batch: dict, args: Args) -> dict
     log_ratio = step_log_prob(policy, batch, args) - batch["old_log_prob"]
     ratio = log_ratio.exp()
     advantage = normalize(batch["advantage"]) * args.gamma_denoising ** (args.euler_steps - 1 - batch["k"])
-    loss = -torch.minimum(advantage * ratio, advantage * ratio.clamp(1 - args.clip, 1 + args.clip)).mean()
+    loss = -torch.minimum(advantage * ratio, advantage * ratio.clamp(1 - args.clip, 1 + args.clip)).mean()  # (D2)
     optimizer.zero_grad()
     loss.backward()
     parameters = list(policy.velocity.parameters())

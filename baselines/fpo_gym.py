@@ -423,7 +423,7 @@ def surrogate(ratio: torch.Tensor, advantage: torch.Tensor, args: Args) -> torch
     clipped = torch.minimum(ratio * advantage, ratio.clamp(1 - args.clip, 1 + args.clip) * advantage)
     if args.form == "fpo":
         return clipped
-    return torch.where(advantage > 0, clipped, ratio * advantage - advantage.abs() * (ratio - 1).square() / (2 * args.clip))
+    return torch.where(advantage > 0, clipped, ratio * advantage - advantage.abs() * (ratio - 1).square() / (2 * args.clip))  # (F2)
 
 
 def update_actor(velocity, optimizer, batch: dict, args: Args) -> dict[str, torch.Tensor]:
@@ -432,7 +432,7 @@ def update_actor(velocity, optimizer, batch: dict, args: Args) -> dict[str, torc
     if args.form == "fpo":
         log_ratio = log_ratio.mean(-1, keepdim=True)  # (B, 1)
     log_ratio = log_ratio.clamp(-args.log_ratio_clamp, args.log_ratio_clamp)
-    ratio = log_ratio.exp()
+    ratio = log_ratio.exp()  # (F1) of docs/baselines.md
     loss = -surrogate(ratio, normalize(batch["advantage"])[:, None], args).mean()
     optimizer.zero_grad()
     loss.backward()

@@ -451,7 +451,7 @@ def sample_memoryless(velocity, base, obs: torch.Tensor, x0: torch.Tensor, K: in
     h, x, points = 1 / K, x0, [x0]
     for k in range(K - 1):
         t = torch.tensor(k * h, device=x.device)
-        x = x + h * (2 * velocity(x, t, obs) - x / (t + h)) + math.sqrt(h) * noise_level(t, K) * torch.randn_like(x)
+        x = x + h * (2 * velocity(x, t, obs) - x / (t + h)) + math.sqrt(h) * noise_level(t, K) * torch.randn_like(x)  # (Q1) of docs/baselines.md
         points.append(x)
     points.append(x + h * base(x, torch.tensor((K - 1) * h, device=x.device), obs))
     return torch.stack(points)
@@ -471,7 +471,7 @@ def lean_adjoint(base, critic: Critic, obs: torch.Tensor, points: torch.Tensor, 
     for k in reversed(range(K)):
         x, t = points[k].clone().requires_grad_(), torch.tensor((k + 1) * h, device=g.device)
         (pulled,) = torch.autograd.grad(2 * base(x, t, obs) - x / t, x, g)
-        g = g + h * pulled
+        g = g + h * pulled  # (Q2)
         adjoints.append(g)
     return torch.stack(adjoints[::-1]), q.detach(), grad_q
 
@@ -484,7 +484,7 @@ def adjoint_losses(velocity, base, obs: torch.Tensor, points: torch.Tensor, adjo
     with torch.no_grad():
         v_base = base(points[:-1], t, obs)
     v = velocity(points[:-1], t, obs)
-    return (2 / sigma * (v - v_base) + sigma * adjoint).square().sum(2).mean(1)
+    return (2 / sigma * (v - v_base) + sigma * adjoint).square().sum(2).mean(1)  # (Q3)
 
 
 def update_actor(velocity, base, critic: Critic, optimizer, obs, x0, args: Args) -> dict[str, torch.Tensor]:

@@ -441,11 +441,11 @@ def chain_log_prob(policy: FlowPolicy, noise_net: NoiseNet, obs, chain, limit: f
     """
     K, D = args.euler_steps, chain.shape[-1]
     mean, sigma = policy.transition(noise_net, chain[:, :-1], torch.arange(K, device=obs.device) / K, obs[:, None].expand(-1, K, -1), limit, args)
-    steps = torch.distributions.Normal(mean, sigma)
+    steps = torch.distributions.Normal(mean, sigma)  # (R1) of docs/baselines.md
     start = torch.distributions.Normal(torch.zeros_like(chain[:, 0]), 1.0)
     log_prob = start.log_prob(chain[:, 0]).sum(-1) + steps.log_prob(chain[:, 1:]).sum((1, 2))
     entropy = start.entropy().sum(-1) + steps.entropy().sum((1, 2))
-    return (log_prob / ((K + 1) * D)).clamp(-1, 1), entropy / ((K + 1) * D)
+    return (log_prob / ((K + 1) * D)).clamp(-1, 1), entropy / ((K + 1) * D)  # (R2)
 
 
 @torch.no_grad()
