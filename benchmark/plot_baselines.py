@@ -28,13 +28,15 @@ NAMES = {
 @dataclass
 class Args:
     results: Path = RESULTS
-    """Directory with baselines.csv and baselines/, gym.csv and curves/."""
+    """Directory with baselines.csv and baselines/, gym.csv and curves/, and update_speed.csv."""
     images: Path = IMAGES
     """Directory to write figures to."""
     column: str = "eval_return"
     """What is compared: `eval_return` from x_0 = 0, or `eval_return_sampled`."""
     reps: int = 2000
     """Bootstrap repetitions."""
+    minutes: float = 10.0
+    """Wall time at which the table compares the curves, besides their ends."""
 
 
 def load(results: Path) -> list[dict]:
@@ -139,19 +141,30 @@ def plot_reliability(plt, scores: dict[str, np.ndarray], args: Args):
     save_figure(figure, args.images / "baselines_reliability.png")
 
 
-def table(rows: list[dict]) -> str:
-    """A markdown table, a line per task and method: mean ± standard deviation over seeds."""
-    lines = []
+def return_after(row: dict, minutes: float, column: str) -> float:
+    """A run's last evaluation within that wall time."""
+    curve = read_csv(row["curves"] / f"{row['task']}__{row['method']}__{row['seed']}.csv")
+    return next(float(point[column]) for point in reversed(curve) if point[column] and float(point["wall_s"]) <= 60 * minutes)
+
+
+def table(rows: list[dict], minutes: float, speeds: list[dict]) -> str:
+    """A markdown table, a line per task and method: mean ± standard deviation over seeds; speeds are rows of update_speed.csv."""
+    lines, speeds = [], {row["method"]: row for row in speeds}
     for task, members in group(rows, "task").items():
         for method, runs in group(members, "method").items():
             def cell(column, scale=1.0, digits=0, runs=runs):
-                values = np.array([float(row[column]) for row in runs]) / scale
+                values = np.array([float(row[column]) if isinstance(column, str) else column(row) for row in runs]) / scale
                 return f"{values.mean():.{digits}f} ± {values.std():.{digits}f}"
+            speed = speeds.get(method, {})
             lines.append({
                 "task": task, "method": NAMES[method], "seeds": len(runs), "base, x₀ = 0": cell("base_return"),
                 "final, x₀ = 0": cell("final_return"), "base, sampled": cell("base_return_sampled"),
                 "final, sampled": cell("final_return_sampled"), "best, x₀ = 0": cell("best_return"),
+                f"x₀ = 0 within {minutes:g} min": cell(lambda row: return_after(row, minutes, "eval_return")),
+                f"sampled within {minutes:g} min": cell(lambda row: return_after(row, minutes, "eval_return_sampled")),
                 "env steps (10⁶)": cell("env_steps", 1e6, 2), "wall (min)": cell("wall_s", 60, 1),
+                "updates/s": f"{float(speed['gradient_steps_per_s']):.1f}" if speed else "",
+                "updates per 1000 env steps": f"{float(speed['gradient_steps_per_1000_env_steps']):.1f}" if speed else "",
             })  # fmt: skip
     return markdown(lines)
 
@@ -169,7 +182,7 @@ def main(args: Args):
     scores = final_scores(rows, args.column)
     if scores:
         plot_reliability(plt, scores, args)
-    print(table(rows))
+    print(table(rows, args.minutes, read_csv(args.results / "update_speed.csv")))
 
 
 if __name__ == "__main__":

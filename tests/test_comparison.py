@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from benchmark import plot_baselines, run, search
+from benchmark import plot_baselines, run, search, update_speed
 from benchmark.returns import COLUMNS
 from benchmark.tools import read_csv
 
@@ -93,6 +93,27 @@ def test_interquartile_mean_leaves_out_the_lowest_and_the_highest_quarter():
     values = np.arange(8.0)[:, None, None] * np.array([1.0, 10.0])
     values[-1] = 1e9
     np.testing.assert_allclose(plot_baselines.iqm(values), [3.5, 35])
+
+
+def test_table_reads_the_curves_at_the_given_minute_and_the_update_speeds(tmp_path):
+    row = dict.fromkeys(COLUMNS["gym"], "1") | {"task": "Hopper-v4", "method": "qam", "curves": tmp_path}
+    for seed, at_ten in ("1", 30), ("2", 50):
+        points = [(0, 10), (590, at_ten), (601, 90)]
+        lines = ["wall_s,eval_return,eval_return_sampled", *(f"{wall},{value},{value + 1}" for wall, value in points), "700,,"]
+        (tmp_path / f"Hopper-v4__qam__{seed}.csv").write_text("\n".join(lines))
+    speeds = [{"method": "qam", "gradient_steps_per_s": "7.25", "gradient_steps_per_1000_env_steps": "3"}]
+    header, _, line = plot_baselines.table([row | {"seed": "1"}, row | {"seed": "2"}], 10, speeds).splitlines()
+    cells = dict(zip(header.split(" | "), line.split(" | "), strict=True))
+    assert (cells["x₀ = 0 within 10 min"], cells["sampled within 10 min"], cells["updates/s"]) == ("40 ± 10", "41 ± 10", "7.2")
+
+
+def test_update_speed_counts_the_steps_of_the_optimizers(tiny_base, tmp_path):
+    args = update_speed.Args(methods=("fpo",), measured=2, extra=f"{TINY} --base {tiny_base}", out=tmp_path / "speed.csv")
+    update_speed.main(args)
+    (row,) = read_csv(args.out)
+    per_iteration = float(row["gradient_steps_per_s"]) * float(row["iteration_s"])
+    assert per_iteration == pytest.approx(2 * 4 * 12 / 16, rel=1e-4)  # actor and value, minibatches of 16 of 4 x 12 chunks
+    assert 0 < float(row["env_steps_per_s"]) * float(row["iteration_s"]) <= 4 * 12 * 2 + 1e-3
 
 
 def test_plotting_without_results_stops(tmp_path):
