@@ -67,7 +67,8 @@ def robomimic(args: rldt_robomimic.Args, out: Path | None = None) -> dict[str, f
     out = out or dataset.DEMOS / args.task / f"base_{args.obs}.safetensors"
     checkpoint = out.with_name(f"{out.name}.unfinished")
     policy = rldt_robomimic.pretrain(args, rldt_robomimic.get_demonstrations(args), checkpoint=checkpoint)
-    info = {"task": args.task, "obs": args.obs, "validation_loss": policy.validation_loss, "episodes": args.final_eval_episodes}
+    info = {"task": args.task, "obs": args.obs, "validation_loss": policy.validation_loss, "episodes": args.final_eval_episodes,
+            "fast_render": args.fast_render}  # fmt: skip
     rldt_robomimic.save_base(policy, out, **info)  # before the evaluation, which takes longer
     checkpoint.unlink(missing_ok=True)
     envs = rldt_robomimic.make_envs(args, args.num_envs)

@@ -701,7 +701,9 @@ def record_video(policies: dict[str, FlowPolicy], args: Args, path: Path):
                 (obs, _), over, film = env.reset(seed=args.seed + episode), False, [env.render()]
                 while not over:
                     obs = policy.normalize(obs)[None]
-                    for action in policy.to_env(policy.sample(obs, torch.zeros(1, policy.action_size, device=obs.device)))[0]:
+                    with autocast(args):
+                        chunk = policy.to_env(policy.sample(obs, torch.zeros(1, policy.action_size, device=obs.device)))[0]
+                    for action in chunk:
                         obs, _, _, truncated, info = env.step(action)
                         film.append(env.render())
                         over = truncated or info["stages"] == stages_of(args)

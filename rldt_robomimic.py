@@ -93,6 +93,8 @@ class Args:
     """robomimic HDF5 file; default demos/<task>/low_dim.hdf5 or image.hdf5, made by scripted experts when missing."""
     bc_episodes: int = 0
     """Demonstrations to clone, 0: all in the file's mask/train."""
+    bc_split: str = ""
+    """Demonstrations to clone are those of mask/<this> in the file; empty: mask/train where there is one, else all."""
     bc_epochs: int = 0
     """Pretraining passes over the data; 0: 200 for states, 30 for images (paper: 2000 to 8000)."""
     bc_batch: int = 256
@@ -400,8 +402,8 @@ def pretrain(args: Args, data: dict, log=print, checkpoint: Path | None = None) 
         getattr(policy, f"{key}_min").copy_(torch.as_tensor(data[name].min(0)).clamp_max(0))
         getattr(policy, f"{key}_max").copy_(torch.as_tensor(data[name].max(0)).clamp_min(0))
     policy.to(args.device)
-    obs = policy.observe({name: data[name][first] for name in ("state", "rgb") if name in data})
-    action = torch.as_tensor(data["action"][first[:, None] + np.arange(args.chunk)], device=args.device)
+    obs, first = policy.observe({name: data[name] for name in ("state", "rgb") if name in data}), torch.as_tensor(first, device=args.device)
+    action = torch.as_tensor(data["action"], device=args.device)[first[:, None] + torch.arange(args.chunk, device=args.device)]
     action = 2 * (action - policy.action_min) / (policy.action_max - policy.action_min + 1e-6) - 1
     action = action.flatten(1)  # (n, D)
     shuffled = torch.randperm(len(action), device=args.device)
@@ -428,7 +430,7 @@ def pretrain(args: Args, data: dict, log=print, checkpoint: Path | None = None) 
     for step in progress:
         i = train[torch.randint(len(train), (args.bc_batch,), device=args.device)]
         with autocast(args):
-            loss = flow_matching_loss(policy.velocity, action[i], policy.encode(augment(take(obs, i), args)))  # eq. (2)
+            loss = flow_matching_loss(policy.velocity, action[i], policy.encode(augment(take(obs, first[i]), args)))  # eq. (2)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -437,7 +439,7 @@ def pretrain(args: Args, data: dict, log=print, checkpoint: Path | None = None) 
             torch._foreach_lerp_(list(averaged.parameters()), list(policy.parameters()), 1 - args.bc_ema)
         if (step + 1) % 500 == 0 or step + 1 == steps:
             with torch.no_grad(), autocast(args):
-                validation = flow_matching_loss(averaged.velocity, action[held_out], averaged.encode(take(obs, held_out))).item()
+                validation = flow_matching_loss(averaged.velocity, action[held_out], averaged.encode(take(obs, first[held_out]))).item()
             if not math.isfinite(validation):
                 raise FloatingPointError("the flow-matching loss is not finite; lower --bc-lr")
             progress.set_postfix(validation=f"{validation:.4f}")
@@ -462,6 +464,7 @@ def load_base(path: Path, args: Args) -> FlowPolicy:
     try:
         with safe_open(path, "pt") as file:
             config = json.loads(file.metadata()["config"])
+            info = json.loads(file.metadata().get("info", "{}"))
             state = {key: file.get_tensor(key).float() for key in file.keys()}
         policy = FlowPolicy(**config)
         policy.load_state_dict(state)
@@ -473,6 +476,8 @@ def load_base(path: Path, args: Args) -> FlowPolicy:
     for key, value in want.items():
         if config[key] != value:
             raise SystemExit(f"{path}: has {key} {config[key]}, the run wants {value}; change the flag or use --pretrain.")
+    if images and info.get("fast_render", args.fast_render) != args.fast_render:
+        raise SystemExit(f"{path}: cloned from images with --{'no-' * args.fast_render}fast-render; use the same, or --pretrain.")
     return policy.to(args.device)
 
 
@@ -493,7 +498,7 @@ def get_demonstrations(args: Args) -> dict:
         if images:
             make(f"Rendering the images of {states} to {source} ...", "--images-from", states, "--out", source,
                  "--fast-render" if args.fast_render else "--no-fast-render")  # fmt: skip
-    return dataset.load(source, args.task, images, args.bc_episodes)
+    return dataset.load(source, args.task, images, args.bc_episodes, args.bc_split or None, args.fast_render)
 
 
 def get_base(args: Args, run_dir: Path) -> FlowPolicy:
@@ -504,7 +509,7 @@ def get_base(args: Args, run_dir: Path) -> FlowPolicy:
         return load_base(Path(path), args)
     checkpoint = run_dir / "pretraining.pt"
     policy = pretrain(args, get_demonstrations(args), checkpoint=checkpoint)
-    save_base(policy, run_dir / "base.safetensors", task=args.task, validation_loss=policy.validation_loss)
+    save_base(policy, run_dir / "base.safetensors", task=args.task, validation_loss=policy.validation_loss, fast_render=args.fast_render)
     checkpoint.unlink(missing_ok=True)
     return load_base(run_dir / "base.safetensors", args)  # in half precision, as a resumed run finds it
 
@@ -526,9 +531,10 @@ class Replay:
                              "raise it, or lower --rollout-chunks or --num-envs.")  # fmt: skip
         if slots < args.buffer_iterations:
             print(f"--replay-gib {args.replay_gib} keeps {slots} rollouts, not {args.buffer_iterations}.")
-        available = psutil.virtual_memory().available
-        if args.device == "cpu" and slots * per_slot > 0.9 * available:
-            raise SystemExit(f"The replay takes {slots * per_slot / 2**30:.1f} GiB, and {available / 2**30:.1f} GiB are free: lower --replay-gib.")
+        replay, simulators = slots * per_slot * (args.device == "cpu") / 2**30, args.num_envs * (0.6 if args.obs == "image" else 0.4)  # GiB
+        if replay + simulators > 0.9 * (free := free_gib()):
+            raise SystemExit(f"The replay takes {replay:.1f} GiB and {args.num_envs} simulators about {simulators:.1f}, "
+                             f"and {free:.1f} GiB are free: lower --replay-gib or --num-envs.")  # fmt: skip
         shape = slots, args.rollout_chunks, args.num_envs
         device = args.device
         self.data = {name: torch.zeros(*shape, *value.shape[1:], dtype=value.dtype, device=device) for name, value in obs.items()}
@@ -686,7 +692,7 @@ def update_actor(policy: FlowPolicy, reference: FlowPolicy, critic: Critic, opti
 
 # ------------------------------------------------------------------------------ rollouts, evaluation
 def make_envs(args: Args, num_envs: int, record: bool = False, stop_on_success: bool = True) -> RobomimicVectorEnv:
-    return RobomimicVectorEnv(num_envs, task=args.task, images=args.obs == "image", fast_render=args.fast_render and not record,
+    return RobomimicVectorEnv(num_envs, task=args.task, images=args.obs == "image", fast_render=args.fast_render,
                               stop_on_success=stop_on_success, horizon=args.horizon, chunk=args.chunk, record=record)  # fmt: skip
 
 
@@ -791,8 +797,8 @@ def record_video(policies: dict[str, FlowPolicy], args: Args, path: Path):
             for episode in range(args.video_episodes):
                 raw, over, film = envs.reset([args.seed + episode], np.ones(1, bool)), False, []
                 while not over:
-                    cond = policy.encode(policy.observe(raw))
-                    action = policy.sample(cond, torch.zeros(1, policy.action_size, device=cond.device))
+                    with autocast(args):
+                        action = policy.sample(policy.encode(policy.observe(raw)), torch.zeros(1, policy.action_size, device=args.device))
                     raw, _, _, truncated, success, _ = envs.step(policy.to_env(action), np.ones(1, bool))
                     film += envs.envs.call("take_frames")[0]
                     over = truncated[0] or success[0]
@@ -892,14 +898,24 @@ def git_commit() -> str:
 
 
 def memory_gib() -> float:
-    """Memory of this process and its simulators, shared pages counted once per process that alone owns them, in GiB."""
+    """Memory of this process and its simulators in GiB; pages that they share count once (where the system does not say, not at all)."""
     process, total = psutil.Process(), 0
     for p in [process, *process.children(recursive=True)]:
         try:
-            total += p.memory_full_info().uss
+            info = p.memory_full_info()
+            total += getattr(info, "pss", info.uss)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     return total / 2**30
+
+
+def free_gib() -> float:
+    """Memory that this process can still take, in GiB: the machine's, or that of its container (cgroup v2 or v1) less its own."""
+    free = psutil.virtual_memory().available / 2**30
+    for limit in Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        if limit.exists() and limit.read_text().strip() != "max":
+            free = min(free, int(limit.read_text()) / 2**30 - memory_gib())
+    return free
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -921,7 +937,7 @@ def resolve(args: Args) -> Args:
             if args.resume:
                 args = Args(**values | {"resume": args.resume})
             else:
-                keep = ("task", "obs", "chunk", "euler_steps", "horizon", "encoder", "fast_render")
+                keep = ("task", "obs", "chunk", "euler_steps", "horizon", "encoder", "fast_render", "bf16")
                 args = dataclasses.replace(args, **{key: values[key] for key in keep})
         except (ValueError, TypeError, KeyError) as error:
             raise SystemExit(f"{stored}: cannot be read ({error})") from error
@@ -937,13 +953,16 @@ def resolve(args: Args) -> Args:
     args.rollout_chunks = args.rollout_chunks or (200 if args.task == "lift" or args.obs == "image" else 400)
     if args.obs == "state":
         args.encoder = "frozen"  # there is none
-    for name in "chunk euler_steps n_particles num_envs horizon rounds reference_every segments value_samples eval_every eval_episodes threads".split():
+    counts = "chunk euler_steps n_particles num_envs horizon iterations rollout_chunks rounds reference_every segments value_samples eval_every"
+    for name in f"{counts} eval_episodes final_eval_episodes critic_steps critic_batch actor_steps actor_batch bc_epochs bc_batch threads".split():
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if not 1 <= args.segment_chunks < args.rollout_chunks:
         raise SystemExit(f"--segment-chunks {args.segment_chunks} must lie between 1 and --rollout-chunks {args.rollout_chunks} - 1")
     if not 0 <= args.exploration_steps <= args.euler_steps:
         raise SystemExit("--exploration-steps must lie between 0 and --euler-steps")
+    if args.actor_depth < 3 or args.actor_depth % 2 == 0:
+        raise SystemExit(f"--actor-depth {args.actor_depth} must be odd and at least 3: a first layer and pairs with a residual connection")
     if args.horizon % args.chunk:
         raise SystemExit(f"--horizon {args.horizon} must be a multiple of --chunk {args.chunk}")
     return args

@@ -500,7 +500,7 @@ def render_images(source: Path, out: Path | None = None, fast_render: bool = Tru
                 data[name].create_dataset(f"obs/{key}", data=np.array(frames), chunks=chunks, compression="gzip", compression_opts=9)
         for key, value in original["data"].attrs.items():
             data.attrs[key] = value
-        data.attrs["env_args"] = json.dumps(meta)
+        data.attrs["env_args"], data.attrs["fast_render"] = json.dumps(meta), fast_render
         if "mask" in original:
             original.copy("mask", file)
     return out

@@ -137,7 +137,8 @@ def choose_renderer(log=print) -> str:
         if result.returncode == 0:
             os.environ["MUJOCO_GL"] = backend
             os.environ.setdefault("PYOPENGL_PLATFORM", backend)
-            log(f"Rendering with {backend} ({'MUJOCO_GL asks for it' if chosen else 'the first that works here'}).")
+            others = "".join(f"; {other} does not: {why}" for other, why in tried.items())
+            log(f"Rendering with {backend} ({'MUJOCO_GL asks for it' if chosen else f'the first that works here{others}'}).")
             return backend
         tried[backend] = (result.stderr.strip().splitlines() or ["it crashed"])[-1]
     raise SystemExit("MuJoCo cannot render off-screen: " + "; ".join(f"{k}: {v}" for k, v in tried.items())

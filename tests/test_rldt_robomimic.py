@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import tyro
 from conftest import WALL_COLUMNS
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,6 +34,7 @@ import pretrain_fm
 import rldt_robomimic
 from common.flow import VelocityMLP, expected_target, sample
 from common.svgd import transport_field
+from demos import make_robomimic_demos
 from rldt_robomimic import (
     Critic,
     Encoder,
@@ -761,6 +763,22 @@ def test_replay_larger_than_the_free_memory_stops_in_one_line(monkeypatch):
     assert "\n" not in str(stop.value)
 
 
+@pytest.mark.parametrize(("num_envs", "fits"), [(2, True), (16, False)])
+def test_simulators_larger_than_the_free_memory_stop_before_they_are_built(monkeypatch, num_envs, fits):
+    monkeypatch.setattr(rldt_robomimic.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=4 * 2**30))
+    args = arguments(rollout_chunks=20, num_envs=num_envs, buffer_iterations=2)
+    with contextlib.nullcontext() if fits else pytest.raises(SystemExit, match=r"16 simulators about 6\.4, and 4\.0 GiB are free: lower --replay-gib or --num-envs"):
+        Replay(args, IMAGE_ROW, 28)
+
+
+def test_free_memory_is_that_of_the_container(monkeypatch):
+    limit = 3 * 2**30 + int(rldt_robomimic.memory_gib() * 2**30)
+    monkeypatch.setattr(rldt_robomimic.Path, "exists", lambda path: str(path).endswith("memory.max"))
+    for text, expected in (f"{limit}\n", pytest.approx(3, abs=0.2)), ("max\n", rldt_robomimic.psutil.virtual_memory().available / 2**30):
+        monkeypatch.setattr(rldt_robomimic.Path, "read_text", lambda path, text=text: text)
+        assert rldt_robomimic.free_gib() == (expected if text.strip() != "max" else pytest.approx(expected, rel=0.2))
+
+
 # ------------------------------------------------------------------------------------- rollouts
 def rollout(envs, policy=None, slots=1, **changes):
     """Collects one rollout from fake environments; returns policy, slot, env steps and successes."""
@@ -1004,6 +1022,58 @@ def test_image_policy_for_a_run_on_states_stops(bases):
         rldt_robomimic.load_base(bases["image"], base_args("state"))
 
 
+def test_base_policy_of_other_images_stops_in_one_line(tmp_path):
+    path = tmp_path / "b.safetensors"
+    rldt_robomimic.save_base(small_policy(1, 9, 7, chunk=4), path, task="lift", fast_render=True)
+    rldt_robomimic.load_base(path, base_args("image", fast_render=True))
+    with pytest.raises(SystemExit, match="cloned from images with --fast-render; use the same, or --pretrain"):
+        rldt_robomimic.load_base(path, base_args("image", fast_render=False))
+
+
+@pytest.mark.parametrize("path", sorted(rldt_robomimic.DEMOS.glob("*/base_*.safetensors")), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_shipped_base_policy_fits_the_defaults_of_its_task(path, tmp_path):
+    obs = path.stem.removeprefix("base_")
+    if obs not in ("state", "image"):  # of a furniture task
+        return
+    args = rldt_robomimic.resolve(rldt_robomimic.Args(task=path.parent.name, obs=obs, device="cpu"))
+    policy = rldt_robomimic.get_base(args, tmp_path)
+    assert policy.config["action_dim"] == 7 * rldt_robomimic.TASKS[args.task].robots
+    assert all(value.isfinite().all() for value in policy.state_dict().values())
+
+
+@pytest.mark.parametrize("obs", ["state", "image"])
+def test_missing_demonstrations_are_made_by_commands_that_the_maker_understands(monkeypatch, tmp_path, obs):
+    made = []
+
+    def run(command, cwd):
+        args = tyro.cli(make_robomimic_demos.Args, args=command[3:])
+        assert command[:3] == [sys.executable, "-m", "demos.make_robomimic_demos"]
+        assert args.images_from is None or args.images_from.exists()
+        made.append(args)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text("demonstrations")
+        return types.SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(rldt_robomimic, "DEMOS", tmp_path)
+    monkeypatch.setattr(rldt_robomimic.subprocess, "run", run)
+    monkeypatch.setattr(rldt_robomimic.dataset, "load", lambda *args: args)
+    args = base_args(obs, bc_episodes=5, bc_split="valid", fast_render=False)
+    loaded = rldt_robomimic.get_demonstrations(args)
+    name = "image.hdf5" if obs == "image" else "low_dim.hdf5"
+    assert loaded == (tmp_path / "lift" / name, "lift", obs == "image", 5, "valid", False)
+    assert [(a.task, a.out.name, a.images_from is None) for a in made] == [("lift", "low_dim.hdf5", True), ("lift", "image.hdf5", False)][: 1 + (obs == "image")]
+    assert not made[-1].fast_render or obs == "state"
+    rldt_robomimic.get_demonstrations(args)  # now they are there
+    assert len(made) == 1 + (obs == "image")
+
+
+def test_demonstrations_that_cannot_be_made_stop(monkeypatch, tmp_path):
+    monkeypatch.setattr(rldt_robomimic, "DEMOS", tmp_path)
+    monkeypatch.setattr(rldt_robomimic.subprocess, "run", lambda *args, **kwargs: types.SimpleNamespace(returncode=1))
+    with pytest.raises(SystemExit, match="could not be made"):
+        rldt_robomimic.get_demonstrations(base_args())
+
+
 @pytest.mark.parametrize("content", [b"", b"garbage that is no safetensors file", "half", "pickle", None])
 def test_damaged_or_missing_base_policy_stops_in_one_line(bases, tmp_path, content):
     path = tmp_path / "mine.safetensors"
@@ -1168,7 +1238,8 @@ def test_resolve_fills_in_the_settings_of_the_task(task, horizon, chunk, obs, wi
 
 
 @pytest.mark.parametrize("name", [
-    "euler_steps", "n_particles", "num_envs", "rounds", "segments", "value_samples", "eval_every", "eval_episodes", "threads",
+    "euler_steps", "n_particles", "num_envs", "rounds", "segments", "value_samples", "eval_every", "eval_episodes", "final_eval_episodes", "critic_steps",
+    "critic_batch", "actor_steps", "actor_batch", "bc_batch", "threads",
 ])  # fmt: skip
 def test_numbers_below_one_stop_with_the_flag(name):
     with pytest.raises(SystemExit, match=f"--{name.replace('_', '-')} must be at least 1, got 0"):
@@ -1179,6 +1250,8 @@ def test_numbers_below_one_stop_with_the_flag(name):
     (dict(segment_chunks=20, rollout_chunks=20), r"--segment-chunks 20 .*--rollout-chunks 20"), (dict(segment_chunks=0), "--segment-chunks 0"),
     (dict(exploration_steps=-1), "--exploration-steps"), (dict(exploration_steps=9, euler_steps=8), "--exploration-steps"),
     (dict(horizon=10, chunk=4), r"--horizon 10 .*--chunk 4"), (dict(chunk=-1), "--chunk"), (dict(horizon=-4), "--horizon"),
+    (dict(iterations=-1), "--iterations"), (dict(rollout_chunks=-1), "--rollout-chunks"), (dict(bc_epochs=-1), "--bc-epochs"),
+    (dict(actor_depth=4), "--actor-depth 4 must be odd"), (dict(actor_depth=1), "--actor-depth 1"),
 ])  # fmt: skip
 def test_values_out_of_range_stop_in_one_line(changes, message):
     with pytest.raises(SystemExit, match=message) as stop:
@@ -1668,6 +1741,21 @@ def test_ctrl_c_finishes_the_iteration_and_the_resumed_run_equals_one_never_stop
     assert_same_networks(run, robosuite_lift[0])
     for key in ("base_success", "final_success", "best_success", "env_steps"):
         assert result[key] == robosuite_lift[1][key]
+
+
+def test_video_shows_both_policies_side_by_side(bases, tmp_path, capsys):
+    import imageio.v2 as imageio
+
+    args = base_args("image", horizon=8, video_episodes=2, num_envs=1)
+    policy = rldt_robomimic.load_base(bases["image"], args)
+    rldt_robomimic.record_video({"base": policy, "finetuned": policy}, args, tmp_path / "film.mp4")
+    assert "Video (base, finetuned from left to right)" in capsys.readouterr().out
+    with imageio.get_reader(tmp_path / "film.mp4") as film:
+        frames = [frame.astype(int) for frame in film]
+    half = frames[0].shape[1] // 2
+    assert len(frames) == 2 * (8 + 10)  # and the last one stays for half a second
+    assert frames[0].std() > 10
+    assert max(abs(frame[:, :half] - frame[:, half:]).mean() for frame in frames) < 3  # the same policy from the same start
 
 
 def test_evaluating_a_run_on_robosuite(robosuite_lift, capsys):

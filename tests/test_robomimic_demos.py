@@ -1,5 +1,6 @@
 import errno
 import json
+import re
 import shutil
 from contextlib import closing
 
@@ -25,11 +26,11 @@ def _renderer():
 @pytest.fixture(scope="module")
 def environment():
     """Environments without images, each built once."""
-    built = {}
+    built, build = {}, maker.build
 
     def get(task):
         if task not in built:
-            built[task] = maker.build(task)
+            built[task] = build(task)
         return built[task]
 
     yield get
@@ -277,9 +278,50 @@ def test_load_says_what_is_wrong(lift_file, tmp_path, name):
     assert expected in message(damage(lift_file, tmp_path / "a.hdf5", change), **arguments)
 
 
-def test_load_says_what_is_wrong_with_images(image_file, tmp_path):
-    small = damage(image_file, tmp_path / "a.hdf5", replace("data/demo_0/obs/agentview_image", lambda x: x[:, ::2, ::2]))
-    assert "48" in message(small, images=True)
+IMAGE_ERRORS = {
+    "small": (lambda x: x[:, ::2, ::2], r"data/demo_0/obs/agentview_image holds uint8 images of \(48, 48, 3\), not uint8 of \(96, 96, 3\)"),
+    "float": (lambda x: x / np.float32(255), "holds float32 images"),
+    "too few": (lambda x: x[:-3], "holds 9 images for 12 states"),
+}
+
+
+@pytest.mark.parametrize("name", IMAGE_ERRORS)
+def test_load_says_what_is_wrong_with_images_and_how_to_render_them(image_file, tmp_path, name):
+    change, expected = IMAGE_ERRORS[name]
+    text = message(damage(image_file, tmp_path / "a.hdf5", replace("data/demo_0/obs/agentview_image", change)), images=True)
+    assert re.search(expected, text) and "--images-from" in text
+
+
+def test_load_says_that_a_later_camera_is_wrong(tmp_path):
+    path, keys = tmp_path / "transport.hdf5", TASKS["transport"].image_keys
+    with h5py.File(path, "w") as file:
+        file.create_group("data").attrs["env_args"] = json.dumps({"env_name": TASKS["transport"].env_name})
+        demo = file.create_group("data/demo_0")
+        demo["actions"], demo["rewards"] = np.zeros((4, 14)), np.ones(4)
+        for key in TASKS["transport"].state_keys(True):
+            demo[f"obs/{key}"] = np.zeros((4, 3))
+        for key, size in zip(keys, (96, 84), strict=True):
+            demo[f"obs/{key}"] = np.zeros((4, size, size, 3), np.uint8)
+    assert keys[1] in message(path, "transport", images=True)
+
+
+def test_load_says_that_there_is_more_than_one_controller(lift_file, tmp_path):
+    def change(file):
+        meta = json.loads(file["data"].attrs["env_args"])
+        meta["env_kwargs"]["controller_configs"] = [meta["env_kwargs"]["controller_configs"]] * 2
+        file["data"].attrs["env_args"] = json.dumps(meta)
+
+    assert "list of controllers" in message(damage(lift_file, tmp_path / "a.hdf5", change))
+
+
+def test_images_are_used_with_the_rendering_that_made_them(image_file, tmp_path):
+    with h5py.File(image_file) as file:
+        assert bool(file["data"].attrs["fast_render"])
+    load(image_file, "lift", images=True, fast_render=True)
+    with pytest.raises(DatasetError, match="rendered with --fast-render; train with the same"):
+        load(image_file, "lift", images=True, fast_render=False)
+    elsewhere = damage(image_file, tmp_path / "a.hdf5", lambda file: file["data"].attrs.pop("fast_render"))
+    load(elsewhere, "lift", images=True, fast_render=False)  # does not say
 
 
 def test_load_says_when_there_is_no_such_file(tmp_path):

@@ -614,14 +614,15 @@ def test_renderer_is_the_one_that_mujoco_gl_asks_for(monkeypatch, asked):
 @pytest.mark.parametrize(("working", "chosen", "order"), [
     ({"egl", "osmesa"}, "egl", ["egl"]), ({"osmesa"}, "osmesa", ["egl", "osmesa"]),
 ])  # fmt: skip
-def test_renderer_is_the_first_that_works(monkeypatch, working, chosen, order):
+def test_renderer_is_the_first_that_works_and_why(monkeypatch, working, chosen, order):
     monkeypatch.setenv("MUJOCO_GL", "")
     monkeypatch.delenv("PYOPENGL_PLATFORM", raising=False)
-    tried, lines = renderers(monkeypatch, working), []
+    tried, lines = renderers(monkeypatch, working, stderr="Traceback\nno libEGL"), []
     assert choose_renderer(lines.append) == chosen
     assert tried == order
     assert os.environ["MUJOCO_GL"] == os.environ["PYOPENGL_PLATFORM"] == chosen
-    assert lines == [f"Rendering with {chosen} (the first that works here)."]
+    why = "; egl does not: no libEGL" if chosen == "osmesa" else ""
+    assert lines == [f"Rendering with {chosen} (the first that works here{why})."]
     monkeypatch.undo()
     os.environ.setdefault("PYOPENGL_PLATFORM", os.environ["MUJOCO_GL"])
 
