@@ -143,6 +143,8 @@ class Args:
     exploration_steps: int = 0
     """Exploration noise |a - a_dagger_k| N(0, I) with k uniform over this many last ODE steps; 0: none (authors: 2, of 32 steps: of 8 they are
     so long that no leg is ever assembled)."""
+    exploration_scale: float = 1.0
+    """Factor on the exploration noise, whose length grows with the size of a chunk (authors: 1)."""
     zero_fraction: float = 0.25
     """Share of environments and of particles that start from x_0 = 0 instead of noise, as the evaluation does (authors: 0)."""
     buffer_iterations: int = 20
@@ -619,7 +621,7 @@ def collect(policy: FlowPolicy, envs, slot: dict, seeds, args: Args):
             n = torch.arange(N, device=action.device)
             x_k, x_next = x[k, n], x[k + 1, n]
             a_dagger = expected_target(x_k, k / K, (x_next - x_k) * K)  # eq. (8), the velocity read off the trajectory
-            action = action + (action - a_dagger).norm(dim=-1, keepdim=True) * torch.randn_like(action)
+            action = action + args.exploration_scale * (action - a_dagger).norm(dim=-1, keepdim=True) * torch.randn_like(action)
         raw, reward, _, truncated, next_stage, length = envs.step(policy.to_env(action), active)
         next_obs, solved = policy.normalize(raw["state"]), next_stage == stages_of(args)
         ids = everyone[active]
@@ -845,6 +847,8 @@ def resolve(args: Args) -> Args:
     args.segment_chunks = args.segment_chunks or args.rollout_chunks - 1
     if not 1 <= args.segment_chunks < args.rollout_chunks:
         raise SystemExit(f"--segment-chunks {args.segment_chunks} must lie between 1 and --rollout-chunks {args.rollout_chunks} - 1")
+    if args.exploration_scale < 0:
+        raise SystemExit(f"--exploration-scale must be at least 0, got {args.exploration_scale}")
     if not 0 <= args.exploration_steps <= args.euler_steps:
         raise SystemExit("--exploration-steps must lie between 0 and --euler-steps")
     return args

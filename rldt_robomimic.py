@@ -134,6 +134,8 @@ class Args:
     (paper: 200, of 64 environments)."""
     exploration_steps: int = 2
     """Exploration noise |a - a_dagger_k| N(0, I) with k uniform over this many last ODE steps; 0: none (authors: 2)."""
+    exploration_scale: float = 1.0
+    """Factor on the exploration noise, whose length grows with the size of a chunk (authors: 1)."""
     zero_fraction: float = 0.25
     """Share of environments and of particles that start from x_0 = 0 instead of noise, as the evaluation does (authors: 0)."""
     buffer_iterations: int = 20
@@ -724,7 +726,7 @@ def collect(policy: FlowPolicy, envs: RobomimicVectorEnv, slot: dict, seeds, arg
             n = torch.arange(N, device=action.device)
             x_k, x_next = x[k, n], x[k + 1, n]
             a_dagger = expected_target(x_k, k / K, (x_next - x_k) * K)  # eq. (8), the velocity read off the trajectory
-            action = action + (action - a_dagger).norm(dim=-1, keepdim=True) * torch.randn_like(action)
+            action = action + args.exploration_scale * (action - a_dagger).norm(dim=-1, keepdim=True) * torch.randn_like(action)
         raw, _, _, truncated, success, length = envs.step(policy.to_env(action), active)
         next_obs, now = observe(policy, raw, args), active & ~solved
         success = success & now  # the first one counts
@@ -959,6 +961,8 @@ def resolve(args: Args) -> Args:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if not 1 <= args.segment_chunks < args.rollout_chunks:
         raise SystemExit(f"--segment-chunks {args.segment_chunks} must lie between 1 and --rollout-chunks {args.rollout_chunks} - 1")
+    if args.exploration_scale < 0:
+        raise SystemExit(f"--exploration-scale must be at least 0, got {args.exploration_scale}")
     if not 0 <= args.exploration_steps <= args.euler_steps:
         raise SystemExit("--exploration-steps must lie between 0 and --euler-steps")
     if args.actor_depth < 3 or args.actor_depth % 2 == 0:

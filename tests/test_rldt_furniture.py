@@ -637,6 +637,16 @@ def test_a_whole_episode_fits_into_the_default_rollout():
     assert slot["truncated"].sum() == 0
 
 
+def test_exploration_scale_is_a_factor_on_the_noise():
+    actions = []
+    for scale in 0.0, 1.0, 0.5:
+        _, slot, *_ = rollout(scripted(4, [20] * 4, [()] * 4), rollout_chunks=2, exploration_steps=4, exploration_scale=scale, zero_fraction=0.0)
+        actions.append(slot["action"][0])
+    quiet, loud, half = actions
+    assert (loud - quiet).abs().max() > 0.01
+    torch.testing.assert_close(half - quiet, (loud - quiet) / 2, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("exploration_steps, noisy", [(0, False), (1, False), (4, True)])
 def test_exploration_adds_noise_only_from_steps_before_the_last(exploration_steps, noisy):
     envs = scripted(4, [20] * 4, [()] * 4)
@@ -1048,7 +1058,7 @@ def test_numbers_below_one_stop_with_the_flag(name):
 
 @pytest.mark.parametrize("changes, message", [
     (dict(segment_chunks=20, rollout_chunks=20), r"--segment-chunks 20 .*--rollout-chunks 20"), (dict(segment_chunks=-1), "--segment-chunks -1"),
-    (dict(exploration_steps=-1), "--exploration-steps"), (dict(exploration_steps=9, euler_steps=8), "--exploration-steps"),
+    (dict(exploration_steps=-1), "--exploration-steps"), (dict(exploration_scale=-0.1), "--exploration-scale"), (dict(exploration_steps=9, euler_steps=8), "--exploration-steps"),
     (dict(chunk=-1), "--chunk"), (dict(horizon=-4), "--horizon"), (dict(rollout_chunks=-3), "--rollout-chunks -3"),
     (dict(backend="isaac"), "--backend isaac: Isaac Gym is not installed; use --backend mujoco"),
 ])  # fmt: skip

@@ -898,6 +898,16 @@ def test_frozen_encoder_sees_an_image_once(monkeypatch):
     assert sum(images[1:]) == 2 * 5  # the first is of the replay's making
 
 
+def test_exploration_scale_is_a_factor_on_the_noise():
+    actions = []
+    for scale in 0.0, 1.0, 0.5:
+        _, slot, *_ = rollout(scripted(4, [20] * 4, [None] * 4), rollout_chunks=2, exploration_steps=4, exploration_scale=scale, zero_fraction=0.0)
+        actions.append(slot["action"][0])
+    quiet, loud, half = actions
+    assert (loud - quiet).abs().max() > 0.01
+    torch.testing.assert_close(half - quiet, (loud - quiet) / 2, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("exploration_steps, noisy", [(0, False), (1, False), (4, True)])
 def test_exploration_adds_noise_only_from_steps_before_the_last(exploration_steps, noisy):
     envs = scripted(4, [20] * 4, [None] * 4)
@@ -1248,7 +1258,7 @@ def test_numbers_below_one_stop_with_the_flag(name):
 
 @pytest.mark.parametrize("changes, message", [
     (dict(segment_chunks=20, rollout_chunks=20), r"--segment-chunks 20 .*--rollout-chunks 20"), (dict(segment_chunks=0), "--segment-chunks 0"),
-    (dict(exploration_steps=-1), "--exploration-steps"), (dict(exploration_steps=9, euler_steps=8), "--exploration-steps"),
+    (dict(exploration_steps=-1), "--exploration-steps"), (dict(exploration_scale=-0.1), "--exploration-scale"), (dict(exploration_steps=9, euler_steps=8), "--exploration-steps"),
     (dict(horizon=10, chunk=4), r"--horizon 10 .*--chunk 4"), (dict(chunk=-1), "--chunk"), (dict(horizon=-4), "--horizon"),
     (dict(iterations=-1), "--iterations"), (dict(rollout_chunks=-1), "--rollout-chunks"), (dict(bc_epochs=-1), "--bc-epochs"),
     (dict(actor_depth=4), "--actor-depth 4 must be odd"), (dict(actor_depth=1), "--actor-depth 1"),
