@@ -899,10 +899,10 @@ def test_frozen_encoder_sees_an_image_once(monkeypatch):
 
 
 def test_exploration_scale_is_a_factor_on_the_noise():
-    actions = []
+    policy, actions = None, []
     for scale in 0.0, 1.0, 0.5:
-        _, slot, *_ = rollout(scripted(4, [20] * 4, [None] * 4), rollout_chunks=2, exploration_steps=4, exploration_scale=scale, zero_fraction=0.0)
-        actions.append(slot["action"][0])
+        policy, slot, *_ = rollout(scripted(4, [20] * 4, [None] * 4), policy, rollout_chunks=2, exploration_steps=4, exploration_scale=scale, zero_fraction=0.0)
+        actions.append(slot["action"][0].clone())
     quiet, loud, half = actions
     assert (loud - quiet).abs().max() > 0.01
     torch.testing.assert_close(half - quiet, (loud - quiet) / 2, rtol=1e-4, atol=1e-6)
