@@ -525,11 +525,11 @@ def test_a_new_rollout_starts_without_what_its_slot_held():
 
 
 # ------------------------------------------------------------------------------------- rollouts
-def rollout(envs, **changes):
+def rollout(envs, policy=None, **changes):
     """Collects one rollout from fake environments; returns policy, slot, env steps and pairs assembled."""
     furniture = {1: "one_leg", 2: "lamp"}[envs.stages]
     args = arguments(**dict(num_envs=envs.num_envs, buffer_iterations=1, time_limit="bootstrap", furniture=furniture) | changes)
-    policy = small_policy()
+    policy = policy or small_policy()
     replay = Replay(args, 4, policy.action_size)
     for value in replay.data.values():
         value.fill_(77)  # as if left from an older rollout
