@@ -4,7 +4,7 @@
     python -m benchmark.returns --script rldt_robomimic.py --tasks square-state --seeds 1 2 3 --parallel 1   # robomimic.csv
 
 Every run is a process of its own, `--parallel` of them side by side. What the CSV holds already is skipped,
-so this can be stopped and started again; a run that was cut off starts over. Each run's curve goes to
+so this can be stopped and started again; a run that was cut off, in --runs, goes on from its checkpoint if its flags are the same. Each run's curve goes to
 curves/<task>__<method>__<seed>.csv next to the CSV.
 """
 
@@ -87,15 +87,23 @@ class Job:
         chosen = {
             "gym": ["--env-id", self.task], "robomimic": ["--task", task, "--obs", kind], "furniture": ["--furniture", task, "--randomness", kind],
         }[self.family]  # fmt: skip
-        command = [sys.executable, ROOT / self.script, *chosen, "--seed", str(self.seed)]
-        command += ["--exp-name", self.method, "--runs", runs.resolve(), *shlex.split(self.extra)]
+        flags = [*chosen, "--seed", str(self.seed), "--exp-name", self.method, "--runs", str(runs.resolve()), *shlex.split(self.extra)]
         runs.mkdir(parents=True, exist_ok=True)
-        with (runs / f"{self.name}.log").open("w") as log:
-            return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
+        record = runs / f"{self.name}.flags"
+        same = record.exists() and record.read_text() == shlex.join(flags)
+        cut_off = [path for path in self.run_dirs(runs) if (path / "checkpoint.pt").exists() and not (path / "result.json").exists()]
+        record.write_text(shlex.join(flags))
+        if same and cut_off:
+            flags = ["--resume", str(max(cut_off))]
+        with (runs / f"{self.name}.log").open("a" if same and cut_off else "w") as log:
+            return subprocess.Popen([sys.executable, ROOT / self.script, *flags], stdout=log, stderr=log, cwd=ROOT)
+
+    def run_dirs(self, runs: Path) -> list[Path]:
+        return [path for path in runs.glob(f"{self.name}__*") if path.is_dir()]
 
     def run_dir(self, runs: Path) -> Path:
         """The newest run directory of this job; names end with the time."""
-        return max(path for path in runs.glob(f"{self.name}__*") if path.is_dir())
+        return max(self.run_dirs(runs))
 
 
 def finished(out: Path) -> set[tuple[str, str, str]]:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from benchmark import plot_baselines, run, search, update_speed
+from benchmark import plot_baselines, returns, run, search, update_speed
 from benchmark.returns import COLUMNS
 from benchmark.tools import read_csv
 
@@ -59,6 +59,39 @@ def test_cell_is_run_and_its_row_and_curve_are_kept(tiny_base, tmp_path):
     assert [point["iteration"] for point in curve] == ["0", "1", "2"]
     assert {"env_steps", "wall_s", "eval_return", "eval_return_sampled", "losses/policy"} <= set(curve[0])
     assert run.cells(args) == []
+
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+resumed = Path(flags["--resume"]) if "--resume" in flags else None
+run = resumed or Path(flags["--runs"], f"{flags['--env-id']}__{flags['--exp-name']}__{flags['--seed']}__{len(list(Path(flags['--runs']).iterdir()))}")
+run.mkdir(exist_ok=True)
+(run / "checkpoint.pt").touch()
+if not resumed:
+    sys.exit(9)  # as if killed
+(run / "metrics.csv").write_text("iteration,env_steps,wall_s,eval_return\\n0,0,1.5,7.0\\n")
+(run / "result.json").write_text(json.dumps({"base_return": 1.0, "final_return": 7.0, "wall_s": 1.5}))
+"""
+
+
+def test_run_that_was_cut_off_is_resumed_with_the_same_flags_only(tmp_path):
+    (tmp_path / "rldt_gym.py").write_text(SCRIPT)
+    out, runs = tmp_path / "gym.csv", tmp_path / "runs"
+
+    def start(extra):
+        returns.run_jobs([returns.Job("Hopper-v4", "rldt", 3, extra, tmp_path / "rldt_gym.py")], out, runs, 1)
+
+    start("--threads 1")
+    start("--threads 2")
+    assert len(list(runs.glob("Hopper-v4__rldt__3__*"))) == 2 and not read_csv(out)
+    start("--threads 2")
+    (row,) = read_csv(out)
+    assert (row["task"], row["seed"], row["final_return"], row["args"]) == ("Hopper-v4", "3", "7.0", "--threads 2")
+    assert len(list(runs.glob("Hopper-v4__rldt__3__*"))) == 2
+    assert [point["eval_return"] for point in read_csv(tmp_path / "curves" / "Hopper-v4__rldt__3.csv")] == ["7"]
 
 
 def test_run_that_fails_is_reported_and_not_kept(tmp_path):
