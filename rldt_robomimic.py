@@ -103,6 +103,10 @@ class Args:
     """Initial learning rate of pretraining, AdamW with weight decay 1e-6 (paper: 1e-4)."""
     bc_lr_end: float = 1e-4
     """Final learning rate of pretraining, cosine schedule (paper: 1e-5)."""
+    bc_head_steps: int = 20_000
+    """With images, further pretraining steps of the velocity network alone, on encoded images; 0: none (paper, whose epochs are many more)."""
+    bc_copies: int = 6
+    """Shifted copies of every image that are encoded for those steps."""
     bc_ema: float = 0.995
     """Decay per step of the weight average that becomes the base policy (authors: 0.995)."""
     actor_width: int = 0
@@ -228,7 +232,7 @@ class Args:
 
 
 PAPER = dict(
-    bc_epochs=4000, bc_lr=1e-4, bc_lr_end=1e-5, iterations=200, num_envs=64, stop_on_success=False, fast_render=False, buffer_iterations=10,
+    bc_epochs=4000, bc_head_steps=0, bc_lr=1e-4, bc_lr_end=1e-5, iterations=200, num_envs=64, stop_on_success=False, fast_render=False, buffer_iterations=10,
     replay_gib=16.0, eval_every=10, eval_episodes=64, gamma=0.999, time_limit="terminal", value_samples=2, target_momentum=0.995, rounds=16,
     critic_steps=32, critic_batch=1024, critic_lr=1e-3, critic_layer_norm=False, critic_init="normal", encoder="own", segments=64, segment_chunks=199,
     warmup_iterations=2, actor_steps=2, actor_batch=1024, n_particles=8, zero_fraction=0.0, consistency_weight=0.5, reference_every=1,
@@ -451,7 +455,43 @@ def pretrain(args: Args, data: dict, log=print, checkpoint: Path | None = None) 
                 write_atomically(checkpoint, lambda p, saved=saved: torch.save(saved, p))
     log(f"base policy: {steps} steps, validation loss {validation:.4f}, {len(data['episode_ends'])} demonstrations")
     averaged.validation_loss = validation
+    if averaged.encoder is not None and args.bc_head_steps:
+        averaged.validation_loss = pretrain_head(args, averaged, obs, action, first, train, held_out)
+        log(f"velocity network alone: {args.bc_head_steps} steps, validation loss {averaged.validation_loss:.4f}")
     return averaged
+
+
+def pretrain_head(args: Args, policy: FlowPolicy, obs: Obs, action, first, train, held_out) -> float:
+    """Pretrains the velocity network alone, in place; returns the validation loss.
+
+    The encoder's part of a step costs many times the velocity network's, which needs more steps. So `bc_copies` shifted copies of the
+    images are encoded once. Chunk i, action[i] (D,), starts at row first[i] of obs; train and held_out are indices of chunks.
+    """
+    def encode(chunks, shifted: Args) -> torch.Tensor:
+        return torch.cat([policy.encode(augment(take(obs, first[i]), shifted)).float() for i in chunks.split(512)])
+
+    with torch.no_grad(), autocast(args):
+        copies = [encode(train, args) for _ in tqdm(range(args.bc_copies), desc="encoding")]
+        cond, plain = torch.stack(copies), encode(held_out, dataclasses.replace(args, shift=0))  # (copies, n, cond_dim), (m, cond_dim)
+    averaged = copy.deepcopy(policy.velocity)
+    optimizer = torch.optim.AdamW(policy.velocity.parameters(), args.bc_lr, weight_decay=1e-6, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.bc_head_steps, args.bc_lr_end)
+    for _ in tqdm(range(args.bc_head_steps), desc="velocity network", mininterval=1):
+        i, which = (torch.randint(n, (max(args.bc_batch, 256),), device=args.device) for n in (len(train), len(cond)))
+        with autocast(args):
+            loss = flow_matching_loss(policy.velocity, action[train[i]], cond[which, i])  # eq. (2)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(averaged.parameters()), list(policy.velocity.parameters()), 1 - args.bc_ema)
+    policy.velocity.load_state_dict(averaged.state_dict())
+    with torch.no_grad(), autocast(args):
+        validation = flow_matching_loss(policy.velocity, action[held_out], plain).item()
+    if not math.isfinite(validation):
+        raise FloatingPointError("the flow-matching loss is not finite; lower --bc-lr")
+    return validation
 
 
 def save_base(policy: FlowPolicy, path: Path, **info):

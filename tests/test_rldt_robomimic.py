@@ -56,7 +56,7 @@ from rldt_robomimic import (
 
 def arguments(**changes):
     """Arguments of the functions below main()."""
-    return rldt_robomimic.Args(**dict(device="cpu", bf16=False, shift=0, chunk=2, euler_steps=4, horizon=20) | changes)
+    return rldt_robomimic.Args(**dict(device="cpu", bf16=False, shift=0, chunk=2, euler_steps=4, horizon=20, bc_head_steps=0) | changes)
 
 
 def small_policy(cameras=0, state_dim=4, action_dim=2, chunk=2, euler_steps=4):
@@ -1228,6 +1228,35 @@ def test_an_unfinished_pretraining_of_other_settings_or_an_unreadable_one_stops(
     with pytest.raises(SystemExit, match=r"(?s)cannot be loaded .*delete it to pretrain from the start"):
         pretrain(demonstrations(), checkpoint=path)
     assert not LOADED
+
+
+def test_velocity_network_is_pretrained_further_on_images_encoded_once(monkeypatch):
+    encoded, encode = [], Encoder.forward
+    monkeypatch.setattr(Encoder, "forward", lambda self, obs: encoded.append(len(obs["rgb"])) or encode(self, obs))
+    torch.manual_seed(0)
+    first = pretrain(demonstrations((30, 30), images=True), obs="image", bc_ema=0.9)
+    images, shifts = sum(encoded), []
+    encoded.clear()
+    monkeypatch.setattr(rldt_robomimic, "random_shift", lambda rgb, pixels: shifts.append(len(rgb)) or rgb)
+    torch.manual_seed(0)
+    data = demonstrations((30, 30), images=True)
+    more = pretrain(data, obs="image", shift=2, bc_head_steps=300, bc_copies=3, bc_ema=0.9)
+    chunks = 2 * (30 - 4 + 1)
+    held_out = chunks // 20
+    assert sum(encoded) == images + 3 * (chunks - held_out) + held_out  # whatever the number of steps
+    assert sum(shifts[-3:]) == 3 * (chunks - held_out)  # what validates is not shifted
+    for name, value in more.state_dict().items():
+        assert torch.equal(value, first.state_dict()[name]) != name.startswith("velocity."), name
+
+    rows = torch.as_tensor(np.r_[0:27, 30:57])
+    action = torch.as_tensor(data["action"])[rows[:, None] + torch.arange(4)]
+    action = (2 * (action - first.action_min) / (first.action_max - first.action_min + 1e-6) - 1).flatten(1)
+    losses = []
+    for policy in first, more:
+        torch.manual_seed(1)
+        cond = policy.encode({name: value[rows] for name, value in policy.observe({name: data[name] for name in ("state", "rgb")}).items()})
+        losses.append(rldt_robomimic.flow_matching_loss(policy.velocity, action.repeat(50, 1), cond.repeat(50, 1)).item())
+    assert losses[1] < 0.7 * losses[0]
 
 
 def test_demonstrations_shorter_than_a_chunk_stop():
