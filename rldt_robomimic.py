@@ -126,7 +126,7 @@ class Args:
     iterations: int = 0
     """Training iterations, the evaluation-only ones included; 0: 40 for lift, 120 else (paper: 200)."""
     num_envs: int = 4
-    """Simulators, each a process of 0.4 to 1.2 GB (paper: 64)."""
+    """Simulators, each a process of 0.5 to 1.2 GB (paper: 64)."""
     horizon: int = 0
     """Time limit of an episode in environment steps; 0: the task's, 300 (lift, can), 400 (square), 800 (transport)."""
     stop_on_success: bool = True
@@ -573,7 +573,7 @@ class Replay:
                              "raise it, or lower --rollout-chunks or --num-envs.")  # fmt: skip
         if slots < args.buffer_iterations:
             print(f"--replay-gib {args.replay_gib} keeps {slots} rollouts, not {args.buffer_iterations}.")
-        replay, simulators = slots * per_slot * (args.device == "cpu") / 2**30, args.num_envs * (0.6 if args.obs == "image" else 0.4)  # GiB
+        replay, simulators = slots * per_slot * (args.device == "cpu") / 2**30, args.num_envs * (0.7 if args.obs == "image" else 0.5)  # GiB
         if replay + simulators > 0.9 * (free := free_gib()):
             raise SystemExit(f"The replay takes {replay:.1f} GiB and {args.num_envs} simulators about {simulators:.1f}, "
                              f"and {free:.1f} GiB are free: lower --replay-gib or --num-envs.")  # fmt: skip

@@ -767,7 +767,7 @@ def test_replay_larger_than_the_free_memory_stops_in_one_line(monkeypatch):
 def test_simulators_larger_than_the_free_memory_stop_before_they_are_built(monkeypatch, num_envs, fits):
     monkeypatch.setattr(rldt_robomimic.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=4 * 2**30))
     args = arguments(rollout_chunks=20, num_envs=num_envs, buffer_iterations=2)
-    with contextlib.nullcontext() if fits else pytest.raises(SystemExit, match=r"16 simulators about 6\.4, and 4\.0 GiB are free: lower --replay-gib or --num-envs"):
+    with contextlib.nullcontext() if fits else pytest.raises(SystemExit, match=r"16 simulators about 8\.0, and 4\.0 GiB are free: lower --replay-gib or --num-envs"):
         Replay(args, IMAGE_ROW, 28)
 
 
