@@ -134,7 +134,7 @@ class Args:
     fast_render: bool = True
     """Images without multisampling, shadows and reflections, 3 to 4 times as fast in software."""
     rollout_chunks: int = 0
-    """Chunks per environment and iteration, in which episodes start anew; 0: 200 for lift and for images, 400 else
+    """Chunks per environment and iteration, in which episodes start anew; 0: 200 for lift, 400 else
     (paper: 200, of 64 environments)."""
     exploration_steps: int = 2
     """Exploration noise |a - a_dagger_k| N(0, I) with k uniform over this many last ODE steps; 0: none (authors: 2)."""
@@ -992,7 +992,7 @@ def resolve(args: Args) -> Args:
     args.actor_width = args.actor_width or (768 if args.obs == "image" else 512)
     args.bc_epochs = args.bc_epochs or (30 if args.obs == "image" else 200)
     args.iterations = args.iterations or (40 if args.task == "lift" else 120)
-    args.rollout_chunks = args.rollout_chunks or (200 if args.task == "lift" or args.obs == "image" else 400)
+    args.rollout_chunks = args.rollout_chunks or (200 if args.task == "lift" else 400)
     if args.obs == "state":
         args.encoder = "frozen"  # there is none
     counts = "chunk euler_steps n_particles num_envs horizon iterations rollout_chunks rounds reference_every segments value_samples eval_every"
