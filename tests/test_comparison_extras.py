@@ -36,7 +36,7 @@ def test_figures_and_table_are_made_from_the_csvs(tmp_path, capsys):
                 rows[file].append(dict(task=task, method=method, seed=seed, env_steps=1000, wall_s=60) | values)
                 with (tmp_path / folder / f"{task}__{method}__{seed}.csv").open("w", newline="") as out:
                     writer = csv.writer(out)
-                    writer.writerows([["env_steps", "wall_s", "eval_return"], [0, 1, 100], [500, 30, ""], [1000, 60, final]])
+                    writer.writerows([["env_steps", "wall_s", "eval_return", "eval_return_sampled"], [0, 1, 100, 90], [500, 30, "", ""], [1000, 60, final, final]])
         write(tmp_path / f"{file}.csv", rows[file])
     plot_baselines.main(plot_baselines.Args(results=tmp_path, images=tmp_path / "images", reps=50))
     for name in ("baselines.png", "baselines_reliability.png"):
