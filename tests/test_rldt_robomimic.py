@@ -1327,7 +1327,7 @@ def test_paper_preset_sets_the_values_of_the_paper(argv):
 
 
 @pytest.mark.parametrize(("task", "obs", "iterations", "chunks"), [
-    ("lift", "state", 40, 200), ("lift", "image", 40, 200), ("square", "state", 120, 400), ("square", "image", 120, 200), ("transport", "state", 120, 400),
+    ("lift", "state", 40, 200), ("lift", "image", 40, 200), ("square", "state", 120, 400), ("square", "image", 120, 400), ("transport", "state", 120, 400),
 ])  # fmt: skip
 def test_length_of_a_run_is_that_of_the_task_unless_given(task, obs, iterations, chunks):
     args = rldt_robomimic.resolve(rldt_robomimic.Args(task=task, obs=obs))
