@@ -110,6 +110,9 @@ class Args:
     """Initial learning rate of pretraining, AdamW with weight decay 1e-6 (paper: 1e-4)."""
     bc_lr_end: float = 1e-4
     """Final learning rate of pretraining, cosine schedule (paper: 1e-5)."""
+    bc_spread: float = 1.0
+    """Standard deviations from the demonstrations' mean that are scaled to 1, per dimension of observations and actions; 0: their range is
+    scaled to [-1, 1] (DPPO)."""
     bc_ema: float = 0.995
     """Decay per step of the weight average that becomes the base policy (authors: 0.995)."""
     actor_width: int = 512
@@ -118,7 +121,7 @@ class Args:
     """Hidden layers of the velocity network, odd (paper: 7)."""
     actor_layer_norm: bool = True
     """LayerNorm in the velocity network's residual blocks (paper)."""
-    cond_mlp: tuple[int, ...] = ()
+    cond_mlp: tuple[int, ...] = (512, 256)
     """Hidden sizes of an MLP that the state passes before the velocity network, none if empty (paper: 512 64)."""
     time_dim: int = 32
     """Size of the time embedding (paper: 32)."""
@@ -232,7 +235,7 @@ class Args:
 
 
 PAPER = dict(
-    bc_epochs=8000, bc_lr=1e-4, bc_lr_end=1e-5, actor_width=1024, actor_depth=7, cond_mlp=(512, 64), euler_steps=32, exploration_steps=2,
+    bc_epochs=8000, bc_lr=1e-4, bc_lr_end=1e-5, bc_spread=0.0, actor_width=1024, actor_depth=7, cond_mlp=(512, 64), euler_steps=32, exploration_steps=2,
     iterations=250, num_envs=1000, stop_on_success=False, buffer_iterations=20, eval_every=10, eval_episodes=500, gamma=0.995, value_samples=2,
     target_momentum=0.998, rounds=16, critic_steps=128, critic_batch=8192, critic_lr=5e-4, critic_width=512, critic_layer_norm=False,
     critic_init="normal", segments=500, segment_chunks=0, warmup_iterations=2, actor_steps=2, actor_batch=6250, n_particles=8, zero_fraction=0.0,
@@ -340,8 +343,12 @@ def pretrain(args: Args, data: dict, log=print, checkpoint: Path | None = None, 
         raise SystemExit(f"No demonstration is as long as a chunk ({args.chunk} steps).")
     policy = make_policy(args, data["state"].shape[1], data["action"].shape[1])
     for key, name in ("obs", "state"), ("action", "action"):
-        getattr(policy, f"{key}_min").copy_(torch.as_tensor(data[name].min(0)))
-        getattr(policy, f"{key}_max").copy_(torch.as_tensor(data[name].max(0)))
+        low, high = data[name].min(0), data[name].max(0)
+        if args.bc_spread:
+            mean, spread = data[name].mean(0, dtype=float), args.bc_spread * data[name].std(0, dtype=float)
+            low, high = mean - spread, mean + spread
+        getattr(policy, f"{key}_min").copy_(torch.as_tensor(low))
+        getattr(policy, f"{key}_max").copy_(torch.as_tensor(high))
     policy.to(args.device)
     obs = policy.normalize(data["state"][first])  # (n, obs_dim)
     action = torch.as_tensor(data["action"][first[:, None] + np.arange(args.chunk)], device=args.device)

@@ -17,6 +17,7 @@ LEAN = np.radians(45)  # of the gripper, one way when it grasps the lying bulb a
 RIM = 0.045  # height over the hood's origin at which the fingers hold it from outside
 FIRST, LAST = np.radians(170), np.radians(-100)  # yaw of the gripper at the ends of a screwing stroke
 AWKWARD = np.radians(120)  # beyond this course a lying bulb's globe is toward the robot: see `awkward`
+SLOW = 0.02  # m per step with which the gripper comes down on a part, so that a policy's chunk of actions does not reach from afar to the grasp
 HIGH = 0.012  # height over the globe's center at which a crowded bulb is grasped: the fingers are over the obstacle
 HAND = np.array(list(itertools.product((-0.032, 0, 0.032), np.linspace(-0.104, 0.104, 9), (-0.105, -0.07, -0.037))))  # points of it, in the gripper's frame
 
@@ -108,7 +109,7 @@ class Lamp:
             return self.leaning(quarter, 0)
 
         yield from arm.go(flange(FLANGE + 0.06), 60, 0.02, 0.2, rough=True)
-        yield from arm.go(flange(FLANGE), 40, 0.005, 0.06)
+        yield from arm.go(flange(FLANGE), 40, 0.005, 0.06, reach=SLOW)
         yield from arm.close(flange(FLANGE)(), 0.058, least=2)
         position, matrix = arm.pose
         yield from self.guarded(arm.go((position + [0, 0, 0.08], matrix), 12, until=lambda: arm.pose[0][2] > 0.11), holds)
@@ -195,7 +196,7 @@ class Lamp:
         yield from arm.go(above, 60, 0.02, 0.15, rough=True)
         if self.env.resting is not None:
             yield from arm.go(touching, 20, until=lambda: np.abs(arm.pose[0] - arm.part(BULB)[0]).max() < 0.028)
-        yield from arm.go(grasp, 20, 0.006, 0.12)
+        yield from arm.go(grasp, 30, 0.006, 0.12, reach=SLOW)
         if not arm.at(grasp(), 0.012, 0.25):  # a finger stands on the globe, or something is in the way
             raise Lost
         yield from arm.close(grasp(), 0.0615, least=3)
@@ -303,8 +304,8 @@ class Lamp:
             return lambda: (arm.part(HOOD)[0] + [0, 0, height], self.leaning(0.0, 0.0))
 
         yield from arm.go(over(RIM + 0.10), 60, 0.03, 0.3, rough=True)
-        yield from arm.go(over(RIM + 0.03), 40, 0.008, 0.1)
-        yield from arm.go(over(RIM), 20, 0.004, 0.06)
+        yield from arm.go(over(RIM + 0.03), 40, 0.008, 0.1, reach=2 * SLOW)
+        yield from arm.go(over(RIM), 20, 0.004, 0.06, reach=SLOW)
         yield from arm.close(over(RIM)(), 0.0665, least=3, most=8)
         position, matrix = arm.pose
         yield from self.guarded(arm.go((position + [0, 0, 0.06], matrix), 20, until=lambda: arm.pose[0][2] > position[2] + 0.035), self.holds_hood)

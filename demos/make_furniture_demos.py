@@ -3,8 +3,9 @@
     python -m demos.make_furniture_demos --furniture one_leg --randomness low --episodes 100   # writes demos/one_leg/low.hdf5
 
 The assemblers read poses from the simulator and act through the same actions as a policy. While the arm moves freely, what it executes is
-its action plus correlated noise on the position; recorded is the action without noise, which leads back. Only
-successes are written: data/demo_i/{actions, rewards, obs/state}, float32, with one row per environment step.
+its action plus correlated noise on the position; recorded is the action without noise, which leads back. With --pushes the open or
+freely moving hand is also pushed off its course now and then, by centimetres. Only successes are written:
+data/demo_i/{actions, rewards, obs/state}, float32, with one row per environment step.
 """
 
 import itertools
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from demos.furniture_lamp import Lamp
 from demos.furniture_one_leg import OneLeg
-from demos.furniture_skills import Arm
+from demos.furniture_skills import OPEN, Arm
 from demos.make_robomimic_demos import replacing
 from envs.furniture_mujoco import FurnitureEnv, PhysicsError
 
@@ -41,6 +42,8 @@ class Args:
     """Seed of the first attempt; the others follow one by one."""
     noise: float = 0.004
     """Standard deviation (m) of what is added to the noise on the position in each step, so that cloning sees off-nominal states; 0: none."""
+    pushes: float = 0.0
+    """Probability per step that the open or freely moving hand is pushed up to 4 cm off its course for 2 to 7 steps."""
     out: Path | None = None
     """Output; default demos/<furniture>/<randomness>.hdf5."""
 
@@ -51,7 +54,7 @@ def wilson(successes: int, attempts: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def run_episode(env: FurnitureEnv, assembler: Callable, seed: int, noise: float = 0.004) -> dict[str, np.ndarray]:
+def run_episode(env: FurnitureEnv, assembler: Callable, seed: int, noise: float = 0.004, pushes: float = 0.0) -> dict[str, np.ndarray]:
     """The assembler's episode from a reset with `seed`, until it succeeds or time is up.
 
     Returns actions (T, 10), rewards (T,) and state (T, obs_dim), before each action, all float32. It succeeded if the rewards
@@ -61,11 +64,17 @@ def run_episode(env: FurnitureEnv, assembler: Callable, seed: int, noise: float 
     state, info = env.reset(seed=seed)
     arm = Arm(env, rng)
     states, actions, rewards, disturbance, truncated = [], [], [], np.zeros(3), False
+    push, left = np.zeros(3), 0  # off the course (m), and for how many more steps
     for action in assembler(arm).steps():
         disturbance = MEMORY * (disturbance + rng.normal(0, noise, 3))
         executed = action.copy()
         if arm.rough:
             executed[:3] += disturbance
+        if pushes and left == 0 and rng.random() < pushes:
+            push, left = rng.uniform((-0.04, -0.04, 0), (0.04, 0.04, 0.04)), rng.integers(2, 8)
+        if left and (arm.rough or arm.gripper == OPEN):
+            executed[:3] += push
+        left = max(0, left - 1)
         states.append(state)
         actions.append(action)
         state, reward, _, truncated, info = env.step(executed)
@@ -77,8 +86,8 @@ def run_episode(env: FurnitureEnv, assembler: Callable, seed: int, noise: float 
 
 def make(args: Args) -> Path:
     """Lets the assembler act until `args.episodes` have succeeded and writes them; returns the file's path."""
-    if args.episodes < 1 or args.noise < 0:
-        raise SystemExit("--episodes must be at least 1 and --noise at least 0.")
+    if args.episodes < 1 or args.noise < 0 or not 0 <= args.pushes <= 1:
+        raise SystemExit("--episodes must be at least 1, --noise at least 0, and --pushes a probability.")
     out = args.out or DEMOS / args.furniture / f"{args.randomness}.hdf5"
     env = FurnitureEnv(args.furniture, args.randomness)
     pairs, lengths, diverged = len(env.furniture.pairs), [], 0
@@ -86,7 +95,7 @@ def make(args: Args) -> Path:
         data = file.create_group("data")
         for attempt in itertools.count():
             try:
-                episode = run_episode(env, ASSEMBLERS[args.furniture], args.seed + attempt, args.noise)
+                episode = run_episode(env, ASSEMBLERS[args.furniture], args.seed + attempt, args.noise, args.pushes)
             except PhysicsError:
                 episode, diverged = None, diverged + 1
             if episode and episode["rewards"].sum() == pairs:
@@ -101,7 +110,7 @@ def make(args: Args) -> Path:
                 break
             if attempt >= 20 and len(lengths) < 0.1 * attempt:
                 raise SystemExit(f"Only {len(lengths)} of {attempt + 1} attempts succeeded: gave up, wrote nothing. Try less --noise.")
-        data.attrs.update({"furniture": args.furniture, "randomness": args.randomness, "seed": args.seed, "noise": args.noise, "backend": "MuJoCo",
+        data.attrs.update({"furniture": args.furniture, "randomness": args.randomness, "seed": args.seed, "noise": args.noise, "pushes": args.pushes, "backend": "MuJoCo",
                            "attempts": attempt + 1, "total": sum(lengths)})  # fmt: skip
     low, high = wilson(len(lengths), attempt + 1)
     print(f"{args.furniture}, {args.randomness} (MuJoCo): {len(lengths)} of {attempt + 1} attempts succeeded ({len(lengths) / (attempt + 1):.0%}, "

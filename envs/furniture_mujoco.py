@@ -21,6 +21,7 @@ import copy
 import functools
 import importlib.metadata
 import itertools
+import math
 import os
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
@@ -521,7 +522,7 @@ class FurnitureEnv(gym.Env):
         """Whether a threaded part is in, or within 2 cm of, a hole."""
         screw, (nut, turn) = self.furniture.screw, self.nut
         x, y, z = ((self.tip - nut) @ turn).tolist()
-        return screw.out * (y - screw.level) < 0.02 and any((x - a) ** 2 + (z - b) ** 2 < 0.025**2 for a, b in screw.holes)
+        return screw.out * (y - screw.level) < 0.02 and any(math.hypot(x - a, z - b) < 0.025 for a, b in screw.holes)
 
     def simulate(self, blocks: int):
         """Steps `blocks` times 1/60 s. Raises PhysicsError where MuJoCo stops or the state is not finite."""

@@ -328,6 +328,14 @@ def test_divergence_is_an_error(envs, value):
     np.testing.assert_array_equal(env.reset(seed=4)[0], envs().reset(seed=4)[0])
 
 
+def test_a_part_thrown_out_of_the_numbers_range_is_not_near_a_thread(monkeypatch):
+    env = FurnitureEnv()
+    env.reset(seed=0)
+    for far in 1e200, np.inf, np.nan:
+        monkeypatch.setattr(env, "tip", np.array([far, -far, far]))
+        assert not env.near_thread()
+
+
 def test_an_error_of_mujoco_is_one_of_the_physics(monkeypatch):
     env = FurnitureEnv()
     env.reset(seed=0)
@@ -350,6 +358,26 @@ def test_assembler_succeeds(envs):
         assert np.abs(episode["actions"]).max() <= 1
         distance = np.linalg.norm(episode["actions"][:, :3] - episode["state"][:, :3], axis=1)
         assert distance.max() < 0.11
+
+
+def test_pushes_move_the_hand_but_not_what_is_recorded(envs, monkeypatch):
+    env, executed = envs(), []
+    step = env.step
+    monkeypatch.setattr(env, "step", lambda action: executed.append(action.copy()) or step(action))
+    for pushes, sideways in (0.0, 0.0), (0.3, 0.02):
+        executed.clear()
+        episode = run_episode(env, OneLeg, 0, noise=0.0, pushes=pushes)
+        away = np.array(executed)[:, :3] - episode["actions"][:, :3]
+        assert np.abs(np.array(executed)[:, 3:] - episode["actions"][:, 3:]).max() < 1e-6
+        assert sideways <= np.abs(away[:, :2]).max() <= 2 * sideways + 1e-6
+        assert -1e-6 < away[:, 2].min() and sideways <= away[:, 2].max() <= 2 * sideways + 1e-6
+        assert (np.abs(away).max(1) > 1e-6).mean() == 0 if pushes == 0 else 0.3 < (np.abs(away).max(1) > 1e-6).mean() < 0.95
+
+
+@pytest.mark.parametrize("bad", [dict(episodes=0), dict(noise=-0.1), dict(pushes=-0.1), dict(pushes=1.5)])
+def test_settings_of_the_recording_are_checked(bad, tmp_path):
+    with pytest.raises(SystemExit, match="--episodes must be at least 1"):
+        make_furniture_demos.make(make_furniture_demos.Args(out=tmp_path / "x.hdf5", **bad))
 
 
 def test_assembler_notices_a_lost_leg(envs):

@@ -849,7 +849,7 @@ def pretrain(data, checkpoint=None, **changes):
 def test_pretraining_chunks_are_consecutive_and_stay_inside_an_episode(monkeypatch):
     seen, loss = [], rldt_furniture.flow_matching_loss
     monkeypatch.setattr(rldt_furniture, "flow_matching_loss", lambda v, a, o: seen.append((a, o)) or loss(v, a, o))
-    policy = pretrain(demonstrations(), bc_epochs=60)
+    policy = pretrain(demonstrations(), bc_epochs=60, bc_spread=0.0)
     chunk, obs = torch.cat([a for a, _ in seen]).view(-1, 4, 10), torch.cat([o for _, o in seen])
     raw = ((chunk + 1) / 2 * (policy.action_max - policy.action_min + 1e-6) + policy.action_min).round()
     assert (raw[:, 1:, 0] - raw[:, :-1, 0] == 1).all()
@@ -858,8 +858,20 @@ def test_pretraining_chunks_are_consecutive_and_stay_inside_an_episode(monkeypat
     assert set(raw[:, 0, 0].int().tolist()) == {*range(3, 17), *range(20, 37)}  # every start but those too late
 
 
+@pytest.mark.parametrize("spread", [0.5, 2.0])
+def test_scaling_is_by_standard_deviations(spread):
+    data = demonstrations()
+    policy = pretrain(data, bc_spread=spread)
+    for name, scaled in (
+        ("state", policy.normalize(data["state"])),
+        ("action", 2 * (torch.tensor(data["action"]) - policy.action_min) / (policy.action_max - policy.action_min) - 1),
+    ):
+        torch.testing.assert_close(scaled.mean(0), torch.zeros(scaled.shape[1]), atol=1e-4, rtol=0)
+        torch.testing.assert_close(scaled.std(0, correction=0), torch.full((scaled.shape[1],), 1 / spread), atol=1e-4, rtol=1e-4, msg=name)
+
+
 def test_scaling_is_the_range_of_the_demonstrations():
-    policy = pretrain(demonstrations())
+    policy = pretrain(demonstrations(), bc_spread=0.0)
     assert (policy.obs_min[0], policy.obs_max[0], policy.obs_min[1], policy.obs_max[1]) == (0, 39, -40, -1)
     assert (policy.action_min[1], policy.action_max[1], policy.action_max[2]) == (1, 3, 41)
 
@@ -1081,7 +1093,7 @@ def test_paper_preset_sets_the_values_of_the_paper(argv, furniture, rows):
     args = rldt_furniture.resolve(rldt_furniture.parse_args([*argv, "--furniture", furniture]))
     paper = dict(
         preset="paper", iterations=250, num_envs=1000, rollout_chunks=rows, segment_chunks=rows - 1, buffer_iterations=20, euler_steps=32,
-        actor_width=1024, actor_depth=7, actor_layer_norm=True, cond_mlp=(512, 64), time_dim=32, chunk=8, bc_epochs=8000, bc_batch=256, bc_lr=1e-4,
+        actor_width=1024, actor_depth=7, actor_layer_norm=True, cond_mlp=(512, 64), time_dim=32, chunk=8, bc_spread=0.0, bc_epochs=8000, bc_batch=256, bc_lr=1e-4,
         bc_lr_end=1e-5, bc_ema=0.995, gamma=0.995, td_lambda=0.5, target_momentum=0.998, critic_lr=5e-4, critic_width=512, critic_depth=3,
         critic_stage=True, warmup_iterations=2, warmup_lambda=0.5, warmup_factor=1, n_particles=8, kernel="rbf", alpha=1e-3, consistency_weight=0.5,
         constraint_weight=0.2, reference="previous", reference_every=1, actor_lr=2e-5, actor_lr_end=1.0, actor_warmup=32,
