@@ -212,6 +212,9 @@ class Args:
     """P, particles per state (paper: 8)."""
     kernel: Literal["rbf", "delta"] = "rbf"
     """Kernel of the transport field; `delta` is the ablation RLDT-Delta (paper: rbf)."""
+    q_gradient: Literal["critic", "particles"] = "critic"
+    """The gradient of Q in the transport field: `critic`, its derivative (paper), or `particles`, what Q does between a state's particles,
+    by `particle_gradient` (ours; give it 16 particles and more)."""
     alpha: float = 1e-3
     """Temperature: weight of the repulsion, relative to |grad Q| (paper: 1e-3)."""
     transport_loss: Literal["literal", "authors"] = "authors"
@@ -550,6 +553,17 @@ def start_noise(shape, args: Args) -> torch.Tensor:
     return torch.randn(shape, device=args.device) * (torch.rand(*shape[:-1], 1, device=args.device) >= args.zero_fraction)
 
 
+def particle_gradient(q: torch.Tensor, particles: torch.Tensor) -> torch.Tensor:
+    """Q (..., P) at particles (..., P, D) -> (..., 1, D), the covariance of Q and particles over the particles' mean variance.
+
+    For particles of covariance C it estimates C grad Q / (tr C / D) to first order, so it points only to where the policy already goes;
+    for isotropic ones it is grad Q itself. Ours; of the kind that ensemble Kalman methods use (Iglesias et al. 2013).
+    """
+    q, away = (q - q.mean(-1, keepdim=True))[..., None], particles - particles.mean(-2, keepdim=True)
+    variance = away.square().sum((-2, -1), keepdim=True) / particles.shape[-1]
+    return (q * away).sum(-2, keepdim=True) / (variance + 1e-8)
+
+
 def actor_losses(velocity, reference, critic: Critic, obs, obs_q, trajectory, args: Args, k: torch.Tensor | None = None):
     """The three losses of eq. (16) on B states with trajectories (K + 1, B, P, D), at steps k (B, P); obs_q is what the critic sees."""
     K, (_, B, P, D) = args.euler_steps, trajectory.shape
@@ -570,7 +584,10 @@ def actor_losses(velocity, reference, critic: Critic, obs, obs_q, trajectory, ar
     particles = (query if args.kernel == "delta" else action).clone().requires_grad_()
     with autocast(args):
         q = critic(obs_q.reshape(B * P, -1), particles.view(B * P, D)).mean(0)
-    (grad_q,) = torch.autograd.grad(q.sum(), particles)
+    if args.q_gradient == "critic":
+        (grad_q,) = torch.autograd.grad(q.sum(), particles)
+    else:
+        grad_q = particle_gradient(q.detach().to(particles.dtype).view(B, P), particles.detach()).expand(-1, P, -1)
     particles, grad_q = particles.detach(), args.transport_scale * grad_q
     phi = transport_field(query, particles, grad_q, args.alpha, args.kernel)  # eq. (6)
 
@@ -854,6 +871,8 @@ def resolve(args: Args) -> Args:
     args.segment_chunks = args.segment_chunks or args.rollout_chunks - 1
     if not 1 <= args.segment_chunks < args.rollout_chunks:
         raise SystemExit(f"--segment-chunks {args.segment_chunks} must lie between 1 and --rollout-chunks {args.rollout_chunks} - 1")
+    if args.q_gradient == "particles" and args.n_particles < 2:
+        raise SystemExit("--q-gradient particles needs --n-particles of at least 2, better 16")
     if args.exploration_scale < 0:
         raise SystemExit(f"--exploration-scale must be at least 0, got {args.exploration_scale}")
     if not 0 <= args.exploration_steps <= args.euler_steps:

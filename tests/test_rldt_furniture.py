@@ -43,6 +43,7 @@ from rldt_furniture import (
     critic_obs,
     critic_target,
     evaluate,
+    particle_gradient,
     rate,
     stages_of,
     summary,
@@ -339,6 +340,42 @@ def test_gradient_of_the_transport_loss_is_the_field_times_the_jacobian(kernel, 
     weight = -2 / K * (1 - t) if form == "literal" else -1 / (K * (1 - t))
     expected = torch.autograd.grad(velocity(x, t, obs), list(velocity.parameters()), weight[..., None] * phi / (B * P))
     torch.testing.assert_close(gradients(velocity, transport), expected)
+
+
+def test_particle_gradient_is_the_covariance_over_the_mean_variance():
+    rng = np.random.default_rng(0)
+    q, particles = rng.normal(size=(3, 7)), rng.normal(size=(3, 7, 4))
+    result = particle_gradient(torch.tensor(q), torch.tensor(particles)).numpy()
+    for i in range(3):
+        covariance = np.cov(np.c_[q[i], particles[i]].T)
+        np.testing.assert_allclose(result[i, 0], covariance[0, 1:] / covariance[1:, 1:].trace() * 4, rtol=1e-6)
+
+
+def test_particle_gradient_of_a_linear_q_and_isotropic_particles_is_exact():
+    gradient, center = torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64), torch.tensor([7.0, 3.0, -4.0], dtype=torch.float64)
+    particles = center + 0.3 * torch.cat([torch.eye(3), -torch.eye(3)]).double()
+    torch.testing.assert_close(particle_gradient(particles @ gradient + 9, particles)[0], gradient, rtol=1e-6, atol=0)
+    squeezed = center + (particles - center) * torch.tensor([1.0, 1.0, 0.0])  # no particle tells what the third number does
+    assert particle_gradient(squeezed @ gradient, squeezed)[0, 2] == 0
+    assert (particle_gradient(torch.randn(6).double(), center.expand(6, -1)) == 0).all()  # nor any of six equal ones
+
+
+@pytest.mark.parametrize("kernel", ["rbf", "delta"])
+def test_transport_loss_can_take_the_gradient_from_the_particles(kernel):
+    velocity, _, obs, trajectory, x, t, args, (transport, *_) = losses(kernel=kernel, transport_scale=3.0, q_gradient="particles")
+    query = expected_target(x, t, velocity(x, t, obs)).detach()
+    particles = query if kernel == "delta" else trajectory[-1]
+    q = -0.75 * (particles - 1).square().sum(-1)
+    phi = transport_field(query, particles, 3 * particle_gradient(q, particles).expand(-1, P, -1), args.alpha, kernel)
+    expected = torch.autograd.grad(velocity(x, t, obs), list(velocity.parameters()), (-2 / K * (1 - t))[..., None] * phi / (B * P))
+    torch.testing.assert_close(gradients(velocity, transport), expected)
+
+
+def test_gradient_of_the_particles_needs_two_of_them():
+    argv = ["--q-gradient", "particles", "--backend", "mujoco", "--n-particles"]
+    assert rldt_furniture.resolve(rldt_furniture.parse_args([*argv, "2"])).n_particles == 2
+    with pytest.raises(SystemExit, match="--q-gradient particles needs --n-particles"):
+        rldt_furniture.resolve(rldt_furniture.parse_args([*argv, "1"]))
 
 
 def test_consistency_loss_has_the_value_and_gradient_of_eq_14():
