@@ -795,7 +795,7 @@ def bases(tmp_path_factory):
 
 
 def base_args(furniture="one_leg", **changes):
-    return arguments(**dict(furniture=furniture, chunk=4, actor_width=16, actor_depth=3, time_dim=8) | changes)
+    return arguments(**dict(furniture=furniture, chunk=4, actor_width=16, actor_depth=3, time_dim=8, cond_mlp=()) | changes)
 
 
 @pytest.mark.parametrize("extras", [dict(), dict(layer_norm=True, cond_mlp=(12, 6))])
@@ -1173,13 +1173,14 @@ def test_help_exits_with_zero_and_mentions_every_field(monkeypatch, capsys, argv
 def flags(base, runs, **changes):
     """Flags of a run of four iterations, the first and the last of which evaluate."""
     values = dict(
-        furniture="lamp", backend="mujoco", runs=runs, chunk=4, euler_steps=4, actor_width=16, actor_depth=3, time_dim=8, device="cpu", threads=1,
-        seed=3, iterations=4, num_envs=2, horizon=40, rollout_chunks=13, buffer_iterations=2, eval_every=10, eval_episodes=2, final_eval_episodes=3,
+        furniture="lamp", backend="mujoco", runs=runs, chunk=4, euler_steps=4, actor_width=16, actor_depth=3, cond_mlp=(), time_dim=8, device="cpu",
+        threads=1, seed=3, iterations=4, num_envs=2, horizon=40, rollout_chunks=13, buffer_iterations=2, eval_every=10, eval_episodes=2, final_eval_episodes=3,
         rounds=2, critic_steps=2, critic_batch=8, critic_width=16, segments=6, segment_chunks=3, warmup_iterations=1, actor_steps=1, actor_batch=4,
         n_particles=2, exploration_steps=2, actor_lr=1e-3, actor_warmup=2, actor_layer_norm=False,
     ) | ({"base": base} if base else {}) | changes  # fmt: skip
     named = {key.replace("_", "-"): value for key, value in values.items()}
-    return [f"--{'' if v else 'no-'}{k}" if isinstance(v, bool) else f"--{k}={v}" for k, v in named.items()]
+    words = [f"--{'' if v else 'no-'}{k}" if isinstance(v, bool) else f"--{k}={v}" for k, v in named.items() if v != ()]
+    return words + [f"--{k}" for k, v in named.items() if v == ()]
 
 
 def only_run(runs):
