@@ -1,7 +1,9 @@
-"""Success of a furniture base policy against its training steps, by the number of demonstrations.
+"""Success of a furniture base policy against its training steps, by how it is cloned.
 
-    python -m benchmark.pretraining_furniture --bc-epochs 45                        # writes benchmark/results/pretraining_furniture.csv
-    python -m benchmark.pretraining_furniture --bc-epochs 82 --bc-episodes 100
+    python -m benchmark.pretraining_furniture --bc-epochs 15 --threads 1 --every 1000 --variant "scaled by standard deviations"
+    python -m benchmark.pretraining_furniture --bc-epochs 15 --threads 1 --every 1000 --variant "by range" --bc-spread 0 --cond-mlp
+
+write benchmark/results/pretraining_furniture.csv.
 
 A row is the averaged policy after `step` steps: its validation loss, and success rate and assembled pairs of `episodes` episodes from
 x_0 = 0 and again from noise, in MuJoCo. The rows are those of one training, so before the last one the step size is not yet at its end.
@@ -78,7 +80,7 @@ def draw(path: Path):
         axis.plot(x, y, "o-", label=f"{task}, {variant}")
         axis.fill_between(x, low, high, alpha=0.15)
     axis.set(xlabel="training steps", ylabel="success rate from $x_0=0$ (MuJoCo)", ylim=(-0.02, 1.02))
-    axis.legend()
+    axis.legend(loc="upper left", fontsize=8)
     save_figure(figure, script.DEMOS.parent / "docs" / "images" / "pretraining_furniture.png")
 
 
