@@ -319,7 +319,7 @@ def test_a_run_in_isaac_resets_all_environments_together(simulator, tmp_path):
     rldt_furniture.save_base(policy, tmp_path / "base.safetensors")
     args = rldt_furniture.Args(
         backend="isaac", furniture="lamp", base=tmp_path / "base.safetensors", runs=tmp_path / "runs", chunk=4, euler_steps=4, actor_width=16,
-        actor_depth=3, actor_layer_norm=False, time_dim=8, device="cpu", threads=1, iterations=2, num_envs=3, horizon=10, buffer_iterations=2,
+        actor_depth=3, actor_layer_norm=False, cond_mlp=(), time_dim=8, device="cpu", threads=1, iterations=2, num_envs=3, horizon=10, buffer_iterations=2,
         eval_every=10, final_eval_episodes=4, rounds=1, critic_steps=2, critic_batch=8, critic_width=16, segments=6, segment_chunks=0,
         warmup_iterations=0, actor_steps=1, actor_batch=4, n_particles=2,
     )  # fmt: skip
