@@ -559,9 +559,9 @@ def particle_gradient(q: torch.Tensor, particles: torch.Tensor) -> torch.Tensor:
     For particles of covariance C it estimates C grad Q / (tr C / D) to first order, so it points only to where the policy already goes;
     for isotropic ones it is grad Q itself. Ours; of the kind that ensemble Kalman methods use (Iglesias et al. 2013).
     """
-    q, away = (q - q.mean(-1, keepdim=True))[..., None], particles - particles.mean(-2, keepdim=True)
+    away = particles - particles.mean(-2, keepdim=True)
     variance = away.square().sum((-2, -1), keepdim=True) / particles.shape[-1]
-    return (q * away).sum(-2, keepdim=True) / (variance + 1e-8)
+    return (q[..., None] * away).sum(-2, keepdim=True) / (variance + 1e-8)
 
 
 def actor_losses(velocity, reference, critic: Critic, obs, obs_q, trajectory, args: Args, k: torch.Tensor | None = None):
@@ -873,6 +873,8 @@ def resolve(args: Args) -> Args:
         raise SystemExit(f"--segment-chunks {args.segment_chunks} must lie between 1 and --rollout-chunks {args.rollout_chunks} - 1")
     if args.q_gradient == "particles" and args.n_particles < 2:
         raise SystemExit("--q-gradient particles needs --n-particles of at least 2, better 16")
+    if args.bc_spread < 0:
+        raise SystemExit(f"--bc-spread must be at least 0, got {args.bc_spread}")
     if args.exploration_scale < 0:
         raise SystemExit(f"--exploration-scale must be at least 0, got {args.exploration_scale}")
     if not 0 <= args.exploration_steps <= args.euler_steps:

@@ -331,8 +331,8 @@ def test_divergence_is_an_error(envs, value):
 def test_a_part_thrown_out_of_the_numbers_range_is_not_near_a_thread(monkeypatch):
     env = FurnitureEnv()
     env.reset(seed=0)
-    for far in 1e200, np.inf, np.nan:
-        monkeypatch.setattr(env, "tip", np.array([far, -far, far]))
+    for *signs, far in itertools.product((-1, 1), (-1, 1), (-1, 1), (1e200, np.inf, np.nan)):
+        monkeypatch.setattr(env, "tip", np.array(signs) * far)
         assert not env.near_thread()
 
 
@@ -361,14 +361,20 @@ def test_assembler_succeeds(envs):
 
 
 def test_pushes_move_the_hand_but_not_what_is_recorded(envs, monkeypatch):
-    env, executed = envs(), []
+    env, executed, arms, free = envs(), [], [], []
     step = env.step
-    monkeypatch.setattr(env, "step", lambda action: executed.append(action.copy()) or step(action))
+
+    def recorded(action):
+        executed.append(action.copy()), free.append(arms[-1].rough or arms[-1].gripper != CLOSED)
+        return step(action)
+
+    monkeypatch.setattr(env, "step", recorded)
     for pushes, sideways in (0.0, 0.0), (0.3, 0.02):
-        executed.clear()
-        episode = run_episode(env, OneLeg, 0, noise=0.0, pushes=pushes)
+        executed.clear(), free.clear()
+        episode = run_episode(env, lambda arm: arms.append(arm) or OneLeg(arm), 0, noise=0.0, pushes=pushes)
         away = np.array(executed)[:, :3] - episode["actions"][:, :3]
         assert np.abs(np.array(executed)[:, 3:] - episode["actions"][:, 3:]).max() < 1e-6
+        assert not all(free) and np.abs(away[~np.array(free)]).max() < 1e-6  # a part that is held where it matters stays so
         assert sideways <= np.abs(away[:, :2]).max() <= 2 * sideways + 1e-6
         assert -1e-6 < away[:, 2].min() and sideways <= away[:, 2].max() <= 2 * sideways + 1e-6
         assert (np.abs(away).max(1) > 1e-6).mean() == 0 if pushes == 0 else 0.3 < (np.abs(away).max(1) > 1e-6).mean() < 0.95

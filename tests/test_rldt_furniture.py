@@ -371,6 +371,11 @@ def test_transport_loss_can_take_the_gradient_from_the_particles(kernel):
     torch.testing.assert_close(gradients(velocity, transport), expected)
 
 
+def test_negative_spread_stops():
+    with pytest.raises(SystemExit, match="--bc-spread must be at least 0, got -1"):
+        rldt_furniture.resolve(rldt_furniture.parse_args(["--backend", "mujoco", "--bc-spread", "-1"]))
+
+
 def test_gradient_of_the_particles_needs_two_of_them():
     argv = ["--q-gradient", "particles", "--backend", "mujoco", "--n-particles"]
     assert rldt_furniture.resolve(rldt_furniture.parse_args([*argv, "2"])).n_particles == 2
