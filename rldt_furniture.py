@@ -45,7 +45,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common.flow import VelocityMLP, expected_target, flow_matching_loss, interpolate, sample
-from common.svgd import transport_field
+from common.svgd import particle_gradient, transport_field
 from demos import furniture as dataset
 from envs.furniture_isaac import IsaacVectorEnv, isaac_missing
 from envs.furniture_mujoco import FURNITURE, FurnitureEnv, FurnitureVectorEnv
@@ -551,17 +551,6 @@ def update_critic(critic: Critic, target: Critic, optimizer, obs, action, y, arg
 def start_noise(shape, args: Args) -> torch.Tensor:
     """x_0 of the particles (B, P, D): N(0, I), and zero for a share `zero_fraction` of them."""
     return torch.randn(shape, device=args.device) * (torch.rand(*shape[:-1], 1, device=args.device) >= args.zero_fraction)
-
-
-def particle_gradient(q: torch.Tensor, particles: torch.Tensor) -> torch.Tensor:
-    """Q (..., P) at particles (..., P, D) -> (..., 1, D), the covariance of Q and particles over the particles' mean variance.
-
-    For particles of covariance C it estimates C grad Q / (tr C / D) to first order, so it points only to where the policy already goes;
-    for isotropic ones it is grad Q itself. Ours; of the kind that ensemble Kalman methods use (Iglesias et al. 2013).
-    """
-    away = particles - particles.mean(-2, keepdim=True)
-    variance = away.square().sum((-2, -1), keepdim=True) / particles.shape[-1]
-    return (q[..., None] * away).sum(-2, keepdim=True) / (variance + 1e-8)
 
 
 def actor_losses(velocity, reference, critic: Critic, obs, obs_q, trajectory, args: Args, k: torch.Tensor | None = None):

@@ -38,7 +38,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common.flow import VelocityMLP, expected_target, flow_matching_loss, interpolate, sample
-from common.svgd import transport_field
+from common.svgd import particle_gradient, transport_field
 from demos import robomimic as dataset
 from envs.robomimic import IMAGE_SIZE, TASKS, RobomimicVectorEnv, choose_renderer
 
@@ -209,6 +209,9 @@ class Args:
     """P, particles per state (paper: 8)."""
     kernel: Literal["rbf", "delta"] = "rbf"
     """Kernel of the transport field; `delta` is the ablation RLDT-Delta (paper: rbf)."""
+    q_gradient: Literal["critic", "particles"] = "critic"
+    """The gradient of Q in the transport field: `critic`, its derivative (paper), or `particles`, what Q does between a state's particles,
+    by `particle_gradient` (ours; give it 16 particles and more)."""
     alpha: float = 1e-3
     """Temperature: weight of the repulsion, relative to |grad Q| (paper: 1e-3)."""
     transport_loss: Literal["literal", "authors"] = "authors"
@@ -694,7 +697,10 @@ def actor_losses(velocity, reference, critic: Critic, cond, cond_ref, cond_q, tr
     particles = (query if args.kernel == "delta" else action).clone().requires_grad_()
     with autocast(args):
         q = critic(cond_q.reshape(B * P, -1), particles.view(B * P, D)).mean(0)
-    (grad_q,) = torch.autograd.grad(q.sum(), particles)
+    if args.q_gradient == "critic":
+        (grad_q,) = torch.autograd.grad(q.sum(), particles)
+    else:
+        grad_q = particle_gradient(q.detach().to(particles.dtype).view(B, P), particles.detach()).expand(-1, P, -1)
     particles, grad_q = particles.detach(), args.transport_scale * grad_q
     phi = transport_field(query, particles, grad_q, args.alpha, args.kernel)  # eq. (6)
 
@@ -1001,6 +1007,8 @@ def resolve(args: Args) -> Args:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if not 1 <= args.segment_chunks < args.rollout_chunks:
         raise SystemExit(f"--segment-chunks {args.segment_chunks} must lie between 1 and --rollout-chunks {args.rollout_chunks} - 1")
+    if args.q_gradient == "particles" and args.n_particles < 2:
+        raise SystemExit("--q-gradient particles needs --n-particles of at least 2, better 16")
     if args.exploration_scale < 0:
         raise SystemExit(f"--exploration-scale must be at least 0, got {args.exploration_scale}")
     if not 0 <= args.exploration_steps <= args.euler_steps:

@@ -1,4 +1,4 @@
-"""Stein variational gradient descent (Liu and Wang 2016): the transport field of eq. (6)."""
+"""Stein variational gradient descent (Liu and Wang 2016): the transport field of eq. (6), and a gradient of Q without its derivative."""
 
 import math
 
@@ -53,3 +53,14 @@ def transport_field(
     attraction = kappa @ grad_q
     repulsion = (query * kappa.sum(-1, keepdim=True) - kappa @ particles) / h
     return (attraction + alpha * repulsion) / particles.shape[1]
+
+
+def particle_gradient(q: torch.Tensor, particles: torch.Tensor) -> torch.Tensor:
+    """Q (..., P) at particles (..., P, D) -> (..., 1, D), the covariance of Q and particles over the particles' mean variance.
+
+    For particles of covariance C it estimates C grad Q / (tr C / D) to first order, so it points only to where the policy already goes;
+    for isotropic ones it is grad Q itself. Ours; of the kind that ensemble Kalman methods use (Iglesias et al. 2013).
+    """
+    away = particles - particles.mean(-2, keepdim=True)
+    variance = away.square().sum((-2, -1), keepdim=True) / particles.shape[-1]
+    return (q[..., None] * away).sum(-2, keepdim=True) / (variance + 1e-8)

@@ -31,7 +31,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import pretrain_fm
 import rldt_furniture
 from common.flow import VelocityMLP, expected_target, sample
-from common.svgd import transport_field
+from common.svgd import particle_gradient, transport_field
 from demos import furniture as dataset
 from envs.furniture_mujoco import FurnitureVectorEnv
 from rldt_furniture import (
@@ -43,7 +43,6 @@ from rldt_furniture import (
     critic_obs,
     critic_target,
     evaluate,
-    particle_gradient,
     rate,
     stages_of,
     summary,
@@ -340,24 +339,6 @@ def test_gradient_of_the_transport_loss_is_the_field_times_the_jacobian(kernel, 
     weight = -2 / K * (1 - t) if form == "literal" else -1 / (K * (1 - t))
     expected = torch.autograd.grad(velocity(x, t, obs), list(velocity.parameters()), weight[..., None] * phi / (B * P))
     torch.testing.assert_close(gradients(velocity, transport), expected)
-
-
-def test_particle_gradient_is_the_covariance_over_the_mean_variance():
-    rng = np.random.default_rng(0)
-    q, particles = rng.normal(size=(3, 7)), rng.normal(size=(3, 7, 4))
-    result = particle_gradient(torch.tensor(q), torch.tensor(particles)).numpy()
-    for i in range(3):
-        covariance = np.cov(np.c_[q[i], particles[i]].T)
-        np.testing.assert_allclose(result[i, 0], covariance[0, 1:] / covariance[1:, 1:].trace() * 4, rtol=1e-6)
-
-
-def test_particle_gradient_of_a_linear_q_and_isotropic_particles_is_exact():
-    gradient, center = torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64), torch.tensor([7.0, 3.0, -4.0], dtype=torch.float64)
-    particles = center + 0.3 * torch.cat([torch.eye(3), -torch.eye(3)]).double()
-    torch.testing.assert_close(particle_gradient(particles @ gradient + 9, particles)[0], gradient, rtol=1e-6, atol=0)
-    squeezed = center + (particles - center) * torch.tensor([1.0, 1.0, 0.0])  # no particle tells what the third number does
-    assert particle_gradient(squeezed @ gradient, squeezed)[0, 2] == 0
-    assert (particle_gradient(torch.randn(6).double(), center.expand(6, -1)) == 0).all()  # nor any of six equal ones
 
 
 @pytest.mark.parametrize("kernel", ["rbf", "delta"])

@@ -33,7 +33,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import pretrain_fm
 import rldt_robomimic
 from common.flow import VelocityMLP, expected_target, sample
-from common.svgd import transport_field
+from common.svgd import particle_gradient, transport_field
 from demos import make_robomimic_demos
 from rldt_robomimic import (
     Critic,
@@ -544,6 +544,24 @@ def test_gradient_of_the_transport_loss_is_the_field_times_the_jacobian(kernel, 
     v = velocity(x, t, conds[0][:, None].expand(-1, P, -1))
     expected = torch.autograd.grad(v, list(velocity.parameters()), weight[..., None] * phi / (B * P))
     torch.testing.assert_close(gradients(velocity, transport), expected)
+
+
+@pytest.mark.parametrize("kernel", ["rbf", "delta"])
+def test_transport_loss_can_take_the_gradient_from_the_particles(kernel):
+    velocity, _, conds, trajectory, x, t, args, (transport, *_) = losses(kernel=kernel, transport_scale=3.0, q_gradient="particles")
+    v = velocity(x, t, conds[0][:, None].expand(-1, P, -1))
+    query = expected_target(x, t, v).detach()
+    particles = query if kernel == "delta" else trajectory[-1]
+    q = -0.75 * (particles - 1).square().sum(-1)
+    phi = transport_field(query, particles, 3 * particle_gradient(q, particles).expand(-1, P, -1), args.alpha, kernel)
+    expected = torch.autograd.grad(v, list(velocity.parameters()), (-2 / K * (1 - t))[..., None] * phi / (B * P))
+    torch.testing.assert_close(gradients(velocity, transport), expected)
+
+
+def test_gradient_of_the_particles_needs_two_of_them():
+    assert rldt_robomimic.resolve(rldt_robomimic.parse_args(["--q-gradient", "particles", "--n-particles", "2"])).n_particles == 2
+    with pytest.raises(SystemExit, match="--q-gradient particles needs --n-particles"):
+        rldt_robomimic.resolve(rldt_robomimic.parse_args(["--q-gradient", "particles", "--n-particles", "1"]))
 
 
 def test_transport_scale_multiplies_the_gradient_of_q_and_not_the_other_losses():

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.svgd import rbf_kernel, transport_field
+from common.svgd import particle_gradient, rbf_kernel, transport_field
 
 SIZES = dict(B=st.integers(1, 3), M=st.integers(1, 4), P=st.integers(1, 7), D=st.integers(1, 5))
 
@@ -142,3 +142,21 @@ def test_unknown_kernel_is_an_error_that_names_the_choices():
     points = torch.ones(1, 2, 2)
     with pytest.raises(ValueError, match=r"'imq'.*rbf or delta"):
         transport_field(points, points, points, 0.0, "imq")
+
+
+def test_particle_gradient_is_the_covariance_over_the_mean_variance():
+    rng = np.random.default_rng(0)
+    q, particles = rng.normal(size=(3, 7)), rng.normal(size=(3, 7, 4))
+    result = particle_gradient(torch.tensor(q), torch.tensor(particles)).numpy()
+    for i in range(3):
+        covariance = np.cov(np.c_[q[i], particles[i]].T)
+        np.testing.assert_allclose(result[i, 0], covariance[0, 1:] / covariance[1:, 1:].trace() * 4, rtol=1e-6)
+
+
+def test_particle_gradient_of_a_linear_q_and_isotropic_particles_is_exact():
+    gradient, center = torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64), torch.tensor([7.0, 3.0, -4.0], dtype=torch.float64)
+    particles = center + 0.3 * torch.cat([torch.eye(3), -torch.eye(3)]).double()
+    torch.testing.assert_close(particle_gradient(particles @ gradient + 9, particles)[0], gradient, rtol=1e-6, atol=0)
+    squeezed = center + (particles - center) * torch.tensor([1.0, 1.0, 0.0])  # no particle tells what the third number does
+    assert particle_gradient(squeezed @ gradient, squeezed)[0, 2] == 0
+    assert (particle_gradient(torch.randn(6).double(), center.expand(6, -1)) == 0).all()  # nor any of six equal ones
