@@ -213,8 +213,8 @@ class Args:
     kernel: Literal["rbf", "delta"] = "rbf"
     """Kernel of the transport field; `delta` is the ablation RLDT-Delta (paper: rbf)."""
     q_gradient: Literal["critic", "particles"] = "critic"
-    """The gradient of Q in the transport field: `critic`, its derivative (paper), or `particles`, what Q does between a state's particles,
-    by `particle_gradient` (ours; give it 16 particles and more)."""
+    """The gradient of Q in the transport field: `critic`, its derivative (paper), or `particles`, the way to those of a state's particles
+    that have a high Q, by `particle_gradient` (ours; it wants 16 particles and more)."""
     alpha: float = 1e-3
     """Temperature: weight of the repulsion, relative to |grad Q| (paper: 1e-3)."""
     transport_loss: Literal["literal", "authors"] = "authors"
@@ -576,7 +576,7 @@ def actor_losses(velocity, reference, critic: Critic, obs, obs_q, trajectory, ar
     if args.q_gradient == "critic":
         (grad_q,) = torch.autograd.grad(q.sum(), particles)
     else:
-        grad_q = particle_gradient(q.detach().to(particles.dtype).view(B, P), particles.detach()).expand(-1, P, -1)
+        grad_q = particle_gradient(q.detach().to(particles.dtype).view(B, P), particles.detach())
     particles, grad_q = particles.detach(), args.transport_scale * grad_q
     phi = transport_field(query, particles, grad_q, args.alpha, args.kernel)  # eq. (6)
 

@@ -56,11 +56,11 @@ def transport_field(
 
 
 def particle_gradient(q: torch.Tensor, particles: torch.Tensor) -> torch.Tensor:
-    """Q (..., P) at particles (..., P, D) -> (..., 1, D), the covariance of Q and particles over the particles' mean variance.
+    """Q (..., P) at particles (..., P, D) -> (..., P, D), from each particle to the mean of all, weighted by exp(z), z = (Q - mean) / std.
 
-    For particles of covariance C it estimates C grad Q / (tr C / D) to first order, so it points only to where the policy already goes;
-    for isotropic ones it is grad Q itself. Ours; of the kind that ensemble Kalman methods use (Iglesias et al. 2013).
+    Weighted so, particles of the policy pi stand for pi exp(Q / std), and the direction is the score of a round Gaussian about their mean,
+    times its variance: it needs Q only where the policy already goes. Ours; the weights are those of self-normalised importance sampling.
     """
-    away = particles - particles.mean(-2, keepdim=True)
-    variance = away.square().sum((-2, -1), keepdim=True) / particles.shape[-1]
-    return (q[..., None] * away).sum(-2, keepdim=True) / (variance + 1e-8)
+    away = q - q.mean(-1, keepdim=True)
+    weight = torch.softmax(away / (away.square().mean(-1, keepdim=True).sqrt() + 1e-8), -1)
+    return (weight[..., None] * particles).sum(-2, keepdim=True) - particles
