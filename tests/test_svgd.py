@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -144,19 +145,30 @@ def test_unknown_kernel_is_an_error_that_names_the_choices():
         transport_field(points, points, points, 0.0, "imq")
 
 
-def test_particle_gradient_is_the_covariance_over_the_mean_variance():
+def test_particle_gradient_leads_to_the_weighted_mean():
     rng = np.random.default_rng(0)
     q, particles = rng.normal(size=(3, 7)), rng.normal(size=(3, 7, 4))
     result = particle_gradient(torch.tensor(q), torch.tensor(particles)).numpy()
     for i in range(3):
-        covariance = np.cov(np.c_[q[i], particles[i]].T)
-        np.testing.assert_allclose(result[i, 0], covariance[0, 1:] / covariance[1:, 1:].trace() * 4, rtol=1e-6)
+        weight = np.exp(scipy.stats.zscore(q[i]))
+        np.testing.assert_allclose(result[i], np.average(particles[i], 0, weight) - particles[i], rtol=1e-6)
 
 
-def test_particle_gradient_of_a_linear_q_and_isotropic_particles_is_exact():
-    gradient, center = torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64), torch.tensor([7.0, 3.0, -4.0], dtype=torch.float64)
-    particles = center + 0.3 * torch.cat([torch.eye(3), -torch.eye(3)]).double()
-    torch.testing.assert_close(particle_gradient(particles @ gradient + 9, particles)[0], gradient, rtol=1e-6, atol=0)
-    squeezed = center + (particles - center) * torch.tensor([1.0, 1.0, 0.0])  # no particle tells what the third number does
-    assert particle_gradient(squeezed @ gradient, squeezed)[0, 2] == 0
-    assert (particle_gradient(torch.randn(6).double(), center.expand(6, -1)) == 0).all()  # nor any of six equal ones
+@given(scale=st.floats(1e-3, 1e3), shift=st.floats(-100, 100))
+def test_particle_gradient_does_not_depend_on_the_scale_of_q(scale, shift):
+    _, particles, _ = draw(2, 1, 6, 3)
+    q = particles.sum(-1)
+    torch.testing.assert_close(particle_gradient(scale * q + shift, particles), particle_gradient(q, particles), rtol=1e-3, atol=1e-4)
+
+
+def test_particle_gradient_of_gaussian_particles_is_the_score_of_their_tilted_density():
+    gradient, center, deviation = torch.tensor([2.0, -1.0, 0.5]), torch.tensor([7.0, 3.0, -4.0]), 0.3
+    particles = center + deviation * torch.randn(1_000_000, 3, generator=torch.Generator().manual_seed(0))
+    tau = deviation * gradient.norm()  # the standard deviation of Q
+    mean = center + deviation**2 * gradient / tau  # of N(center, deviation^2 I) exp(gradient a / tau), which is a Gaussian of the same variance
+    torch.testing.assert_close(particle_gradient(particles @ gradient + 9, particles), mean - particles, rtol=0, atol=5e-3)
+
+
+def test_particle_gradient_leads_to_the_mean_where_q_does_not_tell():
+    _, particles, _ = draw(2, 1, 5, 3)
+    torch.testing.assert_close(particle_gradient(torch.full((2, 5), 3.0).double(), particles), particles.mean(1, keepdim=True) - particles)
