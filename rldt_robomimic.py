@@ -136,8 +136,9 @@ class Args:
     rollout_chunks: int = 0
     """Chunks per environment and iteration, in which episodes start anew; 0: 200 for lift, 400 else
     (paper: 200, of 64 environments)."""
-    exploration_steps: int = 2
-    """Exploration noise |a - a_dagger_k| N(0, I) with k uniform over this many last ODE steps; 0: none (authors: 2)."""
+    exploration_steps: int | None = None
+    """Exploration noise |a - a_dagger_k| N(0, I) with k uniform over this many last ODE steps; 0: none (authors: 2). None: 2, or 0 for
+    transport, where the noise on 112 numbers of a chunk leaves no episode that succeeds."""
     exploration_scale: float = 1.0
     """Factor on the exploration noise, whose length grows with the size of a chunk (authors: 1)."""
     zero_fraction: float = 0.25
@@ -237,7 +238,7 @@ class Args:
 PAPER = dict(
     bc_epochs=4000, bc_head_steps=0, bc_lr=1e-4, bc_lr_end=1e-5, iterations=200, num_envs=64, stop_on_success=False, fast_render=False, buffer_iterations=10,
     replay_gib=16.0, eval_every=10, eval_episodes=64, gamma=0.999, time_limit="terminal", value_samples=2, target_momentum=0.995, rounds=16,
-    critic_steps=32, critic_batch=1024, critic_lr=1e-3, critic_layer_norm=False, critic_init="normal", encoder="own", segments=64, segment_chunks=199,
+    critic_steps=32, critic_batch=1024, critic_lr=1e-3, critic_layer_norm=False, critic_init="normal", encoder="own", exploration_steps=2, segments=64, segment_chunks=199,
     warmup_iterations=2, actor_steps=2, actor_batch=1024, n_particles=8, zero_fraction=0.0, consistency_weight=0.5, reference_every=1,
     rollout_chunks=200, transport_scale=1.0, actor_lr_end=1.0, bf16=False,
 )  # fmt: skip
@@ -999,6 +1000,8 @@ def resolve(args: Args) -> Args:
     args.bc_epochs = args.bc_epochs or (30 if args.obs == "image" else 200)
     args.iterations = args.iterations or (40 if args.task == "lift" else 120)
     args.rollout_chunks = args.rollout_chunks or (200 if args.task == "lift" else 400)
+    if args.exploration_steps is None:
+        args.exploration_steps = 0 if args.task == "transport" else 2
     if args.obs == "state":
         args.encoder = "frozen"  # there is none
     counts = "chunk euler_steps n_particles num_envs horizon iterations rollout_chunks rounds reference_every segments value_samples eval_every"

@@ -558,6 +558,11 @@ def test_transport_loss_can_take_the_gradient_from_the_particles(kernel):
     torch.testing.assert_close(gradients(velocity, transport), expected)
 
 
+@pytest.mark.parametrize("argv, steps", [("--task square", 2), ("--task transport", 0), ("--task transport --exploration-steps 1", 1), ("--task transport --preset paper", 2)])
+def test_transport_explores_by_the_policys_own_noise(argv, steps):
+    assert rldt_robomimic.resolve(rldt_robomimic.parse_args(argv.split())).exploration_steps == steps
+
+
 def test_gradient_of_the_particles_needs_two_of_them():
     assert rldt_robomimic.resolve(rldt_robomimic.parse_args(["--q-gradient", "particles", "--n-particles", "2"])).n_particles == 2
     with pytest.raises(SystemExit, match="--q-gradient particles needs --n-particles"):
