@@ -150,9 +150,9 @@ class Args:
     """Factor on the exploration noise, whose length grows with the size of a chunk (authors: 1)."""
     zero_fraction: float = 0.25
     """Share of environments and of particles that start from x_0 = 0 instead of noise, as the evaluation does (authors: 0)."""
-    buffer_iterations: int = 20
+    buffer_iterations: int = 60
     """Rollouts kept in the replay, in iterations (authors: 20)."""
-    eval_every: int = 20
+    eval_every: int = 40
     """Every n-th iteration only evaluates (authors: 10)."""
     eval_episodes: int = 30
     """Episodes per evaluation during training, from x_0 = 0 and again from noise."""
@@ -196,8 +196,8 @@ class Args:
     """Length of a segment in chunks, less than rollout_chunks; 0: the whole rollout (authors)."""
     fresh_fraction: float = 0.33
     """Least fraction of the segments that comes from the newest rollout (authors: 0.33)."""
-    warmup_iterations: int = 12
-    """Training iterations before the actor starts (paper: 2)."""
+    warmup_iterations: int = 30
+    """Training iterations before the actor starts (paper: 2, of 1000 episodes); after 12 the critic still misleads it."""
     warmup_lambda: float = 0.5
     """lambda before the actor starts (authors: as td_lambda)."""
     warmup_factor: int = 1
@@ -206,32 +206,33 @@ class Args:
     # actor
     actor_steps: int = 4
     """Actor steps per round (authors: 2)."""
-    actor_batch: int = 512
+    actor_batch: int = 128
     """States per actor step, each with n_particles particles (authors: 6250)."""
-    n_particles: int = 4
+    n_particles: int = 16
     """P, particles per state (paper: 8)."""
     kernel: Literal["rbf", "delta"] = "rbf"
     """Kernel of the transport field; `delta` is the ablation RLDT-Delta (paper: rbf)."""
-    q_gradient: Literal["critic", "particles"] = "critic"
+    q_gradient: Literal["critic", "particles"] = "particles"
     """The gradient of Q in the transport field: `critic`, its derivative (paper), or `particles`, the way to those of a state's particles
     that have a high Q, by `particle_gradient` (ours; it wants 16 particles and more)."""
     alpha: float = 1e-3
     """Temperature: weight of the repulsion, relative to |grad Q| (paper: 1e-3)."""
     transport_loss: Literal["literal", "authors"] = "authors"
     """Transport loss: eq. (13) as printed (weight 1 - t), or as in the authors' code (weight 1 / (1 - t))."""
-    transport_scale: float = 30.0
-    """Factor on grad Q in the transport field: values of success are below 1, those of dense rewards near 50 (authors: 1)."""
+    transport_scale: float = 20.0
+    """Factor on grad Q in the transport field (authors: 1). Values of success are below 1, those of dense rewards near 50: with the
+    critic's gradient 30 is of use; the particles' is of the size of their spread."""
     consistency_weight: float = 0.05
     """Weight of the consistency loss, eq. (14) (paper: 0.5); alone it moves the policy, and success hangs on centimetres."""
     constraint_weight: float = 0.2
     """Weight of the Fisher-divergence constraint, eq. (15) (paper: 0.2)."""
     reference: Literal["previous", "pretrained"] = "previous"
     """Policy of the constraint: an earlier one (authors) or the pretrained one (paper's text)."""
-    reference_every: int = 10
+    reference_every: int = 25
     """Training iterations after which the previous policy is replaced by the current one (authors: 1)."""
     actor_lr: float = 2e-5
     """Adam step size of the actor (paper: 2e-5)."""
-    actor_lr_end: float = 0.3
+    actor_lr_end: float = 0.1
     """Factor on actor_lr that is reached linearly by the last iteration (authors: 1)."""
     actor_warmup: int = 32
     """Actor steps over which the step size rises linearly (paper: 32)."""
@@ -241,7 +242,7 @@ PAPER = dict(
     bc_epochs=8000, bc_lr=1e-4, bc_lr_end=1e-5, bc_spread=0.0, actor_width=1024, actor_depth=7, cond_mlp=(512, 64), euler_steps=32, exploration_steps=2,
     iterations=250, num_envs=1000, stop_on_success=False, buffer_iterations=20, eval_every=10, eval_episodes=500, gamma=0.995, value_samples=2,
     target_momentum=0.998, rounds=16, critic_steps=128, critic_batch=8192, critic_lr=5e-4, critic_width=512, critic_layer_norm=False,
-    critic_init="normal", segments=500, segment_chunks=0, warmup_iterations=2, actor_steps=2, actor_batch=6250, n_particles=8, zero_fraction=0.0,
+    critic_init="normal", segments=500, segment_chunks=0, warmup_iterations=2, actor_steps=2, actor_batch=6250, n_particles=8, q_gradient="critic", zero_fraction=0.0,
     consistency_weight=0.5, reference_every=1, transport_scale=1.0, actor_lr_end=1.0, bf16=False,
 )  # fmt: skip
 

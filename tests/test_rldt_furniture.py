@@ -57,7 +57,7 @@ STAGES = {"one_leg": 1, "lamp": 2}
 
 def arguments(**changes):
     """Arguments of the functions below main()."""
-    values = dict(device="cpu", bf16=False, chunk=2, euler_steps=4, horizon=20, backend="mujoco", actor_layer_norm=False)
+    values = dict(device="cpu", bf16=False, chunk=2, euler_steps=4, horizon=20, backend="mujoco", actor_layer_norm=False, q_gradient="critic")
     return rldt_furniture.Args(**values | changes)
 
 
@@ -1119,7 +1119,7 @@ def test_paper_preset_sets_the_values_of_the_paper(argv, furniture, rows):
         actor_width=1024, actor_depth=7, actor_layer_norm=True, cond_mlp=(512, 64), time_dim=32, chunk=8, bc_spread=0.0, bc_epochs=8000, bc_batch=256, bc_lr=1e-4,
         bc_lr_end=1e-5, bc_ema=0.995, gamma=0.995, td_lambda=0.5, target_momentum=0.998, critic_lr=5e-4, critic_width=512, critic_depth=3,
         critic_stage=True, warmup_iterations=2, warmup_lambda=0.5, warmup_factor=1, n_particles=8, kernel="rbf", alpha=1e-3, consistency_weight=0.5,
-        constraint_weight=0.2, reference="previous", reference_every=1, actor_lr=2e-5, actor_lr_end=1.0, actor_warmup=32,
+        constraint_weight=0.2, q_gradient="critic", reference="previous", reference_every=1, actor_lr=2e-5, actor_lr_end=1.0, actor_warmup=32,
         transport_loss="authors", transport_scale=1.0, value_samples=2, rounds=16, critic_steps=128, actor_steps=2, eval_every=10,
         stop_on_success=False, time_limit="terminal", critic_layer_norm=False, critic_init="normal", fresh_fraction=0.33, zero_fraction=0.0,
         exploration_steps=2, balanced=True, bf16=False,
@@ -1163,6 +1163,7 @@ def flags(base, runs, **changes):
         threads=1, seed=3, iterations=4, num_envs=2, horizon=40, rollout_chunks=13, buffer_iterations=2, eval_every=10, eval_episodes=2, final_eval_episodes=3,
         rounds=2, critic_steps=2, critic_batch=8, critic_width=16, segments=6, segment_chunks=3, warmup_iterations=1, actor_steps=1, actor_batch=4,
         n_particles=2, exploration_steps=2, actor_lr=1e-3, actor_warmup=2, actor_layer_norm=False,
+        q_gradient="critic", transport_scale=30.0, actor_lr_end=0.3, reference="previous",
     ) | ({"base": base} if base else {}) | changes  # fmt: skip
     named = {key.replace("_", "-"): value for key, value in values.items()}
     words = [f"--{'' if v else 'no-'}{k}" if isinstance(v, bool) else f"--{k}={v}" for k, v in named.items() if v != ()]
@@ -1246,7 +1247,7 @@ def test_run_succeeds_and_fails_in_turn_so_that_it_tests_something(fake_run):
 
 
 @pytest.mark.parametrize("changes", [
-    dict(td_lambda=0.0, critic_layer_norm=False, critic_init="normal", exploration_steps=0, time_limit="bootstrap", value_samples=2, critic_stage=False),
+    dict(td_lambda=0.0, critic_layer_norm=False, critic_init="normal", exploration_steps=0, time_limit="bootstrap", value_samples=2, critic_stage=False, q_gradient="particles"),
     dict(transport_loss="literal", kernel="delta", reference="pretrained", bf16=False, n_particles=1, balanced=False),
     dict(furniture="one_leg", stop_on_success=False, segment_chunks=0, reference_every=1),
 ])  # fmt: skip
