@@ -30,6 +30,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import pretrain_fm
 import rldt_furniture
+from benchmark.particle_probe_furniture import Chosen
 from common.flow import VelocityMLP, expected_target, sample
 from common.svgd import particle_gradient, transport_field
 from demos import furniture as dataset
@@ -1595,3 +1596,45 @@ def test_video_shows_both_policies_or_says_why_not(bases, tmp_path, capsys, monk
     assert path.exists() == printed.startswith("Video (base, finetuned from left to right)")
     if not path.exists():
         assert "install libegl1 or libosmesa6" in printed
+
+
+# --------------------------------------------------------------------------- what a critic knows
+class Gaussians:
+    """A policy whose chunks are its noise plus the state."""
+
+    action_size, normalize, to_env = 3, None, None
+
+    def sample(self, obs, x0):
+        return x0 + obs
+
+
+class Linear(torch.nn.Module):
+    gradient = torch.tensor([2.0, -1.0, 0.5])
+
+    def forward(self, obs, action):
+        return torch.stack([action @ self.gradient, action @ self.gradient + 2])  # two networks
+
+
+@pytest.mark.parametrize("operator, choose", [
+    ("best", lambda q, a: a[q.argmax()]), ("mean", lambda q, a: a.mean(0)), ("top 4", lambda q, a: a[np.argsort(q)[-4:]].mean(0)),
+    ("weighted", lambda q, a: np.average(a, 0, np.exp((q - q.mean()) / q.std()))),
+])  # fmt: skip
+def test_probe_chooses_among_the_particles_of_each_state(operator, choose):
+    obs = torch.tensor([[0.0, 0.0, 0.0], [5.0, -5.0, 1.0]])
+    torch.manual_seed(0)
+    chosen = Chosen(Gaussians(), Linear(), operator, particles=9, move=0.3).sample(obs, torch.zeros(2, 3))
+    torch.manual_seed(0)
+    particles = (torch.randn(2, 9, 3) + obs[:, None]).numpy()
+    for i in range(2):
+        np.testing.assert_allclose(chosen[i], choose(particles[i] @ Linear.gradient.numpy(), particles[i]), rtol=1e-4, atol=1e-5)
+
+
+def test_probe_moves_chunks_by_a_length():
+    obs, start = torch.zeros(1, 3), torch.ones(1, 3)
+    gradient = Linear.gradient / Linear.gradient.norm()
+    move = {name: Chosen(Gaussians(), Linear(), name, particles=100_000, move=0.3).sample(obs, start)[0] - start[0] for name in ("base", "gradient", "covariance")}
+    torch.testing.assert_close(move["base"], torch.zeros(3))
+    torch.testing.assert_close(move["gradient"], 0.3 * gradient)
+    torch.testing.assert_close(move["covariance"], 0.3 * gradient, rtol=0, atol=0.01)
+    with pytest.raises(SystemExit, match="--operators: worst is none of base, best"):
+        Chosen(Gaussians(), Linear(), "worst", 4, 0.3).sample(obs, start)
