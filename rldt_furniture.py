@@ -131,7 +131,7 @@ class Args:
     """K, Euler steps from noise to action (paper: 32)."""
 
     # rollouts
-    iterations: int = 120
+    iterations: int = 200
     """Training iterations, the evaluation-only ones included (paper: 250 for low and 500 for med; the preset has 250)."""
     num_envs: int = 16
     """Environments, stepped by threads in MuJoCo (paper: 1000)."""
@@ -232,7 +232,7 @@ class Args:
     """Training iterations after which the previous policy is replaced by the current one (authors: 1)."""
     actor_lr: float = 2e-5
     """Adam step size of the actor (paper: 2e-5)."""
-    actor_lr_end: float = 0.1
+    actor_lr_end: float = 0.3
     """Factor on actor_lr that is reached linearly by the last iteration (authors: 1)."""
     actor_warmup: int = 32
     """Actor steps over which the step size rises linearly (paper: 32)."""
