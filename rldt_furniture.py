@@ -197,7 +197,7 @@ class Args:
     fresh_fraction: float = 0.33
     """Least fraction of the segments that comes from the newest rollout (authors: 0.33)."""
     warmup_iterations: int = 30
-    """Training iterations before the actor starts (paper: 2, of 1000 episodes); after 12 the critic still misleads it."""
+    """Training iterations before the actor starts (paper: 2, of 1000 episodes each; here nothing was gained after 12)."""
     warmup_lambda: float = 0.5
     """lambda before the actor starts (authors: as td_lambda)."""
     warmup_factor: int = 1
