@@ -100,6 +100,8 @@ class Args:
     """Pretrain the base policy even where one exists; it is kept in the run directory."""
     dataset: Path | None = None
     """Demonstrations (.hdf5); default demos/<furniture>/<randomness>.hdf5, made by a scripted assembler when missing."""
+    bc_from: Path | None = None
+    """Base policy (.safetensors) whose weights and scaling pretraining starts from, for demonstrations recorded with `--clone`."""
     bc_episodes: int = 0
     """Demonstrations to clone, 0: all in the file."""
     bc_epochs: int = 200
@@ -353,6 +355,8 @@ def pretrain(args: Args, data: dict, log=print, checkpoint: Path | None = None, 
             low, high = mean - spread, mean + spread
         getattr(policy, f"{key}_min").copy_(torch.as_tensor(low))
         getattr(policy, f"{key}_max").copy_(torch.as_tensor(high))
+    if args.bc_from:
+        policy.load_state_dict(load_base(args.bc_from, args).state_dict())
     policy.to(args.device)
     obs = policy.normalize(data["state"][first])  # (n, obs_dim)
     action = torch.as_tensor(data["action"][first[:, None] + np.arange(args.chunk)], device=args.device)
@@ -365,7 +369,7 @@ def pretrain(args: Args, data: dict, log=print, checkpoint: Path | None = None, 
     steps = max(1, args.bc_epochs * len(train) // args.bc_batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, args.bc_lr_end)
     modules = dict(policy=policy, averaged=averaged, optimizer=optimizer, schedule=schedule)
-    settings = dict(policy=policy.config, steps=steps, chunks=len(action), **{k: v for k, v in vars(args).items() if k.startswith("bc_") or k == "seed"})
+    settings = dict(policy=policy.config, steps=steps, chunks=len(action), **{k: str(v) for k, v in vars(args).items() if k.startswith("bc_") or k == "seed"})
     done = 0
     if checkpoint and checkpoint.exists():
         try:

@@ -8,12 +8,14 @@ import h5py
 import mujoco
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from gymnasium.utils.env_checker import check_env
 from scipy.spatial import ConvexHull
 from scipy.spatial.transform import Rotation
 
 import envs.furniture_mujoco as module
+import rldt_furniture
 from demos import make_furniture_demos
 from demos.furniture_one_leg import OneLeg
 from demos.furniture_skills import CLOSED, Arm, Lost, from_rotation_vector
@@ -380,7 +382,51 @@ def test_pushes_move_the_hand_but_not_what_is_recorded(envs, monkeypatch):
         assert (np.abs(away).max(1) > 1e-6).mean() == 0 if pushes == 0 else 0.3 < (np.abs(away).max(1) > 1e-6).mean() < 0.95
 
 
-@pytest.mark.parametrize("bad", [dict(episodes=0), dict(noise=-0.1), dict(pushes=-0.1), dict(pushes=1.5)])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_clone_moves_the_hand_for_whole_chunks_and_is_not_recorded(envs, monkeypatch, share):
+    env, executed, seen = envs(), [], []
+    step = env.step
+    monkeypatch.setattr(env, "horizon", 64)
+    monkeypatch.setattr(env, "step", lambda action: executed.append(action.copy()) or step(action))
+
+    def clone(state, rng):  # a hand that stays where it is, told from the assembler's by its height
+        seen.append(state)
+        return np.repeat(np.r_[state[:2], 0.2345, state[3:9], 1.0][None], 8, 0)
+
+    plain = run_episode(env, OneLeg, 0, noise=0.002)
+    executed.clear()
+    episode = run_episode(env, OneLeg, 0, noise=0.002, clone=clone, clone_share=share)
+    moved = np.isclose(np.array(executed)[:, 2], 0.2345, atol=1e-7)
+    turns = moved.reshape(8, 8)
+    assert (turns.all(1) | ~turns.any(1)).all() and len(seen) == turns.all(1).sum()
+    assert turns.all(1).sum() == {0.0: 0, 1.0: 8}.get(share, turns.all(1).sum()) and (share != 0.4 or 0 < moved.sum() < 64)
+    for chunk, state in zip(np.flatnonzero(turns.all(1)), seen, strict=True):
+        assert np.array_equal(state, episode["state"][8 * chunk])  # it acts on what it sees when its turn begins
+    assert (np.array(executed)[:, 9] == episode["actions"][:, 9]).all()  # the fingers stay the assembler's
+    assert (np.abs(np.array(executed) - episode["actions"])[moved].max(1) > 1e-5).all()
+    distance = np.linalg.norm(episode["actions"][:, :3] - episode["state"][:, :3], axis=1)
+    assert distance.max() < 0.11  # what is recorded leads back from where the clone has brought the hand
+    if share == 0:
+        assert all(np.array_equal(episode[name], plain[name]) for name in plain)
+
+
+def test_recording_follows_a_base_policy_from_its_file(tmp_path):
+    args = dict(furniture="lamp", episodes=1, seed=6, clone_share=0.3)
+    base = rldt_furniture.DEMOS / "lamp" / "base_low.safetensors"
+    with h5py.File(make_furniture_demos.make(make_furniture_demos.Args(out=tmp_path / "clone.hdf5", clone=base, **args))) as file:
+        assert file["data"].attrs["clone"] == str(base) and file["data"].attrs["clone_share"] == 0.3
+        recorded = file["data/demo_0/obs/state"][()]
+    policy = rldt_furniture.load_base(base, rldt_furniture.Args(furniture="lamp", device="cpu"))
+    state, noise = recorded[0], np.random.default_rng(5).standard_normal((1, 80), np.float32)
+    expected = policy.to_env(policy.sample(policy.normalize(state)[None], torch.from_numpy(noise)))[0]
+    assert np.array_equal(make_furniture_demos.load_clone(base, "lamp")(state, np.random.default_rng(5)), expected)
+    plain = run_episode(FurnitureEnv("lamp"), make_furniture_demos.ASSEMBLERS["lamp"], 6)["state"]
+    assert np.array_equal(recorded[0], plain[0]) and not np.array_equal(recorded, plain)
+    with pytest.raises(SystemExit, match="no-base"):
+        make_furniture_demos.make(make_furniture_demos.Args(out=tmp_path / "x.hdf5", clone=tmp_path / "no-base", **args))
+
+
+@pytest.mark.parametrize("bad", [dict(episodes=0), dict(noise=-0.1), dict(pushes=-0.1), dict(pushes=1.5), dict(clone_share=1.1)])
 def test_settings_of_the_recording_are_checked(bad, tmp_path):
     with pytest.raises(SystemExit, match="--episodes must be at least 1"):
         make_furniture_demos.make(make_furniture_demos.Args(out=tmp_path / "x.hdf5", **bad))

@@ -906,6 +906,20 @@ def test_pretraining_lowers_the_validation_loss():
     assert long < 0.5 * short
 
 
+def test_pretraining_starts_from_another_base_with_its_scaling(tmp_path):
+    first = pretrain(demonstrations(), bc_epochs=20)
+    rldt_furniture.save_base(first, tmp_path / "first.safetensors")
+    other = demonstrations()
+    other["state"] = 3 * other["state"] + 1
+    second = pretrain(other, bc_epochs=2, bc_lr=1e-6, bc_from=tmp_path / "first.safetensors")
+    for (name, a), b in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+        assert torch.allclose(a, b, rtol=2e-3, atol=2e-4), name  # the file is in half precision
+    fresh = pretrain(other, bc_epochs=2, bc_lr=1e-6)
+    assert not torch.allclose(fresh.obs_min, first.obs_min, rtol=0.1)
+    with pytest.raises(SystemExit, match="not a base policy"):
+        pretrain(other, bc_from=tmp_path / "none.safetensors")
+
+
 def test_pretraining_shows_the_averaged_policy_every_500_steps():
     seen = []
     torch.manual_seed(0)
