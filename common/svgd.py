@@ -56,11 +56,13 @@ def transport_field(
 
 
 def particle_gradient(q: torch.Tensor, particles: torch.Tensor) -> torch.Tensor:
-    """Q (..., P) at particles (..., P, D) -> (..., P, D), from each particle to the mean of all, weighted by exp(z), z = (Q - mean) / std.
+    """Q (B, P) at particles (B, P, D) -> (B, P, D), from each particle to the mean of those of its state, weighted by exp(Q / tau).
 
-    Weighted so, particles of the policy pi stand for pi exp(Q / std), and the direction is the score of a round Gaussian about their mean,
-    times its variance: it needs Q only where the policy already goes. Ours; the weights are those of self-normalised importance sampling.
+    tau is the root mean square, over the states, of the standard deviation of Q over the particles: where Q hardly depends on the action, the
+    weights are equal, whatever a critic's errors are. Weighted so, particles of the policy pi stand for pi exp(Q / tau), and the direction is
+    the score of a round Gaussian about their mean, times its variance: it needs Q only where the policy already goes. Ours; the weights are
+    those of self-normalised importance sampling.
     """
     away = q - q.mean(-1, keepdim=True)
-    weight = torch.softmax(away / (away.square().mean(-1, keepdim=True).sqrt() + 1e-8), -1)
+    weight = torch.softmax(away / (away.square().mean().sqrt() + 1e-8), -1)
     return (weight[..., None] * particles).sum(-2, keepdim=True) - particles

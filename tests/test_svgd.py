@@ -2,7 +2,6 @@ import math
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -147,10 +146,11 @@ def test_unknown_kernel_is_an_error_that_names_the_choices():
 
 def test_particle_gradient_leads_to_the_weighted_mean():
     rng = np.random.default_rng(0)
-    q, particles = rng.normal(size=(3, 7)), rng.normal(size=(3, 7, 4))
+    q, particles = rng.normal(size=(3, 7)) * [[0.01], [1.0], [5.0]], rng.normal(size=(3, 7, 4))
     result = particle_gradient(torch.tensor(q), torch.tensor(particles)).numpy()
+    tau = np.sqrt(np.mean(np.std(q, axis=1) ** 2))
     for i in range(3):
-        weight = np.exp(scipy.stats.zscore(q[i]))
+        weight = np.exp(q[i] / tau)
         np.testing.assert_allclose(result[i], np.average(particles[i], 0, weight) - particles[i], rtol=1e-6)
 
 
@@ -167,6 +167,14 @@ def test_particle_gradient_of_gaussian_particles_is_the_score_of_their_tilted_de
     tau = deviation * gradient.norm()  # the standard deviation of Q
     mean = center + deviation**2 * gradient / tau  # of N(center, deviation^2 I) exp(gradient a / tau), which is a Gaussian of the same variance
     torch.testing.assert_close(particle_gradient(particles @ gradient + 9, particles), mean - particles, rtol=0, atol=5e-3)
+
+
+def test_particle_gradient_weighs_by_q_only_in_states_where_it_tells():
+    _, particles, _ = draw(2, 1, 6, 3)
+    q = torch.stack([particles[0, :, 0] * 1e-4, particles[1, :, 0]])
+    plain, weighted = particles.mean(1) - particles[:, 0], particle_gradient(q, particles)[:, 0]
+    torch.testing.assert_close(weighted[0], plain[0], rtol=0, atol=1e-3)
+    assert weighted[1, 0] > plain[1, 0] + 0.3
 
 
 def test_particle_gradient_leads_to_the_mean_where_q_does_not_tell():
