@@ -206,9 +206,9 @@ class Args:
     """Factor on critic_steps before the actor starts (authors: 1)."""
 
     # actor
-    actor_steps: int = 4
+    actor_steps: int = 2
     """Actor steps per round (authors: 2)."""
-    actor_batch: int = 128
+    actor_batch: int = 64
     """States per actor step, each with n_particles particles (authors: 6250)."""
     n_particles: int = 16
     """P, particles per state (paper: 8)."""
@@ -221,7 +221,7 @@ class Args:
     """Temperature: weight of the repulsion, relative to |grad Q| (paper: 1e-3)."""
     transport_loss: Literal["literal", "authors"] = "authors"
     """Transport loss: eq. (13) as printed (weight 1 - t), or as in the authors' code (weight 1 / (1 - t))."""
-    transport_scale: float = 20.0
+    transport_scale: float = 30.0
     """Factor on grad Q in the transport field (authors: 1). Values of success are below 1, those of dense rewards near 50: with the
     critic's gradient 30 is of use; the particles' is of the size of their spread."""
     consistency_weight: float = 0.05
