@@ -131,25 +131,26 @@ def table(rows: list[dict], key: str) -> str:
     return markdown(lines)
 
 
-def plot_success(plt, rows: list[dict], args: Args):
-    """Success rate against wall time, a panel per task, a line per method; dots are evaluations."""
+def plot_success(plt, rows: list[dict], args: Args, name: str):
+    """Success rate, or pairs where a task assembles several, against wall time, a panel per task, a line per method; dots are evaluations."""
     tasks = group(rows, "task")
-    figure, axes = plt.subplots(1, len(tasks), figsize=(3.6 * len(tasks) + 0.4, 3.4), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(1, len(tasks), figsize=(3.6 * len(tasks) + 0.4, 3.4), squeeze=False)
     colors = dict(zip(dict.fromkeys(row["method"] for row in rows), COLORS.values(), strict=False))
     for axis, (task, runs) in zip(axes[0], tasks.items(), strict=True):
+        several = task.startswith("lamp")
+        what, most = ("stages", 2) if several else ("success", 1)
         for row in runs:
             curve = read_csv(args.results / "curves" / f"{row['task']}__{row['method']}__{row['seed']}.csv")
-            for key, style, name in (("eval_success", "o-", "x₀ = 0"), ("eval_success_sampled", "o:", "sampled")):
+            for key, style, start in ((f"eval_{what}", "o-", "x₀ = 0"), (f"eval_{what}_sampled", "o:", "sampled")):
                 points = [(float(p["wall_s"]) / 60, float(p[key])) for p in curve if p.get(key)]
-                axis.plot(*zip(*points, strict=True), style, ms=3, lw=1.2, color=colors[row["method"]], label=f"{row['method']}, {name}")
-        axis.set(title=task, xlabel="wall time (minutes)", ylim=(-0.02, 1.02))
-    axes[0, 0].set_ylabel("success rate")
+                axis.plot(*zip(*points, strict=True), style, ms=3, lw=1.2, color=colors[row["method"]], label=f"{row['method']}, {start}")
+        axis.set(title=task, xlabel="wall time (minutes)", ylabel="assembled pairs" if several else "success rate", ylim=(-0.02 * most, 1.02 * most))
     entries = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=2)
-    save_figure(figure, args.images / "success.png")
+    save_figure(figure, args.images / name)
 
 
-def plot_kernels(plt, rows: list[dict], args: Args):
+def plot_kernels(plt, rows: list[dict], args: Args, name: str):
     """RBF beside delta kernel on a sparse reward (the paper's figures 5 and 8): success, constraint loss and |phi| against iterations."""
     panels = {"eval_success": "success rate, x₀ = 0", "eval_success_sampled": "success rate, sampled"} | {k: v for k, v in reversed(DIAGNOSTICS.items())}
     figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.2))
@@ -165,18 +166,25 @@ def plot_kernels(plt, rows: list[dict], args: Args):
     entries = {label: handle for handle, label in zip(*axes[0].get_legend_handles_labels(), strict=True)}
     figure.suptitle(rows[0]["task"])
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=2)
-    save_figure(figure, args.images / "kernels.png")
+    save_figure(figure, args.images / name)
+
+
+def pairs(row: dict) -> dict[str, str]:
+    """Cells with the assembled pairs of a row of furniture, before and after, from x_0 = 0 / sampled."""
+    if "base_stages" not in row:
+        return {}
+    return {f"{when} pairs": f"{float(row[when + '_stages']):.2f} / {float(row[when + '_stages_sampled']):.2f}" for when in ("base", "final")}
 
 
 def success_table(rows: list[dict]) -> str:
-    """A markdown table of success rates in percent with their 95 % intervals, a line per run."""
+    """A markdown table of success rates in percent with their 95 % intervals, a line per run, and of pairs where there are any."""
     lines = []
     for row in rows:
         rate = lambda key, row=row: f"{100 * float(row[key]):.0f} [{100 * float(row[key + '_low']):.0f}, {100 * float(row[key + '_high']):.0f}]"
         lines.append({
             "task": row["task"], "method": row["method"], "seed": row["seed"], "base, x₀ = 0": rate("base_success"),
             "final, x₀ = 0": rate("final_success"), "base, sampled": f"{100 * float(row['base_success_sampled']):.0f}",
-            "final, sampled": rate("final_success_sampled"), "env steps (10³)": f"{float(row['env_steps']) / 1e3:.0f}",
+            "final, sampled": rate("final_success_sampled"), **pairs(row), "env steps (10³)": f"{float(row['env_steps']) / 1e3:.0f}",
             "wall (min)": f"{float(row['wall_s']) / 60:.0f}",
         })  # fmt: skip
     return markdown(lines)
@@ -195,10 +203,15 @@ def main(args: Args):
         plot_ablations(plt, ablations, args)
         print(table(ablations, "method"))
     if robomimic := read_csv(args.results / "robomimic.csv"):
-        plot_success(plt, robomimic, args)
+        plot_success(plt, robomimic, args, "success.png")
         for task in {row["task"] for row in robomimic if row["method"] == "rldt-delta"}:
-            plot_kernels(plt, [row for row in robomimic if row["task"] == task], args)
+            plot_kernels(plt, [row for row in robomimic if row["task"] == task], args, "kernels.png")
         print(success_table(robomimic))
+    if furniture := read_csv(args.results / "furniture.csv"):
+        plot_success(plt, furniture, args, "success_furniture.png")
+        for task in {row["task"] for row in furniture if row["method"] == "rldt-delta"}:
+            plot_kernels(plt, [row for row in furniture if row["task"] == task], args, "kernels_furniture.png")
+        print(success_table(furniture))
 
 
 if __name__ == "__main__":
