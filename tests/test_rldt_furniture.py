@@ -1091,6 +1091,8 @@ def test_missing_demonstrations_are_made(monkeypatch, tmp_path):
 @pytest.mark.parametrize("furniture, horizon, rows", [("one_leg", 700, 89), ("lamp", 1000, 126)])
 def test_resolve_fills_in_the_settings_of_the_task(furniture, horizon, rows):
     args = rldt_furniture.resolve(rldt_furniture.Args(furniture=furniture, backend="mujoco"))
+    assert (args.horizon, args.rollout_chunks, stages_of(args)) == (horizon, 64, STAGES[furniture])
+    args = rldt_furniture.resolve(rldt_furniture.Args(furniture=furniture, backend="mujoco", rollout_chunks=0))
     assert (args.horizon, args.rollout_chunks, stages_of(args)) == (horizon, rows, STAGES[furniture])
     assert args.device in ("cpu", "cuda")
     assert args.stop_on_success
@@ -1630,8 +1632,9 @@ class Linear(torch.nn.Module):
 
 
 @pytest.mark.parametrize("operator, choose", [
-    ("best", lambda q, a: a[q.argmax()]), ("mean", lambda q, a: a.mean(0)), ("top 4", lambda q, a: a[np.argsort(q)[-4:]].mean(0)),
-    ("weighted", lambda q, a: np.average(a, 0, np.exp((q - q.mean()) / q.std()))),
+    ("best", lambda q, a, spread: a[q.argmax()]), ("mean", lambda q, a, spread: a.mean(0)),
+    ("top 4", lambda q, a, spread: a[np.argsort(q)[-4:]].mean(0)),
+    ("weighted", lambda q, a, spread: np.average(a, 0, np.exp((q - q.mean()) / spread))),
 ])  # fmt: skip
 def test_probe_chooses_among_the_particles_of_each_state(operator, choose):
     obs = torch.tensor([[0.0, 0.0, 0.0], [5.0, -5.0, 1.0]])
@@ -1639,8 +1642,9 @@ def test_probe_chooses_among_the_particles_of_each_state(operator, choose):
     chosen = Chosen(Gaussians(), Linear(), operator, particles=9, move=0.3).sample(obs, torch.zeros(2, 3))
     torch.manual_seed(0)
     particles = (torch.randn(2, 9, 3) + obs[:, None]).numpy()
+    q = particles @ Linear.gradient.numpy()  # (2, 9)
     for i in range(2):
-        np.testing.assert_allclose(chosen[i], choose(particles[i] @ Linear.gradient.numpy(), particles[i]), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(chosen[i], choose(q[i], particles[i], np.sqrt(q.var(1).mean())), rtol=1e-4, atol=1e-5)
 
 
 def test_probe_moves_chunks_by_a_length():
