@@ -623,8 +623,9 @@ def make_envs(args: Args, num_envs: int, stop_on_success: bool = True):
 
 @torch.no_grad()
 def collect(policy: FlowPolicy, envs, slot: dict, seeds, args: Args):
-    """Fills one rollout `slot` with exploration, episodes seeded from the iterator `seeds`; returns env steps and the pairs its episodes assembled."""
-    T, N, K, steps, finished = args.rollout_chunks, args.num_envs, args.euler_steps, 0, []
+    """Fills one rollout `slot` with exploration, episodes seeded from the iterator `seeds`; returns env steps and the pairs (num_envs,) that
+    the first episode of each environment assembled: of later ones, those that take long are not seen to their end."""
+    T, N, K, steps, assembled = args.rollout_chunks, args.num_envs, args.euler_steps, 0, np.zeros(args.num_envs, int)
     row, first = np.zeros(N, int), np.zeros(N, int)  # where each environment writes, and where its episode began
     stage, everyone = np.zeros(N, int), np.arange(N)
     obs = policy.normalize(envs.reset([next(seeds) for _ in range(N)], np.ones(N, bool))["state"])
@@ -658,14 +659,14 @@ def collect(policy: FlowPolicy, envs, slot: dict, seeds, args: Args):
             slot["reached"][first[i] : row[i] + 1, i] = float(stage[i])
             if cut[i] and not solved[i]:
                 slot["truncated"][row[i] - 1, i] = 1  # the rollout ends here, not the episode
-            elif over[i]:
-                finished.append(stage[i])
+            if first[i] == 0:
+                assembled[i] = stage[i]
         row[over], stage[over] = row[over] + 1, 0
         first[over] = row[over]
         obs, renew = next_obs, over & (row < T - 1)
         if renew.any():
             obs = policy.normalize(envs.reset([next(seeds) if r else 0 for r in renew], renew)["state"])
-    return steps, np.array(finished, int)
+    return steps, assembled
 
 
 @torch.no_grad()
@@ -982,10 +983,9 @@ def main(args: Args) -> dict | None:
         else:
             trained = True
             seeds = itertools.count(100_000_000 * (args.seed % 20 + 1) + 10_000 * iteration)
-            steps, finished = collect(policy, envs, replay.rollout(), seeds, args)
+            steps, assembled = collect(policy, envs, replay.rollout(), seeds, args)
             state["env_steps"] += steps
-            row["train_success"] = float((finished == stages_of(args)).mean()) if len(finished) else ""
-            row["train_stages"] = float(finished.mean()) if len(finished) else ""
+            row["train_success"], row["train_stages"] = float((assembled == stages_of(args)).mean()), float(assembled.mean())
             row["rollout_s"], row["critic_s"], row["actor_s"] = time.perf_counter() - tick, 0.0, 0.0
             warm = state["trained"] < args.warmup_iterations
             critic_steps = args.critic_steps * (args.warmup_factor if warm else 1)

@@ -558,8 +558,8 @@ def rollout(envs, policy=None, **changes):
     for value in replay.data.values():
         value.fill_(77)  # as if left from an older rollout
     torch.manual_seed(2)
-    steps, finished = collect(policy, envs, replay.rollout(), itertools.count(100), args)
-    return policy, replay.newest(), steps, finished.tolist()
+    steps, assembled = collect(policy, envs, replay.rollout(), itertools.count(100), args)
+    return policy, replay.newest(), steps, assembled.tolist()
 
 
 def scripted(num_envs, lengths, pairs, diverges=None, **kwargs):
@@ -592,7 +592,7 @@ def table(*parts):
 @pytest.mark.parametrize("time_limit", ["bootstrap", "terminal"])
 def test_rollout_of_scripted_episodes_of_two_pairs(time_limit):
     envs = scripted(3, LENGTHS, PAIRS, DIVERGES, stages=2)
-    policy, slot, steps, finished = rollout(envs, rollout_chunks=8, time_limit=time_limit)
+    policy, slot, steps, assembled = rollout(envs, rollout_chunks=8, time_limit=time_limit)
     assert envs.seeds == [100, 101, 102, 103, 104]
     assert slot["stage"].tolist() == table(STAGE)
     assert slot["valid"].tolist() == table(VALID)
@@ -604,7 +604,7 @@ def test_rollout_of_scripted_episodes_of_two_pairs(time_limit):
         for row, episode in enumerate(rows):
             if episode:
                 assert torch.equal(slot["state"][row, column], policy.normalize(envs.observation(*episode))), (row, column)
-    assert finished == [2, 0, 1, 1]
+    assert assembled == [2, 1, 0]  # that of 101 was cut, 103 and 104 were second episodes
     assert steps == sum(envs.steps.values()) == 2 * (2 + 7 + 3 + 3 + 3) - 4  # an episode's last step is one environment step
 
 
@@ -624,7 +624,7 @@ def test_rollout_stores_the_actions_that_were_executed():
 def test_what_follows_the_last_pair_is_masked_where_episodes_go_on():
     # 100 assembles its pairs in chunks 0 and 1 of 4, 101 one of two, 102 (after 100) both at once and still runs at the end
     envs = scripted(2, [4, 20, 9], [(0, 1), (5,), (0, 0)], stages=2, stop_on_success=False)
-    policy, slot, steps, finished = rollout(envs, rollout_chunks=9, stop_on_success=False)
+    policy, slot, steps, assembled = rollout(envs, rollout_chunks=9, stop_on_success=False)
     assert envs.seeds == [100, 101, 102]
     assert slot["valid"][:, 0].tolist() == [1, 1, 0, 0, 0, 1, 0, 0, 0]
     assert slot["reward"][:, 0].tolist() == [1, 1, 0, 0, 0, 2, 0, 0, 0]
@@ -636,27 +636,27 @@ def test_what_follows_the_last_pair_is_masked_where_episodes_go_on():
     for row, episode in enumerate([(100, 0), (100, 1), (100, 2), (100, 3), (100, 4), (102, 0), (102, 1), (102, 2), (102, 3)]):
         assert torch.equal(slot["state"][row, 0], policy.normalize(envs.observation(*episode)))
     assert steps == 2 * (4 + 8 + 3) - 1
-    assert finished == [2]
+    assert assembled == [2, 1]
 
 
 @pytest.mark.parametrize("stop_on_success", [False, True])
 def test_the_pair_of_a_task_of_one_at_the_time_limit_is_a_success(stop_on_success):
     envs = scripted(1, [2, 2, 2], [(1,)] * 3, stop_on_success=stop_on_success)
-    _, slot, _, finished = rollout(envs, rollout_chunks=6, stop_on_success=stop_on_success, time_limit="terminal")
+    _, slot, _, assembled = rollout(envs, rollout_chunks=6, stop_on_success=stop_on_success, time_limit="terminal")
     assert slot["reward"][:, 0].tolist() == slot["terminated"][:, 0].tolist() == [0, 1, 0, 0, 1, 0]
     assert slot["valid"][:, 0].tolist() == [1, 1, 0, 1, 1, 0]
     assert slot["stage"][:, 0].tolist() == [0, 0, 1, 0, 0, 1]
     assert slot["reached"][:, 0].tolist() == [1] * 6
     assert slot["truncated"].sum() == 0
-    assert finished == [1, 1]
+    assert assembled == [1]
 
 
 def test_a_whole_episode_fits_into_the_default_rollout():
     args = rldt_furniture.resolve(arguments(rollout_chunks=0, horizon=7, chunk=2, segment_chunks=0))
     assert (args.rollout_chunks, args.segment_chunks) == (5, 4)
     envs = scripted(1, [4], [()])  # seven steps in chunks of two
-    _, slot, _, finished = rollout(envs, rollout_chunks=args.rollout_chunks, time_limit="terminal")
-    assert finished == [0]
+    _, slot, _, assembled = rollout(envs, rollout_chunks=args.rollout_chunks, time_limit="terminal")
+    assert assembled == [0]
     assert slot["terminated"][:, 0].tolist() == [0, 0, 0, 1, 0]
     assert slot["truncated"].sum() == 0
 
