@@ -221,9 +221,9 @@ class Args:
     """Temperature: weight of the repulsion, relative to |grad Q| (paper: 1e-3)."""
     transport_loss: Literal["literal", "authors"] = "authors"
     """Transport loss: eq. (13) as printed (weight 1 - t), or as in the authors' code (weight 1 / (1 - t))."""
-    transport_scale: float = 30.0
-    """Factor on grad Q in the transport field (authors: 1). Values of success are below 1, those of dense rewards near 50: with the
-    critic's gradient 30 is of use; the particles' is of the size of their spread."""
+    transport_scale: float = 0.0
+    """Factor on grad Q in the transport field (authors: 1); 0: the task's, 30 (one_leg) or 8 (lamp, whose particles are spread more widely;
+    with 30 it forgets what its base can do)."""
     consistency_weight: float = 0.05
     """Weight of the consistency loss, eq. (14) (paper: 0.5); alone it moves the policy, and success hangs on centimetres."""
     constraint_weight: float = 0.2
@@ -857,6 +857,7 @@ def resolve(args: Args) -> Args:
         print(f"Simulator: {args.backend}" + (f" ({isaac_missing()})" if args.backend == "mujoco" else ""))
     elif args.backend == "isaac" and isaac_missing():
         raise SystemExit(f"--backend isaac: {isaac_missing()}; use --backend mujoco.")
+    args.transport_scale = args.transport_scale or {"one_leg": 30.0, "lamp": 8.0}[args.furniture]
     args.horizon, args.cond_mlp = args.horizon or FURNITURE[args.furniture].horizon, tuple(args.cond_mlp)
     for name in "chunk euler_steps n_particles num_envs horizon rounds reference_every segments value_samples eval_every eval_episodes threads".split():
         if getattr(args, name) < 1:

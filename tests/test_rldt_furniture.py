@@ -58,7 +58,8 @@ STAGES = {"one_leg": 1, "lamp": 2}
 
 def arguments(**changes):
     """Arguments of the functions below main()."""
-    values = dict(device="cpu", bf16=False, chunk=2, euler_steps=4, horizon=20, backend="mujoco", actor_layer_norm=False, q_gradient="critic")
+    values = dict(device="cpu", bf16=False, chunk=2, euler_steps=4, horizon=20, backend="mujoco", actor_layer_norm=False, q_gradient="critic",
+                  transport_scale=30.0)  # fmt: skip
     return rldt_furniture.Args(**values | changes)
 
 
@@ -1092,6 +1093,8 @@ def test_missing_demonstrations_are_made(monkeypatch, tmp_path):
 def test_resolve_fills_in_the_settings_of_the_task(furniture, horizon, rows):
     args = rldt_furniture.resolve(rldt_furniture.Args(furniture=furniture, backend="mujoco"))
     assert (args.horizon, args.rollout_chunks, stages_of(args)) == (horizon, 64, STAGES[furniture])
+    assert args.transport_scale == {"one_leg": 30, "lamp": 8}[furniture]
+    assert rldt_furniture.resolve(rldt_furniture.Args(furniture=furniture, backend="mujoco", transport_scale=3.0)).transport_scale == 3
     args = rldt_furniture.resolve(rldt_furniture.Args(furniture=furniture, backend="mujoco", rollout_chunks=0))
     assert (args.horizon, args.rollout_chunks, stages_of(args)) == (horizon, rows, STAGES[furniture])
     assert args.device in ("cpu", "cuda")
