@@ -133,7 +133,7 @@ class Args:
     """K, Euler steps from noise to action (paper: 32)."""
 
     # rollouts
-    iterations: int = 50
+    iterations: int = 38
     """Training iterations, the evaluation-only ones included (paper: 250 for low and 500 for med; the preset has 250)."""
     num_envs: int = 16
     """Environments, stepped by threads in MuJoCo (paper: 1000)."""
@@ -142,7 +142,7 @@ class Args:
     stop_on_success: bool = True
     """End an episode when all pairs are assembled; else it runs to the time limit, and what follows is masked (authors; always in
     Isaac Gym, where a reset disturbs the other environments)."""
-    rollout_chunks: int = 64
+    rollout_chunks: int = 0
     """Chunks per environment and iteration, and the state after them; episodes start anew in every iteration, and the critic bootstraps where
     one is cut. 0: a whole episode and the state it ends in, 89 (one_leg) or 126 (lamp) (paper: 88 or 125, without that state)."""
     exploration_steps: int = 0
@@ -154,7 +154,7 @@ class Args:
     """Share of environments and of particles that start from x_0 = 0 instead of noise, as the evaluation does (authors: 0)."""
     buffer_iterations: int = 60
     """Rollouts kept in the replay, in iterations (authors: 20)."""
-    eval_every: int = 35
+    eval_every: int = 40
     """Every n-th iteration only evaluates (authors: 10)."""
     eval_episodes: int = 30
     """Episodes per evaluation during training, from x_0 = 0 and again from noise."""
@@ -198,7 +198,7 @@ class Args:
     """Length of a segment in chunks, less than rollout_chunks; 0: the whole rollout (authors)."""
     fresh_fraction: float = 0.33
     """Least fraction of the segments that comes from the newest rollout (authors: 0.33)."""
-    warmup_iterations: int = 20
+    warmup_iterations: int = 22
     """Training iterations before the actor starts (paper: 2, of 1000 episodes each)."""
     warmup_lambda: float = 0.5
     """lambda before the actor starts (authors: as td_lambda)."""
@@ -206,7 +206,7 @@ class Args:
     """Factor on critic_steps before the actor starts (authors: 1)."""
 
     # actor
-    actor_steps: int = 2
+    actor_steps: int = 6
     """Actor steps per round (authors: 2)."""
     actor_batch: int = 64
     """States per actor step, each with n_particles particles (authors: 6250)."""
@@ -228,12 +228,12 @@ class Args:
     """Weight of the consistency loss, eq. (14) (paper: 0.5); alone it moves the policy, and success hangs on centimetres."""
     constraint_weight: float = 0.2
     """Weight of the Fisher-divergence constraint, eq. (15) (paper: 0.2)."""
-    reference: Literal["previous", "pretrained"] = "previous"
+    reference: Literal["previous", "pretrained"] = "pretrained"
     """Policy of the constraint: an earlier one (authors) or the pretrained one (paper's text)."""
-    reference_every: int = 20
+    reference_every: int = 1
     """Training iterations after which the previous policy is replaced by the current one (authors: 1)."""
-    actor_lr: float = 2e-5
-    """Adam step size of the actor (paper: 2e-5)."""
+    actor_lr: float = 2e-4
+    """Adam step size of the actor (paper: 2e-5, with batches a hundred times as large)."""
     actor_lr_end: float = 0.3
     """Factor on actor_lr that is reached linearly by the last iteration (authors: 1)."""
     actor_warmup: int = 32
@@ -244,8 +244,8 @@ PAPER = dict(
     bc_epochs=8000, bc_lr=1e-4, bc_lr_end=1e-5, bc_spread=0.0, actor_width=1024, actor_depth=7, cond_mlp=(512, 64), euler_steps=32, exploration_steps=2,
     iterations=250, num_envs=1000, stop_on_success=False, buffer_iterations=20, eval_every=10, eval_episodes=500, gamma=0.995, value_samples=2,
     target_momentum=0.998, rounds=16, critic_steps=128, critic_batch=8192, critic_lr=5e-4, critic_width=512, critic_layer_norm=False,
-    critic_init="normal", rollout_chunks=0, segments=500, segment_chunks=0, warmup_iterations=2, actor_steps=2, actor_batch=6250, n_particles=8, q_gradient="critic", zero_fraction=0.0,
-    consistency_weight=0.5, reference_every=1, transport_scale=1.0, actor_lr_end=1.0, bf16=False,
+    critic_init="normal", segments=500, segment_chunks=0, warmup_iterations=2, actor_steps=2, actor_batch=6250, n_particles=8, q_gradient="critic", zero_fraction=0.0,
+    consistency_weight=0.5, reference="previous", actor_lr=2e-5, transport_scale=1.0, actor_lr_end=1.0, bf16=False,
 )  # fmt: skip
 
 
