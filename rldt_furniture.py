@@ -152,6 +152,9 @@ class Args:
     """Factor on the exploration noise, whose length grows with the size of a chunk (authors: 1)."""
     zero_fraction: float = 0.25
     """Share of environments and of particles that start from x_0 = 0 instead of noise, as the evaluation does (authors: 0)."""
+    noise_scale: float = 1.0
+    """Standard deviation of x_0 in rollouts, particles and the critic's targets; the sampled evaluation keeps 1. Below 1 they stay near the
+    policy's mode: a clone of Lamp assembles twice as many pairs from there (authors: 1)."""
     buffer_iterations: int = 60
     """Rollouts kept in the replay, in iterations (authors: 20)."""
     eval_every: int = 40
@@ -534,7 +537,8 @@ def critic_target(policy: FlowPolicy, target: Critic, batch: dict, args: Args, l
     state = batch["state"][1:].flatten(0, 1).repeat(args.value_samples, 1)  # (value_samples * T * L, obs_dim)
     stage = batch["stage"][1:].flatten().repeat(args.value_samples)
     with autocast(args):
-        value = target(critic_obs(state, stage, args), policy.sample(state)).min(0).values
+        x0 = args.noise_scale * torch.randn(len(state), policy.action_size, device=state.device)
+        value = target(critic_obs(state, stage, args), policy.sample(state, x0)).min(0).values
     value = value.view(args.value_samples, T, L).mean(0)
     lam = args.td_lambda if lam is None else lam
     return td_lambda(batch["reward"], batch["terminated"], batch["truncated"], value, args.gamma, lam, stages_of(args))
@@ -554,8 +558,8 @@ def update_critic(critic: Critic, target: Critic, optimizer, obs, action, y, arg
 
 
 def start_noise(shape, args: Args) -> torch.Tensor:
-    """x_0 of the particles (B, P, D): N(0, I), and zero for a share `zero_fraction` of them."""
-    return torch.randn(shape, device=args.device) * (torch.rand(*shape[:-1], 1, device=args.device) >= args.zero_fraction)
+    """x_0 of the particles (B, P, D): N(0, noise_scale^2 I), and zero for a share `zero_fraction` of them."""
+    return args.noise_scale * torch.randn(shape, device=args.device) * (torch.rand(*shape[:-1], 1, device=args.device) >= args.zero_fraction)
 
 
 def actor_losses(velocity, reference, critic: Critic, obs, obs_q, trajectory, args: Args, k: torch.Tensor | None = None):
@@ -631,7 +635,7 @@ def collect(policy: FlowPolicy, envs, slot: dict, seeds, args: Args):
     obs = policy.normalize(envs.reset([next(seeds) for _ in range(N)], np.ones(N, bool))["state"])
     while (active := row < T - 1).any():  # the last row can only hold a final state
         with autocast(args):
-            x0 = torch.randn(N, policy.action_size, device=args.device)
+            x0 = args.noise_scale * torch.randn(N, policy.action_size, device=args.device)
             x0[: round(args.zero_fraction * N)] = 0
             x = policy.sample(obs, x0, trajectory=True)  # (K + 1, N, D)
         action = x[-1]
@@ -871,6 +875,8 @@ def resolve(args: Args) -> Args:
         raise SystemExit("--q-gradient particles needs --n-particles of at least 2, better 16")
     if args.bc_spread < 0:
         raise SystemExit(f"--bc-spread must be at least 0, got {args.bc_spread}")
+    if args.noise_scale <= 0:
+        raise SystemExit(f"--noise-scale must be above 0, got {args.noise_scale}")
     if args.exploration_scale < 0:
         raise SystemExit(f"--exploration-scale must be at least 0, got {args.exploration_scale}")
     if not 0 <= args.exploration_steps <= args.euler_steps:
