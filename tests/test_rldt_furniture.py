@@ -423,6 +423,29 @@ def test_critic_sees_what_it_is_given_and_both_velocities_the_state():
         assert torch.equal(each, given_obs[:, None].expand(len(each), -1, P, -1)), name
 
 
+@pytest.mark.parametrize("scale", [0.3, 1.0])
+def test_noise_scale_is_that_of_rollouts_particles_and_targets_but_not_of_the_evaluation(monkeypatch, scale):
+    policy, starts = small_policy(), []
+    args = arguments(noise_scale=scale, zero_fraction=0.5, num_envs=400, rollout_chunks=3, segment_chunks=2, value_samples=1, final_eval_episodes=200)
+    sample = policy.sample
+    monkeypatch.setattr(policy, "sample", lambda obs, x0, trajectory=False: starts.append(x0) or sample(obs, x0, trajectory))
+    collect(policy, scripted(400, [9] * 400, [()] * 400), Replay(args, 4, policy.action_size).rollout(), itertools.count(100), args)
+    assert (starts[0][:200] == 0).all() and starts[0][200:].std().item() == pytest.approx(scale, rel=0.1)
+    starts.clear()
+    batch = dict(state=torch.zeros(3, 200, 4), stage=torch.zeros(3, 200), **{name: torch.zeros(2, 200) for name in ("reward", "terminated", "truncated")})
+    critic_target(policy, small_critic(policy), batch, args)
+    assert starts[0].std().item() == pytest.approx(scale, rel=0.1)
+    starts.clear()
+    update_actor(policy, copy.deepcopy(policy), small_critic(policy), torch.optim.SGD(policy.parameters(), 0.1), torch.zeros(300, 4), torch.zeros(300, 4), args)
+    noise = starts[0][(starts[0] != 0).any(-1)]
+    assert noise.std().item() == pytest.approx(scale, rel=0.1)
+    starts.clear()
+    evaluate(policy, scripted(400, [1] * 400, [()] * 400), args, 200, 100)
+    assert starts[0][200:].std().item() == pytest.approx(1, rel=0.1)
+    with pytest.raises(SystemExit, match="--noise-scale must be above 0"):
+        rldt_furniture.resolve(rldt_furniture.Args(noise_scale=0.0))
+
+
 @pytest.mark.parametrize("zero_fraction", [0.0, 0.5, 1.0])
 def test_update_actor_steps_along_the_weighted_sum_of_the_losses_of_its_particles(monkeypatch, zero_fraction):  # eq. (16)
     policy, seen = small_policy(), []
@@ -1092,11 +1115,9 @@ def test_missing_demonstrations_are_made(monkeypatch, tmp_path):
 @pytest.mark.parametrize("furniture, horizon, rows", [("one_leg", 700, 89), ("lamp", 1000, 126)])
 def test_resolve_fills_in_the_settings_of_the_task(furniture, horizon, rows):
     args = rldt_furniture.resolve(rldt_furniture.Args(furniture=furniture, backend="mujoco"))
-    assert (args.horizon, args.rollout_chunks, stages_of(args)) == (horizon, 64, STAGES[furniture])
+    assert (args.horizon, args.rollout_chunks, stages_of(args)) == (horizon, rows, STAGES[furniture])
     assert args.transport_scale == {"one_leg": 30, "lamp": 8}[furniture]
     assert rldt_furniture.resolve(rldt_furniture.Args(furniture=furniture, backend="mujoco", transport_scale=3.0)).transport_scale == 3
-    args = rldt_furniture.resolve(rldt_furniture.Args(furniture=furniture, backend="mujoco", rollout_chunks=0))
-    assert (args.horizon, args.rollout_chunks, stages_of(args)) == (horizon, rows, STAGES[furniture])
     assert args.device in ("cpu", "cuda")
     assert args.stop_on_success
     args = rldt_furniture.resolve(rldt_furniture.Args(furniture=furniture, backend="mujoco", horizon=48, rollout_chunks=40))
@@ -1267,7 +1288,7 @@ def test_run_succeeds_and_fails_in_turn_so_that_it_tests_something(fake_run):
 
 
 @pytest.mark.parametrize("changes", [
-    dict(td_lambda=0.0, critic_layer_norm=False, critic_init="normal", exploration_steps=0, time_limit="bootstrap", value_samples=2, critic_stage=False, q_gradient="particles"),
+    dict(td_lambda=0.0, critic_layer_norm=False, critic_init="normal", exploration_steps=0, time_limit="bootstrap", value_samples=2, critic_stage=False, q_gradient="particles", reference_every=25),
     dict(transport_loss="literal", kernel="delta", reference="pretrained", bf16=False, n_particles=1, balanced=False),
     dict(furniture="one_leg", stop_on_success=False, segment_chunks=0, reference_every=1),
 ])  # fmt: skip
