@@ -1,6 +1,6 @@
 """Draws the results from the committed CSVs and prints them as a table.
 
-    python -m benchmark.plot                            # writes docs/images/returns.png, ablations.png, success.png and kernels.png
+    python -m benchmark.plot                            # writes docs/images/returns.png, ablations.png, success.png, kernels.png and those of furniture
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ DIAGNOSTICS = {"diagnostics/phi_norm": "mean |φ|", "losses/constraint": "constr
 @dataclass
 class Args:
     results: Path = RESULTS
-    """Directory with gym.csv, ablations_hopper.csv, robomimic.csv and their curves."""
+    """Directory with gym.csv, ablations_hopper.csv, robomimic.csv, furniture.csv and their curves."""
     images: Path = IMAGES
     """Directory to write figures to."""
     method: str = "rldt"
@@ -194,24 +194,22 @@ def main(args: Args):
     plt = pyplot()
     rows = [row for row in read_csv(args.results / "gym.csv") if row["method"] == args.method]
     ablations = read_csv(args.results / "ablations_hopper.csv")
-    if not rows and not ablations:
-        raise SystemExit(f"{args.results}: no gym.csv and no ablations_hopper.csv; run benchmark.returns first.")
+    families = {name: read_csv(args.results / f"{name}.csv") for name in ("robomimic", "furniture")}
+    if not rows and not ablations and not any(families.values()):
+        raise SystemExit(f"{args.results}: no gym.csv, ablations_hopper.csv, robomimic.csv or furniture.csv; run benchmark.returns first.")
     if rows:
         plot_returns(plt, rows, args)
         print(table(rows, "task"))
     if ablations:
         plot_ablations(plt, ablations, args)
         print(table(ablations, "method"))
-    if robomimic := read_csv(args.results / "robomimic.csv"):
-        plot_success(plt, robomimic, args, "success.png")
-        for task in {row["task"] for row in robomimic if row["method"] == "rldt-delta"}:
-            plot_kernels(plt, [row for row in robomimic if row["task"] == task], args, "kernels.png")
-        print(success_table(robomimic))
-    if furniture := read_csv(args.results / "furniture.csv"):
-        plot_success(plt, furniture, args, "success_furniture.png")
-        for task in {row["task"] for row in furniture if row["method"] == "rldt-delta"}:
-            plot_kernels(plt, [row for row in furniture if row["task"] == task], args, "kernels_furniture.png")
-        print(success_table(furniture))
+    for family, runs in families.items():
+        if runs:
+            suffix = "" if family == "robomimic" else f"_{family}"
+            plot_success(plt, runs, args, f"success{suffix}.png")
+            for task in {row["task"] for row in runs if row["method"] == "rldt-delta"}:
+                plot_kernels(plt, [row for row in runs if row["task"] == task], args, f"kernels{suffix}.png")
+            print(success_table(runs))
 
 
 if __name__ == "__main__":
