@@ -613,6 +613,7 @@ class FurnitureEnv(gym.Env):
         """The front camera, (height, width, 3) uint8. MUJOCO_GL chooses the renderer before MuJoCo is imported."""
         if self.renderer is None:
             self.renderer = mujoco.Renderer(self.model, *self.image_size[::-1])
+            self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False  # 22 instead of 104 ms a frame without a GPU
         self.renderer.update_scene(self.data, "front")
         return self.renderer.render()
 
