@@ -153,8 +153,8 @@ class Args:
     zero_fraction: float = 0.25
     """Share of environments and of particles that start from x_0 = 0 instead of noise, as the evaluation does (authors: 0)."""
     noise_scale: float = 1.0
-    """Standard deviation of x_0 in rollouts, particles and the critic's targets; the sampled evaluation keeps 1. Below 1 they stay near the
-    policy's mode: a clone of Lamp assembles twice as many pairs from there (authors: 1)."""
+    """Standard deviation of x_0 in rollouts, particles and the critic's targets; the sampled evaluation keeps 1. Below 1 they stay near
+    x_0 = 0, from where a clone of Lamp assembles more pairs (authors: 1)."""
     buffer_iterations: int = 60
     """Rollouts kept in the replay, in iterations (authors: 20)."""
     eval_every: int = 40
@@ -225,8 +225,8 @@ class Args:
     transport_loss: Literal["literal", "authors"] = "authors"
     """Transport loss: eq. (13) as printed (weight 1 - t), or as in the authors' code (weight 1 / (1 - t))."""
     transport_scale: float = 0.0
-    """Factor on grad Q in the transport field (authors: 1); 0: the task's, 30 (one_leg) or 8 (lamp, whose particles are spread more widely;
-    with 30 it forgets what its base can do)."""
+    """Factor on grad Q in the transport field (authors: 1); 0: the task's, 30 (one_leg) or 8 (lamp, whose particles are spread more widely:
+    with 30 it forgot what its base can do)."""
     consistency_weight: float = 0.05
     """Weight of the consistency loss, eq. (14) (paper: 0.5); alone it moves the policy, and success hangs on centimetres."""
     constraint_weight: float = 0.2

@@ -9,7 +9,6 @@ lags behind a right one.
 """
 
 import copy
-import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 import tyro
 
 import rldt_furniture as script
+from benchmark.particle_probe_furniture import read_run
 from benchmark.tools import RESULTS, parse, provenance, read_csv, write_csv
 
 STEPS_PER_DRAW = 16  # of the actor on one draw of segments
@@ -56,12 +56,7 @@ def train_actor(policy: script.FlowPolicy, critic: script.Critic, replay: script
 
 
 def main(args: Args):
-    try:
-        stored = json.loads((args.run / "args.json").read_text())
-        saved = torch.load(args.run / "checkpoint.pt", map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise SystemExit(f"{args.run}: not a run directory with a checkpoint ({error})") from error
-    config = script.Args(**stored | dict(device="cpu", threads=args.threads, resume=None, evaluate=None))
+    config, saved = read_run(args.run, args.threads)
     config = script.resolve(tyro.cli(script.Args, args=shlex.split(args.extra), default=config))
     torch.set_num_threads(args.threads), torch.manual_seed(0)
     policy = script.load_policy(args.run / "base_policy.pt", "cpu")

@@ -87,13 +87,19 @@ class Chosen:
         raise SystemExit(f"--operators: {self.operator} is none of {', '.join(OPERATORS)}")
 
 
-def main(args: Args):
+def read_run(run: Path, threads: int) -> tuple[script.Args, dict]:
+    """Arguments of a run, for the CPU, and its checkpoint."""
     try:
-        stored = json.loads((args.run / "args.json").read_text())
-        saved = torch.load(args.run / "checkpoint.pt", map_location="cpu", weights_only=True)
+        stored = json.loads((run / "args.json").read_text())
+        saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
     except OSError as error:
-        raise SystemExit(f"{args.run}: not a run directory with a checkpoint ({error})") from error
-    config = script.resolve(script.Args(**stored | dict(device="cpu", threads=args.threads, resume=None, evaluate=None)))
+        raise SystemExit(f"{run}: not a run directory with a checkpoint ({error})") from error
+    return script.Args(**stored | dict(device="cpu", threads=threads, resume=None, evaluate=None)), saved
+
+
+def main(args: Args):
+    config, saved = read_run(args.run, args.threads)
+    config = script.resolve(config)
     if config.furniture == "lamp" and config.critic_stage:
         raise SystemExit("The critic of this run also sees the stage, which the probe does not know: run it with --no-critic-stage.")
     torch.set_num_threads(args.threads)
