@@ -133,7 +133,7 @@ class Args:
     """K, Euler steps from noise to action (paper: 32)."""
 
     # rollouts
-    iterations: int = 38
+    iterations: int = 60
     """Training iterations, the evaluation-only ones included (paper: 250 for low and 500 for med; the preset has 250)."""
     num_envs: int = 16
     """Environments, stepped by threads in MuJoCo (paper: 1000)."""
