@@ -94,7 +94,8 @@ def read_run(run: Path, threads: int) -> tuple[script.Args, dict]:
         saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
     except OSError as error:
         raise SystemExit(f"{run}: not a run directory with a checkpoint ({error})") from error
-    return script.Args(**stored | dict(device="cpu", threads=threads, resume=None, evaluate=None)), saved
+    types = dict(runs=Path(stored["runs"]), cond_mlp=tuple(stored["cond_mlp"]), device="cpu", threads=threads, resume=None, evaluate=None)
+    return script.Args(**stored | types), saved
 
 
 def main(args: Args):

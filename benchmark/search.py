@@ -64,14 +64,14 @@ class Args(run.Args):
 
 
 def tries(args: Args) -> list[Cell]:
-    """What is to be run: the tries that the CSV does not hold, named <method>#<number>."""
+    """What is to be run: the tries that the CSV does not hold, named <method>#<number>; every method's first, then the second ones."""
     unknown = set(args.methods) - set(TRIES)
     if unknown:
         raise SystemExit(f"--methods: {', '.join(sorted(unknown))} is none of {', '.join(TRIES)}")
     budget = f"--wall-budget-s {args.wall_budget_s:g}"
     chosen = [Cell(task, f"{method}#{number}", seed, " ".join(filter(None, (flags, budget, args.extra))))
-              for method in args.methods for task in args.tasks for seed in args.seeds
-              for number, flags in enumerate(TRIES[method], start=1)]  # fmt: skip
+              for number in range(1, 1 + max(map(len, TRIES.values()))) for task in args.tasks for seed in args.seeds
+              for method in args.methods for flags in TRIES[method][number - 1 : number]]  # fmt: skip
     held = finished(args.out)
     return [cell for cell in chosen if cell.key() not in held]
 
