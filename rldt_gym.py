@@ -108,7 +108,9 @@ class Args:
 
     # rollouts
     iterations: int = 0
-    """Training iterations, the evaluation-only ones included (paper: 70); 0: 25 for Hopper-v4, else 85."""
+    """Training iterations, the evaluation-only ones included (paper: 70); 0: 25 for Hopper-v4, else 85, without limit under `wall_budget_s`."""
+    wall_budget_s: float = 0.0
+    """Seconds after which the run ends with its final evaluation, evaluations included; 0: after `iterations`, which otherwise may end it sooner."""
     num_envs: int = 100
     """Parallel environments, per process under torchrun (paper: 100)."""
     rollout_chunks: int = 125
@@ -193,6 +195,7 @@ class Args:
     """Actor steps over which the step size rises linearly (paper: 32)."""
 
 
+NO_LIMIT = 10**9  # iterations of a run that ends by wall_budget_s
 PAPER = dict(
     bc_epochs=200, bc_batch=128, rollout_chunks=500, iterations=70, eval_every=5, buffer_iterations=20, eval_episodes=100,
     gamma=0.99, td_lambda=0.0, value_samples=2, target_momentum=0.998, critic_steps=64, critic_batch=50_000, critic_lr=1e-3, segments=100,
@@ -664,7 +667,7 @@ def resolve(args: Args) -> Args:
         args.device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit(f"--device {args.device}: this torch sees no CUDA device; use --device cpu.")
-    args.iterations = args.iterations or (25 if args.env_id == "Hopper-v4" else 85)
+    args.iterations = args.iterations or (NO_LIMIT if args.wall_budget_s else 25 if args.env_id == "Hopper-v4" else 85)
     args.segment_chunks = min(args.segment_chunks, args.rollout_chunks)
     for name in "chunk euler_steps n_particles num_envs rollout_chunks rounds segments value_samples eval_every threads".split():
         if getattr(args, name) < 1:
@@ -777,7 +780,7 @@ def main(args: Args) -> dict | None:
             import wandb
 
             wandb.init(project=args.wandb_project, name=run_dir.name, config=vars(args), dir=str(run_dir))
-        progress = tqdm(total=args.iterations, initial=state["iteration"], desc=args.env_id, dynamic_ncols=True)
+        progress = tqdm(total=args.iterations if args.iterations < NO_LIMIT else None, initial=state["iteration"], desc=args.env_id, dynamic_ncols=True)
 
     interrupted = []
     if threading.current_thread() is threading.main_thread():  # Ctrl-C: finish the iteration and save; twice: stop at once
@@ -788,13 +791,14 @@ def main(args: Args) -> dict | None:
     for iteration in range(state["iteration"], args.iterations + 1):
         tick = time.perf_counter()
         row, sums = {"iteration": iteration}, defaultdict(float)
-        if iteration % args.eval_every == 0 or iteration == args.iterations:  # evaluation only
-            final = iteration in (0, args.iterations)
+        spent = max(iteration / args.iterations, state["wall_s"] / args.wall_budget_s if args.wall_budget_s else 0.0)  # 1: the end
+        if iteration % args.eval_every == 0 or spent >= 1:  # evaluation only
+            final = iteration == 0 or spent >= 1
             if rank == 0:
                 scores = evaluate(policy, args, args.final_eval_episodes if final else args.eval_episodes, base_seed)
                 zero, noise = scores["zero"], scores["noise"]
                 row |= dict(eval_return=zero.mean(), eval_return_std=zero.std(), eval_return_sampled=noise.mean(), eval_return_sampled_std=noise.std())
-                if zero.mean() > state["best"] and iteration < args.iterations:
+                if zero.mean() > state["best"] and spent < 1:
                     state["best"], best_policy = float(zero.mean()), copy.deepcopy(policy.state_dict())
                 if iteration == 0:
                     state["base_return"], state["base_return_sampled"] = float(zero.mean()), float(noise.mean())
@@ -830,7 +834,7 @@ def main(args: Args) -> dict | None:
                         x0 *= torch.rand(*x0.shape[:2], 1, device=obs.device) >= args.zero_fraction
                         trajectory = policy.sample(states[:, None].expand(-1, args.n_particles, -1), x0, trajectory=True)
                     state["actor_step"] += 1
-                    decay = 1 + (args.actor_lr_end - 1) * iteration / args.iterations
+                    decay = 1 + (args.actor_lr_end - 1) * spent
                     actor_optimizer.param_groups[0]["lr"] = args.actor_lr * decay * min(1.0, state["actor_step"] / args.actor_warmup)
                     for key, value in update_actor(policy.velocity, reference, critic, actor_optimizer, states, trajectory, args).items():
                         sums[key] += value / (args.rounds * args.actor_steps)
@@ -847,7 +851,10 @@ def main(args: Args) -> dict | None:
             if args.reference == "previous":
                 reference.load_state_dict(policy.velocity.state_dict())
 
-        state["iteration"], state["wall_s"] = iteration + 1, state["wall_s"] + time.perf_counter() - tick
+        elapsed = torch.tensor(time.perf_counter() - tick, device=args.device)
+        if world > 1:
+            dist.all_reduce(elapsed), elapsed.div_(world)
+        state["iteration"], state["wall_s"] = args.iterations + 1 if spent >= 1 else iteration + 1, state["wall_s"] + elapsed.item()
         row |= {"env_steps": state["env_steps"], "wall_s": state["wall_s"]}
         if rank == 0:
             rows.append(row)
@@ -865,6 +872,8 @@ def main(args: Args) -> dict | None:
                 progress.set_postfix_str(f"return {current:.0f}")
             progress.update(1)
         save_checkpoint()
+        if spent >= 1:
+            break
         if interrupted:
             raise SystemExit(f"Stopped after iteration {iteration}, saved. Continue with: python rldt_gym.py --resume {run_dir}")
 

@@ -111,9 +111,9 @@ class Args:
 
     # rollouts
     iterations: int = 0
-    """Training iterations, the evaluation-only ones included (official: 1000); 0: 31 for Hopper-v4, else 106 (1 M and 3.5 M steps)."""
+    """Training iterations, the evaluation-only ones included (official: 1000); 0: 31 for Hopper-v4, else 106 (1 M and 3.5 M steps), without limit under `wall_budget_s`."""
     wall_budget_s: float = 0.0
-    """Seconds after which the run ends with its final evaluation, evaluations included; 0: after `iterations`."""
+    """Seconds after which the run ends with its final evaluation, evaluations included; 0: after `iterations`, which otherwise may end it sooner."""
     num_envs: int = 40
     """Parallel environments, per process under torchrun (official: 40)."""
     rollout_chunks: int = 250
@@ -160,12 +160,13 @@ class Args:
     """Adam step size of the actor (official: 1e-4)."""
     actor_lr_end: float = 1.0
     """Factor on actor_lr that is reached linearly by the last iteration (official: 1)."""
-    lr_warmup: int = 10
+    lr_warmup: int = 2
     """Training iterations over which the step size rises linearly (official: 10)."""
 
 
+NO_LIMIT = 10**9  # iterations of a run that ends by wall_budget_s
 PAPER = dict(
-    bc_epochs=200, bc_batch=128, iterations=1000, rollout_chunks=500, eval_every=10, eval_episodes=100, zero_fraction=0.0, batch=50_000, bf16=False,
+    bc_epochs=200, bc_batch=128, iterations=1000, rollout_chunks=500, eval_every=10, eval_episodes=100, zero_fraction=0.0, batch=50_000, bf16=False, lr_warmup=10,
 )  # fmt: skip
 
 
@@ -643,7 +644,7 @@ def resolve(args: Args) -> Args:
         args.device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit(f"--device {args.device}: this torch sees no CUDA device; use --device cpu.")
-    args.iterations = args.iterations or (31 if args.env_id == "Hopper-v4" else 106)
+    args.iterations = args.iterations or (NO_LIMIT if args.wall_budget_s else 31 if args.env_id == "Hopper-v4" else 106)
     args.euler_steps = args.euler_steps or (8 if args.form == "flow" else 20)
     args.tuned_steps = args.tuned_steps or args.euler_steps // 2
     for name in "chunk euler_steps tuned_steps num_envs rollout_chunks epochs batch lr_warmup eval_every threads".split():
@@ -753,7 +754,7 @@ def main(args: Args) -> dict | None:
             import wandb
 
             wandb.init(project=args.wandb_project, name=run_dir.name, config=vars(args), dir=str(run_dir))
-        progress = tqdm(total=args.iterations, initial=state["iteration"], desc=args.env_id, dynamic_ncols=True)
+        progress = tqdm(total=args.iterations if args.iterations < NO_LIMIT else None, initial=state["iteration"], desc=args.env_id, dynamic_ncols=True)
 
     interrupted = []
     if threading.current_thread() is threading.main_thread():  # Ctrl-C: finish the iteration and save; twice: stop at once

@@ -108,9 +108,9 @@ class Args:
 
     # rollouts
     iterations: int = 0
-    """Training iterations, the evaluation-only ones included (paper: 70); 0: 25 for Hopper-v4, else 85."""
+    """Training iterations, the evaluation-only ones included (paper: 70); 0: 25 for Hopper-v4, else 85, without limit under `wall_budget_s`."""
     wall_budget_s: float = 0.0
-    """Seconds after which the run ends with its final evaluation, evaluations included; 0: after `iterations`."""
+    """Seconds after which the run ends with its final evaluation, evaluations included; 0: after `iterations`, which otherwise may end it sooner."""
     num_envs: int = 100
     """Parallel environments, per process under torchrun (paper: 100)."""
     rollout_chunks: int = 125
@@ -187,6 +187,7 @@ class Args:
     """Actor steps over which the step size rises linearly (RLDT's paper: 32)."""
 
 
+NO_LIMIT = 10**9  # iterations of a run that ends by wall_budget_s
 PAPER = dict(
     bc_epochs=200, bc_batch=128, rollout_chunks=500, iterations=70, eval_every=5, buffer_iterations=20, eval_episodes=100,
     gamma=0.99, td_lambda=0.0, value_samples=2, target_momentum=0.998, critic_steps=64, critic_batch=50_000, critic_lr=1e-3, segments=100,
@@ -668,7 +669,7 @@ def resolve(args: Args) -> Args:
         args.device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit(f"--device {args.device}: this torch sees no CUDA device; use --device cpu.")
-    args.iterations = args.iterations or (25 if args.env_id == "Hopper-v4" else 85)
+    args.iterations = args.iterations or (NO_LIMIT if args.wall_budget_s else 25 if args.env_id == "Hopper-v4" else 85)
     args.segment_chunks = min(args.segment_chunks, args.rollout_chunks)
     for name in "chunk euler_steps num_envs rollout_chunks rounds segments value_samples eval_every threads".split():
         if getattr(args, name) < 1:
@@ -780,7 +781,7 @@ def main(args: Args) -> dict | None:
             import wandb
 
             wandb.init(project=args.wandb_project, name=run_dir.name, config=vars(args), dir=str(run_dir))
-        progress = tqdm(total=args.iterations, initial=state["iteration"], desc=args.env_id, dynamic_ncols=True)
+        progress = tqdm(total=args.iterations if args.iterations < NO_LIMIT else None, initial=state["iteration"], desc=args.env_id, dynamic_ncols=True)
 
     interrupted = []
     if threading.current_thread() is threading.main_thread():  # Ctrl-C: finish the iteration and save; twice: stop at once

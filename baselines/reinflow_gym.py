@@ -107,9 +107,9 @@ class Args:
 
     # rollouts
     iterations: int = 0
-    """Training iterations, the evaluation-only ones included (official: 1000); 0: 31 for Hopper-v4, else 106 (1 M and 3.5 M steps)."""
+    """Training iterations, the evaluation-only ones included (official: 1000); 0: 31 for Hopper-v4, else 106 (1 M and 3.5 M steps), without limit under `wall_budget_s`."""
     wall_budget_s: float = 0.0
-    """Seconds after which the run ends with its final evaluation, evaluations included; 0: after `iterations`."""
+    """Seconds after which the run ends with its final evaluation, evaluations included; 0: after `iterations`, which otherwise may end it sooner."""
     num_envs: int = 40
     """Parallel environments, per process under torchrun (official: 40)."""
     rollout_chunks: int = 250
@@ -162,13 +162,14 @@ class Args:
     """Adam step size of the actor and its noise (official: 4.5e-5 Hopper, 4e-4 Walker2d, 3e-5 HalfCheetah)."""
     actor_lr_end: float = 0.5
     """Factor on actor_lr that is reached linearly by the last iteration (official: cosines to 0.44, 1, 0.5 by task)."""
-    lr_warmup: int = 10
+    lr_warmup: int = 2
     """Training iterations over which the step size rises linearly (official: 10)."""
 
 
+NO_LIMIT = 10**9  # iterations of a run that ends by wall_budget_s
 PAPER = dict(
     bc_epochs=200, bc_batch=128, euler_steps=4, iterations=1000, rollout_chunks=500, eval_every=10, eval_episodes=100, zero_fraction=0.0,
-    batch=50_000, actor_lr=0.0, value_lr=0.0, warmup_iterations=-1, bf16=False,
+    batch=50_000, actor_lr=0.0, value_lr=0.0, warmup_iterations=-1, bf16=False, lr_warmup=10,
 )  # fmt: skip
 OFFICIAL = {  # actor_lr, actor_lr_end, value_lr, warmup_iterations in the official file of each task, taken where they are 0, 0 and -1
     "Hopper-v4": (4.5e-5, 0.44, 6.5e-4, 0), "Walker2d-v4": (4e-4, 1.0, 4e-3, 5), "HalfCheetah-v4": (3e-5, 0.5, 3e-4, 10),
@@ -639,7 +640,7 @@ def resolve(args: Args) -> Args:
         args.device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit(f"--device {args.device}: this torch sees no CUDA device; use --device cpu.")
-    args.iterations = args.iterations or (31 if args.env_id == "Hopper-v4" else 106)
+    args.iterations = args.iterations or (NO_LIMIT if args.wall_budget_s else 31 if args.env_id == "Hopper-v4" else 106)
     official = OFFICIAL.get(args.env_id, OFFICIAL["Hopper-v4"])
     if args.actor_lr == 0:
         args.actor_lr, args.actor_lr_end = official[:2]
@@ -754,7 +755,7 @@ def main(args: Args) -> dict | None:
             import wandb
 
             wandb.init(project=args.wandb_project, name=run_dir.name, config=vars(args), dir=str(run_dir))
-        progress = tqdm(total=args.iterations, initial=state["iteration"], desc=args.env_id, dynamic_ncols=True)
+        progress = tqdm(total=args.iterations if args.iterations < NO_LIMIT else None, initial=state["iteration"], desc=args.env_id, dynamic_ncols=True)
 
     interrupted = []
     if threading.current_thread() is threading.main_thread():  # Ctrl-C: finish the iteration and save; twice: stop at once

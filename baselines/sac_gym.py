@@ -80,9 +80,9 @@ class Args:
 
     # rollouts
     iterations: int = 0
-    """Training iterations, the evaluation-only ones included; 0: 205 for Hopper-v4, else 710 (1 M and 3.5 M steps)."""
+    """Training iterations, the evaluation-only ones included; 0: 205 for Hopper-v4, else 710 (1 M and 3.5 M steps), without limit under `wall_budget_s`."""
     wall_budget_s: float = 0.0
-    """Seconds after which the run ends with its final evaluation, evaluations included; 0: after `iterations`."""
+    """Seconds after which the run ends with its final evaluation, evaluations included; 0: after `iterations`, which otherwise may end it sooner."""
     num_envs: int = 20
     """Parallel environments (Stable-Baselines3: 1)."""
     rollout_steps: int = 250
@@ -115,6 +115,7 @@ class Args:
     """First value of the learned entropy coefficient (Stable-Baselines3: 1, which blurs a cloned actor at once)."""
 
 
+NO_LIMIT = 10**9  # iterations of a run that ends by wall_budget_s
 PAPER = dict(iterations=1040, num_envs=1, rollout_steps=1000, gradient_steps=1000, warmup_iterations=1, critic_iterations=0, eval_every=50, eval_episodes=100)
 
 
@@ -268,7 +269,7 @@ def resolve(args: Args) -> Args:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit(f"--device {args.device}: this torch sees no CUDA device; use --device cpu.")
-    args.iterations = args.iterations or (205 if args.env_id == "Hopper-v4" else 710)
+    args.iterations = args.iterations or (NO_LIMIT if args.wall_budget_s else 205 if args.env_id == "Hopper-v4" else 710)
     for name in "num_envs rollout_steps gradient_steps batch eval_every threads".split():
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
@@ -346,7 +347,7 @@ def main(args: Args) -> dict | None:
     csv_path = run_dir / "metrics.csv"
     rows = list(csv.DictReader(csv_path.open())) if args.resume and csv_path.exists() else []
     rows = [row for row in rows if int(row["iteration"]) < state["iteration"]]
-    progress = tqdm(total=args.iterations, initial=state["iteration"], desc=args.env_id, dynamic_ncols=True)
+    progress = tqdm(total=args.iterations if args.iterations < NO_LIMIT else None, initial=state["iteration"], desc=args.env_id, dynamic_ncols=True)
     interrupted = []
     if threading.current_thread() is threading.main_thread():  # Ctrl-C: finish the iteration and save; twice: stop at once
         signal.signal(signal.SIGINT, lambda *_: signal.signal(signal.SIGINT, signal.default_int_handler) and interrupted.append(1))
@@ -373,10 +374,12 @@ def main(args: Args) -> dict | None:
             row["train_return"] = float(np.mean(finished)) if finished else ""
             row["rollout_s"], start = time.perf_counter() - tick, time.perf_counter()
             if state["trained"] >= args.warmup_iterations:
-                before = copy.deepcopy([model.actor.state_dict(), model.actor.optimizer.state_dict(), model.log_ent_coef.detach()])
+                critic_only = state["trained"] < args.warmup_iterations + args.critic_iterations
+                before = copy.deepcopy([model.log_ent_coef.detach(), model.ent_coef_optimizer.state_dict()])
+                model.actor.requires_grad_(not critic_only)  # without gradients its optimizer does nothing
                 model.train(args.gradient_steps, args.batch)
-                if state["trained"] < args.warmup_iterations + args.critic_iterations:  # put the actor back
-                    model.actor.load_state_dict(before[0]), model.actor.optimizer.load_state_dict(before[1]), model.log_ent_coef.data.copy_(before[2])
+                if critic_only:
+                    model.log_ent_coef.data.copy_(before[0]), model.ent_coef_optimizer.load_state_dict(before[1])
                 logged = model.logger.name_to_value
                 row |= {"losses/critic": float(logged["train/critic_loss"]), "losses/actor": float(logged["train/actor_loss"]),
                         "diagnostics/entropy_coefficient": float(logged["train/ent_coef"])}  # fmt: skip

@@ -28,29 +28,27 @@ NAMES = {
 @dataclass
 class Args:
     results: Path = RESULTS
-    """Directory with baselines.csv and baselines/, gym.csv and curves/, and update_speed.csv."""
+    """Directory with baselines.csv, baselines/ and update_speed.csv."""
     images: Path = IMAGES
     """Directory to write figures to."""
     column: str = "eval_return"
     """What is compared: `eval_return` from x_0 = 0, or `eval_return_sampled`."""
     reps: int = 2000
     """Bootstrap repetitions."""
-    minutes: float = 10.0
-    """Wall time at which the table compares the curves, besides their ends."""
 
 
 def load(results: Path) -> list[dict]:
-    """Rows of both CSVs, each with the folder of its curve; RLDT's come from gym.csv."""
-    rows = [row | {"curves": results / "curves"} for row in read_csv(results / "gym.csv") if row["method"] == "rldt"]
-    rows += [row | {"curves": results / "baselines"} for row in read_csv(results / "baselines.csv") if row["method"] != "rldt"]
-    return [row for row in rows if row["method"] in NAMES]
+    """Rows of the comparison, method by method, each with the folder of its curve."""
+    rows = [row | {"curves": results / "baselines"} for row in read_csv(results / "baselines.csv") if row["method"] in NAMES]
+    return sorted(rows, key=lambda row: list(NAMES).index(row["method"]))
 
 
 def interval(scores: dict[str, np.ndarray], func, reps: int):
     """Estimates and 95 % intervals of func over runs and tasks, scores (runs, tasks, ...), by stratified bootstrap."""
     from rliable import library
 
-    return library.get_interval_estimates(scores, func, reps=reps, random_state=np.random.RandomState(0))
+    np.random.seed(0)  # noqa: NPY002, rliable draws from numpy's global generator, whatever random_state it is given
+    return library.get_interval_estimates(scores, func, reps=reps)
 
 
 def iqm(values: np.ndarray) -> np.ndarray:
@@ -141,28 +139,22 @@ def plot_reliability(plt, scores: dict[str, np.ndarray], args: Args):
     save_figure(figure, args.images / "baselines_reliability.png")
 
 
-def return_after(row: dict, minutes: float, column: str) -> float:
-    """A run's last evaluation within that wall time."""
-    curve = read_csv(row["curves"] / f"{row['task']}__{row['method']}__{row['seed']}.csv")
-    return next(float(point[column]) for point in reversed(curve) if point[column] and float(point["wall_s"]) <= 60 * minutes)
-
-
-def table(rows: list[dict], minutes: float, speeds: list[dict]) -> str:
-    """A markdown table, a line per task and method: mean ± standard deviation over seeds; speeds are rows of update_speed.csv."""
+def table(rows: list[dict], speeds: list[dict], reps: int) -> str:
+    """A markdown table, a line per task and method: means over seeds with 95 % bootstrap intervals; speeds are rows of update_speed.csv."""
     lines, speeds = [], {row["method"]: row for row in speeds}
     for task, members in group(rows, "task").items():
         for method, runs in group(members, "method").items():
-            def cell(column, scale=1.0, digits=0, runs=runs):
-                values = np.array([float(row[column]) if isinstance(column, str) else column(row) for row in runs]) / scale
-                return f"{values.mean():.{digits}f} ± {values.std():.{digits}f}"
+            def mean(column, scale=1.0, digits=0, runs=runs):
+                return f"{np.mean([float(row[column]) for row in runs]) / scale:.{digits}f}"
+            def bounded(column, runs=runs):
+                values = np.array([[float(row[column])] for row in runs])
+                middle, limits = interval({"": values}, lambda x: np.array([x.mean()]), reps)
+                return f"{middle[''][0]:.0f} [{limits[''][0, 0]:.0f}, {limits[''][1, 0]:.0f}]"
             speed = speeds.get(method, {})
             lines.append({
-                "task": task, "method": NAMES[method], "seeds": len(runs), "base, x₀ = 0": cell("base_return"),
-                "final, x₀ = 0": cell("final_return"), "base, sampled": cell("base_return_sampled"),
-                "final, sampled": cell("final_return_sampled"), "best, x₀ = 0": cell("best_return"),
-                f"x₀ = 0 within {minutes:g} min": cell(lambda row: return_after(row, minutes, "eval_return")),
-                f"sampled within {minutes:g} min": cell(lambda row: return_after(row, minutes, "eval_return_sampled")),
-                "env steps (10⁶)": cell("env_steps", 1e6, 2), "wall (min)": cell("wall_s", 60, 1),
+                "task": task, "method": NAMES[method], "seeds": len(runs), "base, x₀ = 0": mean("base_return"),
+                "final, x₀ = 0": bounded("final_return"), "best, x₀ = 0": bounded("best_return"), "base, sampled": mean("base_return_sampled"),
+                "final, sampled": bounded("final_return_sampled"), "env steps (10⁶)": mean("env_steps", 1e6, 2), "wall (min)": mean("wall_s", 60, 1),
                 "updates/s": f"{float(speed['gradient_steps_per_s']):.1f}" if speed else "",
                 "updates per 1000 env steps": f"{float(speed['gradient_steps_per_1000_env_steps']):.1f}" if speed else "",
             })  # fmt: skip
@@ -172,7 +164,7 @@ def table(rows: list[dict], minutes: float, speeds: list[dict]) -> str:
 def main(args: Args):
     rows = load(args.results)
     if not rows:
-        raise SystemExit(f"{args.results}: no gym.csv and no baselines.csv; run benchmark.run first.")
+        raise SystemExit(f"{args.results}: no baselines.csv; run benchmark.run first.")
     try:
         import rliable  # noqa: F401
     except ImportError as error:
@@ -182,7 +174,7 @@ def main(args: Args):
     scores = final_scores(rows, args.column)
     if scores:
         plot_reliability(plt, scores, args)
-    print(table(rows, args.minutes, read_csv(args.results / "update_speed.csv")))
+    print(table(rows, read_csv(args.results / "update_speed.csv"), args.reps))
 
 
 if __name__ == "__main__":

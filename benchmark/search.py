@@ -57,7 +57,7 @@ class Args(run.Args):
     """Gymnasium tasks."""
     seeds: tuple[int, ...] = (11,)
     """Seeds of each try, none of the comparison's."""
-    wall_budget_s: float = 240.0
+    wall_budget_s: float = 300.0
     """Seconds of training and evaluation per try, on one core."""
     out: Path = RESULTS / "search.csv"
     """CSV to append to; curves go to a folder of its name next to it."""

@@ -22,11 +22,15 @@ def write(path, rows):
 
 def test_what_a_csv_holds_is_not_run_again(tmp_path):
     write(tmp_path / "baselines.csv", [dict(task="Hopper-v4", method="qam", seed=1), dict(task="Hopper-v4", method="fpo++", seed=2)])
-    write(tmp_path / "gym.csv", [dict(task="Hopper-v4", method="rldt", seed=2)])
     args = run.Args(methods=("rldt", "qam", "fpo++"), tasks=("Hopper-v4",), seeds=(1, 2), out=tmp_path / "baselines.csv", wall_budget_s=90, extra="--threads 2")
     cells = run.cells(args)
-    assert [(cell.method, cell.seed) for cell in cells] == [("rldt", 1), ("fpo++", 1), ("qam", 2)]
-    assert [cell.extra for cell in cells] == ["--threads 2", "--threads 2 --wall-budget-s 90", "--threads 2 --wall-budget-s 90"]
+    assert [(cell.method, cell.seed) for cell in cells] == [("rldt", 1), ("fpo++", 1), ("rldt", 2), ("qam", 2)]
+    assert {cell.extra for cell in cells} == {"--threads 2 --wall-budget-s 90"}
+
+
+def test_every_method_gets_the_same_time_on_a_task(tmp_path):
+    cells = run.cells(run.Args(seeds=(1,), out=tmp_path / "none.csv"))
+    assert {(cell.task, cell.extra) for cell in cells} == {("Hopper-v4", "--wall-budget-s 300"), ("Walker2d-v4", "--wall-budget-s 600"), ("HalfCheetah-v4", "--wall-budget-s 600")}
 
 
 def test_unknown_method_stops_with_the_known_ones():
@@ -40,9 +44,8 @@ def test_every_method_is_a_module_with_the_flags_that_the_launcher_gives(method)
 
     module, flags = run.METHODS[method]
     argv = ["--env-id=Hopper-v4", "--seed=2", f"--exp-name={method}", "--runs=x", *flags.split()]
-    argv += [] if module == "rldt_gym" else ["--wall-budget-s=3"]
-    args = importlib.import_module(module).parse_args(argv)
-    assert (args.seed, args.exp_name) == (2, method)
+    args = importlib.import_module(module).parse_args([*argv, "--wall-budget-s=3"])
+    assert (args.seed, args.exp_name, args.wall_budget_s) == (2, method, 3)
 
 
 def test_cell_is_run_and_its_row_and_curve_are_kept(tiny_base, tmp_path):
@@ -52,7 +55,7 @@ def test_cell_is_run_and_its_row_and_curve_are_kept(tiny_base, tmp_path):
     elsewhere = run.Args(out=args.out, runs=tmp_path / "driver")  # as if the run was on another node
     line = run.keep(cell, files, elsewhere)
     (row,) = read_csv(args.out)
-    assert (row["task"], row["method"], row["seed"], row["args"]) == ("Hopper-v4", "fpo", "4", args.extra)
+    assert (row["task"], row["method"], row["seed"], row["args"]) == ("Hopper-v4", "fpo", "4", f"{args.extra} --wall-budget-s 300")
     assert line.startswith("Hopper-v4__fpo__4: ")
     assert json.loads(files["result.json"])["args"]["form"] == "fpo"
     curve = read_csv(tmp_path / "b" / "Hopper-v4__fpo__4.csv")
@@ -115,11 +118,10 @@ def test_scores_are_zero_at_the_base_and_one_at_the_best_method_of_complete_seed
     np.testing.assert_allclose(scores["qam"], [[0.5, 0]])
 
 
-def test_rows_of_rldt_come_from_its_own_csv(tmp_path):
-    write(tmp_path / "gym.csv", [dict(task="A", method="rldt", seed=1), dict(task="A", method="other", seed=1)])
-    write(tmp_path / "baselines.csv", [dict(task="A", method="qam", seed=1), dict(task="A", method="rldt", seed=1)])
+def test_rows_of_known_methods_are_read_in_the_order_of_the_figures(tmp_path):
+    write(tmp_path / "baselines.csv", [dict(task="A", method="qam", seed=1), dict(task="A", method="other", seed=1), dict(task="A", method="rldt", seed=1)])
     rows = plot_baselines.load(tmp_path)
-    assert [(r["method"], r["curves"].name) for r in rows] == [("rldt", "curves"), ("qam", "baselines")]
+    assert [(r["method"], r["curves"].name) for r in rows] == [("rldt", "baselines"), ("qam", "baselines")]
 
 
 def test_interquartile_mean_leaves_out_the_lowest_and_the_highest_quarter():
@@ -128,16 +130,9 @@ def test_interquartile_mean_leaves_out_the_lowest_and_the_highest_quarter():
     np.testing.assert_allclose(plot_baselines.iqm(values), [3.5, 35])
 
 
-def test_table_reads_the_curves_at_the_given_minute_and_the_update_speeds(tmp_path):
-    row = dict.fromkeys(COLUMNS["gym"], "1") | {"task": "Hopper-v4", "method": "qam", "curves": tmp_path}
-    for seed, at_ten in ("1", 30), ("2", 50):
-        points = [(0, 10), (590, at_ten), (601, 90)]
-        lines = ["wall_s,eval_return,eval_return_sampled", *(f"{wall},{value},{value + 1}" for wall, value in points), "700,,"]
-        (tmp_path / f"Hopper-v4__qam__{seed}.csv").write_text("\n".join(lines))
-    speeds = [{"method": "qam", "gradient_steps_per_s": "7.25", "gradient_steps_per_1000_env_steps": "3"}]
-    header, _, line = plot_baselines.table([row | {"seed": "1"}, row | {"seed": "2"}], 10, speeds).splitlines()
-    cells = dict(zip(header.split(" | "), line.split(" | "), strict=True))
-    assert (cells["x₀ = 0 within 10 min"], cells["sampled within 10 min"], cells["updates/s"]) == ("40 ± 10", "41 ± 10", "7.2")
+def test_plotting_without_results_stops(tmp_path):
+    with pytest.raises(SystemExit, match=r"no baselines\.csv"):
+        plot_baselines.main(plot_baselines.Args(results=tmp_path))
 
 
 def test_update_speed_counts_the_steps_of_the_optimizers(tiny_base, tmp_path):
@@ -147,11 +142,6 @@ def test_update_speed_counts_the_steps_of_the_optimizers(tiny_base, tmp_path):
     per_iteration = float(row["gradient_steps_per_s"]) * float(row["iteration_s"])
     assert per_iteration == pytest.approx(2 * 4 * 12 / 16, rel=1e-4)  # actor and value, minibatches of 16 of 4 x 12 chunks
     assert 0 < float(row["env_steps_per_s"]) * float(row["iteration_s"]) <= 4 * 12 * 2 + 1e-3
-
-
-def test_plotting_without_results_stops(tmp_path):
-    with pytest.raises(SystemExit, match=r"no gym\.csv and no baselines\.csv"):
-        plot_baselines.main(plot_baselines.Args(results=tmp_path))
 
 
 def test_pins_of_the_extras_do_not_contradict_those_of_the_project():

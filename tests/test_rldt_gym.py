@@ -306,6 +306,15 @@ def test_resuming_what_is_no_run_directory_says_so(tmp_path):
         resume(tmp_path)
 
 
+def test_wall_budget_ends_the_run_with_its_final_evaluation(tiny_args, only_run):
+    result = rldt_gym.main(tiny_args(iterations=0, wall_budget_s=1e-6))  # spent after the first evaluation
+    rows = metrics(only_run())
+    assert [int(row["iteration"]) for row in rows] == [0, 1]
+    assert rows[-1]["eval_return"] != "" and result["env_steps"] == 0
+    assert resume(only_run())["final_return"] == result["final_return"]
+    assert metrics(only_run()) == rows  # nothing is added
+
+
 def test_resuming_a_finished_run_writes_its_result_again(finished_run, copied_run):
     (copied_run / "result.json").unlink()  # as if killed between the last checkpoint and the result
     (copied_run / "policy.pt").unlink()

@@ -84,12 +84,23 @@ def test_evaluating_a_run_gives_the_returns_of_its_last_evaluation(finished):
     assert scores == {"zero": result["final_return"], "noise": result["final_return_sampled"]}
 
 
-def test_actor_stands_still_while_the_critics_are_trained_alone(demonstrations, tmp_path, finished):
+def test_actor_stands_still_while_the_critics_are_trained_alone(demonstrations, tmp_path, finished, monkeypatch):
     def parts(run):
         saved = torch.load(run / "checkpoint.pt", weights_only=True)
         return saved["policy"], {key: value for key, value in saved["networks"].items() if key.startswith("critic.")}
 
-    sac_gym.main(make_args(demonstrations, tmp_path / "some", critic_iterations=5))
+    during, make_sac = [], sac_gym.make_sac
+
+    def watched(*args):
+        model = make_sac(*args)
+        step = model.critic.optimizer.step
+        model.critic.optimizer.step = lambda *a, **k: (during.append(model.actor.mu.weight.clone()), step(*a, **k))[1]
+        return model
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sac_gym, "make_sac", watched)
+        sac_gym.main(make_args(demonstrations, tmp_path / "some", critic_iterations=5))
+    assert len(during) > 1 and all(torch.equal(weight, during[0]) for weight in during)  # in the targets, too, it is the clone
     actor, critic = parts(only(tmp_path / "some"))
     sac_gym.main(make_args(demonstrations, tmp_path / "none", warmup_iterations=9))
     cloned, fresh = parts(only(tmp_path / "none"))
