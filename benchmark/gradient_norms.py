@@ -19,7 +19,8 @@ import tyro
 
 import rldt_gym
 from baselines import qam_gym
-from benchmark.tools import COLORS, IMAGES, RESULTS, Run, load_run, pyplot, save_figure, write_csv
+from benchmark.plot import plot_gradient_norms
+from benchmark.tools import IMAGES, RESULTS, Run, load_run, pyplot, write_csv
 
 
 @dataclass
@@ -85,10 +86,10 @@ def main(args: Args):
     run = load_run(args.run)
     early = load_run(args.early) if args.early else run
     stages = {"base policy": (run.base, early.critic), "end of the run": (run.policy, run.critic)}
-    losses = {"literal": "eq. (13) as printed: weight 1 - t", "authors": "authors' code: weight 1 / (1 - t)"}
-    measured = {(run.name, stage, loss): norms(policy, critic, run, loss, args) for stage, (policy, critic) in stages.items() for loss in losses}
+    measured = {
+        (run.name, stage, loss): norms(policy, critic, run, loss, args) for stage, (policy, critic) in stages.items() for loss in ("literal", "authors")
+    }
     if args.qam:
-        losses["adjoint"] = "QAM: adjoint matching"
         qam = load_run(args.qam, critic_key="target")
         inv_temp = json.loads((args.qam / "args.json").read_text())["inv_temp"]
         for stage, policy in zip(stages, (qam.base, qam.policy), strict=True):
@@ -101,19 +102,7 @@ def main(args: Args):
                      for k in range(len(values))]  # fmt: skip
             print(f"{stage:15} {loss:8} {term:10} sum {values.sum():9.4g}, shares {' '.join(f'{x:.3f}' for x in share.tolist())}")
     write_csv(args.out, rows)
-
-    plt = pyplot()
-    figure, axes = plt.subplots(1, len(losses), figsize=(0.6 + 4.2 * len(losses), 3.2), sharey=True)
-    for axis, (loss, title) in zip(axes, losses.items(), strict=True):
-        for stage, offset, color in zip(stages, (-0.2, 0.2), (COLORS["blue"], COLORS["orange"]), strict=True):
-            total = [r["share"] for r in rows if (r["stage"], r["loss"], r["term"]) == (stage, loss, "total")]
-            axis.bar([k + offset for k in range(len(total))], total, 0.38, color=color, label=stage)
-        axis.axhline(1 / len(total), color=COLORS["grey"], lw=1, ls="--", label="even")
-        axis.set(title=title, xlabel="ODE step k", xticks=range(len(total)))
-        axis.grid(axis="x", visible=False)
-    axes[0].set_ylabel("share of the gradient norm")
-    axes[0].legend()
-    save_figure(figure, args.figure)
+    plot_gradient_norms(pyplot(), rows, args.figure)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """Draws the results from the committed CSVs and prints them as a table.
 
-    python -m benchmark.plot                            # writes docs/images/returns.png, ablations.png, success.png, kernels.png and those of furniture
+    python -m benchmark.plot                            # writes figures to docs/images
+
+Figures of the paper: 2 and the reliability of its claim (baselines*.png, by benchmark.plot_baselines, which needs baselines/requirements.txt),
+3 (success*.png), 4 (gradient_norms.png), 5 and 8 (kernels*.png), 6 and 7 (ablations.png).
 """
 
 from dataclasses import dataclass
@@ -31,7 +34,7 @@ DIAGNOSTICS = {"diagnostics/phi_norm": "mean |φ|", "losses/constraint": "constr
 @dataclass
 class Args:
     results: Path = RESULTS
-    """Directory with gym.csv, ablations_hopper.csv, robomimic.csv, furniture.csv and their curves."""
+    """Directory with the CSVs and curves."""
     images: Path = IMAGES
     """Directory to write figures to."""
     method: str = "rldt"
@@ -150,23 +153,40 @@ def plot_success(plt, rows: list[dict], args: Args, name: str):
     save_figure(figure, args.images / name)
 
 
-def plot_kernels(plt, rows: list[dict], args: Args, name: str):
-    """RBF beside delta kernel on a sparse reward (the paper's figures 5 and 8): success, constraint loss and |phi| against iterations."""
-    panels = {"eval_success": "success rate, x₀ = 0", "eval_success_sampled": "success rate, sampled"} | {k: v for k, v in reversed(DIAGNOSTICS.items())}
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.2))
-    for method, (label, color) in {"rldt": ("RBF kernel", COLORS["green"]), "rldt-delta": ("delta kernel", COLORS["purple"])}.items():
-        for axis, column in zip(axes, panels, strict=True):
-            for row in rows:
-                if row["method"] == method:
-                    curve = read_csv(args.results / "curves" / f"{row['task']}__{method}__{row['seed']}.csv")
+def plot_kernels(plt, rows: list[dict], folder: Path, measure: str, path: Path):
+    """RBF beside delta kernel (the paper's figures 5 and 8): success or return, constraint loss and |phi| against iterations, a line of panels per task."""
+    tasks = group(rows, "task")
+    panels = {f"eval_{measure}": f"{measure}, x₀ = 0", f"eval_{measure}_sampled": f"{measure}, sampled"} | {k: v for k, v in reversed(DIAGNOSTICS.items())}
+    figure, axes = plt.subplots(len(tasks), len(panels), figsize=(3.2 * len(panels), 0.4 + 2.8 * len(tasks)), squeeze=False)
+    for line, (task, runs) in zip(axes, tasks.items(), strict=True):
+        for axis, (column, title) in zip(line, panels.items(), strict=True):
+            for method, (label, color) in {"rldt": ("RBF kernel", COLORS["green"]), "rldt-delta": ("delta kernel", COLORS["purple"])}.items():
+                for row in [row for row in runs if row["method"] == method]:
+                    curve = read_csv(folder / f"{task}__{method}__{row['seed']}.csv")
                     points = [(int(p["iteration"]), float(p[column])) for p in curve if p.get(column)]
-                    axis.plot(*zip(*points, strict=True), color=color, lw=1.2, marker="o" if "success" in column else None, ms=3, label=label)
-    for axis, (column, title) in zip(axes, panels.items(), strict=True):
-        axis.set(title=title, xlabel="iteration", ylim=(0, 1 if "success" in column else None))
-    entries = {label: handle for handle, label in zip(*axes[0].get_legend_handles_labels(), strict=True)}
-    figure.suptitle(rows[0]["task"])
+                    axis.plot(*zip(*points, strict=True), color=color, lw=1.2, marker="o" if measure in column else None, ms=3, label=label)
+            axis.set(title=title, xlabel="iteration", ylim=(0, 1 if "success" in column else None))
+        line[0].set_ylabel(task)
+    entries = {label: handle for handle, label in zip(*axes[0, 0].get_legend_handles_labels(), strict=True)}
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=2)
-    save_figure(figure, args.images / name)
+    save_figure(figure, path)
+
+
+def plot_gradient_norms(plt, rows: list[dict], path: Path):
+    """Share of each ODE step in the norm of the actor's gradient (the paper's figure 4), a panel per loss; rows of gradient_norms.csv."""
+    titles = {"literal": "eq. (13) as printed: weight 1 - t", "authors": "authors' code: weight 1 / (1 - t)", "adjoint": "QAM: adjoint matching"}
+    losses = group([row for row in rows if row["term"] == "total"], "loss")
+    figure, axes = plt.subplots(1, len(losses), figsize=(0.6 + 4.2 * len(losses), 3.2), sharey=True, squeeze=False)
+    for axis, (loss, members) in zip(axes[0], losses.items(), strict=True):
+        stages = group(members, "stage")
+        for (stage, steps), offset, color in zip(stages.items(), (-0.2, 0.2), (COLORS["blue"], COLORS["orange"]), strict=True):
+            axis.bar([int(row["k"]) + offset for row in steps], [float(row["share"]) for row in steps], 0.38, color=color, label=stage)
+        axis.axhline(1 / len(steps), color=COLORS["grey"], lw=1, ls="--", label="even")
+        axis.set(title=titles[loss], xlabel="ODE step k", xticks=range(len(steps)))
+        axis.grid(axis="x", visible=False)
+    axes[0, 0].set_ylabel("share of the gradient norm")
+    axes[0, 0].legend()
+    save_figure(figure, path)
 
 
 def pairs(row: dict) -> dict[str, str]:
@@ -207,9 +227,17 @@ def main(args: Args):
         if runs:
             suffix = "" if family == "robomimic" else f"_{family}"
             plot_success(plt, runs, args, f"success{suffix}.png")
-            for task in {row["task"] for row in runs if row["method"] == "rldt-delta"}:
-                plot_kernels(plt, [row for row in runs if row["task"] == task], args, f"kernels{suffix}.png")
+            both = {row["task"] for row in runs if row["method"] == "rldt-delta"}
+            if both:
+                plot_kernels(plt, [row for row in runs if row["task"] in both], args.results / "curves", "success", args.images / f"kernels{suffix}.png")
             print(success_table(runs))
+    norms = read_csv(args.results / "gradient_norms.csv")
+    if norms:
+        plot_gradient_norms(plt, norms, args.images / "gradient_norms.png")
+    if read_csv(args.results / "baselines.csv"):
+        from benchmark import plot_baselines
+
+        plot_baselines.main(plot_baselines.Args(args.results, args.images))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from benchmark.plot import curves
+from benchmark.plot import curves, plot_kernels
 from benchmark.tools import IMAGES, RESULTS, group, markdown, pyplot, read_csv, save_figure
 
 COLORS = {
@@ -171,6 +171,9 @@ def main(args: Args):
         raise SystemExit("The figures need rliable: pip install -r baselines/requirements.txt") from error
     plt = pyplot()
     plot_returns(plt, rows, args)
+    kernels = [row for row in rows if row["method"] in ("rldt", "rldt-delta")]
+    if any(row["method"] == "rldt-delta" for row in kernels):
+        plot_kernels(plt, kernels, args.results / "baselines", "return", args.images / "kernels_gym.png")
     scores = final_scores(rows, args.column)
     if scores:
         plot_reliability(plt, scores, args)
