@@ -135,7 +135,7 @@ def table(rows: list[dict], key: str) -> str:
 
 
 def plot_success(plt, rows: list[dict], args: Args, name: str):
-    """Success rate, or pairs where a task assembles several, against wall time, a panel per task, a line per method; dots are evaluations."""
+    """Success rate, or pairs where a task assembles several, against wall time, a panel per task, a line per method; dots are evaluations, faint lines rollouts."""
     tasks = group(rows, "task")
     figure, axes = plt.subplots(1, len(tasks), figsize=(3.6 * len(tasks) + 0.4, 3.4), squeeze=False)
     colors = dict(zip(dict.fromkeys(row["method"] for row in rows), COLORS.values(), strict=False))
@@ -144,6 +144,8 @@ def plot_success(plt, rows: list[dict], args: Args, name: str):
         what, most = ("stages", 2) if several else ("success", 1)
         for row in runs:
             curve = read_csv(args.results / "curves" / f"{row['task']}__{row['method']}__{row['seed']}.csv")
+            rollouts = [(float(p["wall_s"]) / 60, float(p[f"train_{what}"])) for p in curve if p.get(f"train_{what}")]
+            axis.plot(*zip(*rollouts, strict=True), color=colors[row["method"]], lw=0.6, alpha=0.3)
             for key, style, start in ((f"eval_{what}", "o-", "x₀ = 0"), (f"eval_{what}_sampled", "o:", "sampled")):
                 points = [(float(p["wall_s"]) / 60, float(p[key])) for p in curve if p.get(key)]
                 axis.plot(*zip(*points, strict=True), style, ms=3, lw=1.2, color=colors[row["method"]], label=f"{row['method']}, {start}")
