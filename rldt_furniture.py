@@ -145,6 +145,9 @@ class Args:
     rollout_chunks: int = 0
     """Chunks per environment and iteration, and the state after them; episodes start anew in every iteration, and the critic bootstraps where
     one is cut. 0: a whole episode and the state it ends in, 89 (one_leg) or 126 (lamp) (paper: 88 or 125, without that state)."""
+    rollout_end: Literal["bootstrap", "failure"] = "bootstrap"
+    """What the end of a rollout is to the critic where it cuts an episode that began with it: a cut, or `failure`, as if time was up (later
+    episodes are cut in either case)."""
     exploration_steps: int = 0
     """Exploration noise |a - a_dagger_k| N(0, I) with k uniform over this many last ODE steps; 0: none (authors: 2, of 32 steps: of 8 they are
     so long that no leg is ever assembled)."""
@@ -662,7 +665,8 @@ def collect(policy: FlowPolicy, envs, slot: dict, seeds, args: Args):
             slot["state"][row[i], i], slot["stage"][row[i], i] = next_obs[i], float(stage[i])
             slot["reached"][first[i] : row[i] + 1, i] = float(stage[i])
             if cut[i] and not solved[i]:
-                slot["truncated"][row[i] - 1, i] = 1  # the rollout ends here, not the episode
+                failure = args.rollout_end == "failure" and first[i] == 0
+                slot["terminated" if failure else "truncated"][row[i] - 1, i] = 1  # the rollout ends here, not the episode
             if first[i] == 0:
                 assembled[i] = stage[i]
         row[over], stage[over] = row[over] + 1, 0

@@ -633,6 +633,13 @@ def test_rollout_of_scripted_episodes_of_two_pairs(time_limit):
     assert steps == sum(envs.steps.values()) == 2 * (2 + 7 + 3 + 3 + 3) - 4  # an episode's last step is one environment step
 
 
+@pytest.mark.parametrize("end, failed", [("failure", 1), ("bootstrap", 0)])
+def test_end_of_a_rollout_fails_the_episode_that_began_with_it_and_cuts_later_ones(end, failed):
+    _, slot, *_ = rollout(scripted(2, LENGTHS[:2] + [9], PAIRS[:2] + [()], stages=2), rollout_chunks=6, rollout_end=end)  # 102 begins in row 3
+    assert slot["terminated"].T.tolist() == [[0, 1, 0, 0, 0, 0], [0, 0, 0, 0, failed, 0]]
+    assert slot["truncated"].T.tolist() == [[0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1 - failed, 0]]
+
+
 def test_rollout_stores_the_actions_that_were_executed():
     envs = scripted(3, LENGTHS, PAIRS, DIVERGES, stages=2)
     policy, slot, *_ = rollout(envs, rollout_chunks=8)
