@@ -20,9 +20,9 @@ TRIES = {  # flags that replace a preset's, in the order in which they are numbe
         "--inv-temp 2", "--inv-temp 5", "--inv-temp 15", "--inv-temp 5 --actor-lr 3e-4", "--inv-temp 15 --actor-lr 3e-4", "--inv-temp 5 --actor-steps 16",
     ),
     "reinflow": (
-        "--actor-lr 1e-4 --clip 0.01 --batch 2500", "--actor-lr 3e-4 --clip 0.01 --batch 2500", "--actor-lr 3e-4 --clip 0.02 --batch 2500",
-        "--actor-lr 3e-4 --clip 0.05 --batch 1250", "--actor-lr 3e-4 --clip 0.02 --batch 2500 --entropy-weight 0",
-        "--actor-lr 3e-4 --clip 0.02 --batch 2500 --sigma-min 0.05 --sigma-max 0.15",
+        "--actor-lr 1e-4 --clip 0.01 --batch 2500", "--actor-lr 3e-4 --clip 0.01 --batch 2500", "--actor-lr 1e-4 --clip 0.02 --batch 2500",
+        "--actor-lr 1e-4 --clip 0.01 --batch 2500 --entropy-weight 0", "--actor-lr 1e-4 --clip 0.01 --batch 2500 --sigma-min 0.05 --sigma-max 0.15",
+        "--actor-lr 2e-4 --clip 0.02 --batch 1250",
     ),
     "dppo": (
         "--actor-lr 1e-4 --clip 0.01 --batch 5000", "--actor-lr 3e-4 --clip 0.01 --batch 5000", "--actor-lr 3e-4 --clip 0.02 --batch 2500",
@@ -41,7 +41,7 @@ TRIES = {  # flags that replace a preset's, in the order in which they are numbe
         "--actor-lr 1e-4 --clip 0.01", "--actor-lr 3e-4 --clip 0.01", "--actor-lr 3e-4 --clip 0.04", "--actor-lr 3e-4 --clip 0.1",
         "--actor-lr 3e-4 --clip 0.04 --samples 16", "--actor-lr 3e-4 --clip 0.04 --batch 1250",
     ),
-    "best-of-n": ("--candidates 4", "--candidates 8", "--candidates 16", "--candidates 32", "--candidates 8 --critic-steps 64", "--candidates 32 --critic-steps 64"),
+    "best-of-n": ("--candidates 4", "--candidates 8", "--candidates 2", "--candidates 16", "--candidates 4 --critic-steps 64", "--candidates 4 --critic-steps 256"),
     "sac": (
         "--lr 3e-4", "--lr 1e-4", "--lr 1e-4 --entropy-start 0.01", "--lr 1e-4 --entropy-start 0.01 --gamma 0.98",
         "--lr 3e-4 --entropy-start 0.01 --critic-iterations 20", "--lr 1e-4 --entropy-start 0.01 --gradient-steps 250",
