@@ -41,7 +41,7 @@ TRIES = {  # flags that replace a preset's, in the order in which they are numbe
         "--actor-lr 1e-4 --clip 0.01", "--actor-lr 3e-4 --clip 0.01", "--actor-lr 3e-4 --clip 0.04", "--actor-lr 3e-4 --clip 0.1",
         "--actor-lr 3e-4 --clip 0.04 --samples 16", "--actor-lr 3e-4 --clip 0.04 --batch 1250",
     ),
-    "best-of-n": ("--candidates 4", "--candidates 8", "--candidates 2", "--candidates 16", "--candidates 4 --critic-steps 64", "--candidates 4 --critic-steps 256"),
+    "best-of-n": ("--candidates 4", "--candidates 8", "--candidates 2", "--candidates 16", "--candidates 4 --critic-steps 64", "--candidates 2 --critic-steps 64"),
     "sac": (
         "--lr 3e-4", "--lr 1e-4", "--lr 1e-4 --entropy-start 0.01", "--lr 1e-4 --entropy-start 0.01 --gamma 0.98",
         "--lr 3e-4 --entropy-start 0.01 --critic-iterations 20", "--lr 1e-4 --entropy-start 0.01 --gradient-steps 250",
