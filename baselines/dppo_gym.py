@@ -148,15 +148,15 @@ class Args:
     """Least standard deviation of a noisy step, in normalised actions (official: 0.1)."""
     epochs: int = 5
     """Passes over each rollout (official: 5)."""
-    batch: int = 5000
+    batch: int = 2500
     """Denoising steps per update (official: 50 000)."""
-    clip: float = 0.01
+    clip: float = 0.02
     """PPO's clipping range of the ratio (official: 0.01)."""
     gamma_denoising: float = 0.99
     """Factor on the advantage per denoising step that is still to come (official: 0.99)."""
     target_kl: float = 1.0
     """Estimated KL divergence from the old policy beyond which an iteration's updates end (official: 1)."""
-    actor_lr: float = 1e-4
+    actor_lr: float = 3e-4
     """Adam step size of the actor (official: 1e-4)."""
     actor_lr_end: float = 1.0
     """Factor on actor_lr that is reached linearly by the last iteration (official: 1)."""
@@ -167,6 +167,7 @@ class Args:
 NO_LIMIT = 10**9  # iterations of a run that ends by wall_budget_s
 PAPER = dict(
     bc_epochs=200, bc_batch=128, iterations=1000, rollout_chunks=500, eval_every=10, eval_episodes=100, zero_fraction=0.0, batch=50_000, bf16=False, lr_warmup=10,
+    clip=0.01, actor_lr=1e-4,
 )  # fmt: skip
 
 

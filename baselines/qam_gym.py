@@ -175,7 +175,7 @@ class Args:
     """Actor steps per round (RLDT's authors: 2)."""
     actor_batch: int = 128
     """States per actor step, each with one trajectory (RLDT's authors: 6250; official: 256)."""
-    inv_temp: float = 5.0
+    inv_temp: float = 15.0
     """Inverse temperature of the target base * exp(inv_temp * Q), Q in units of the mean chunk reward (RLDT's paper: 0.3, the best of 0.05, 0.1, 0.3)."""
     max_grad_norm: float = 1.0
     """The actor's gradient is scaled down to this norm (official: 1, of actor and critic together)."""

@@ -142,7 +142,7 @@ class Args:
     """Passes over each rollout (official: 5)."""
     batch: int = 2500
     """Chunks per update (official: 50 000, all of the 20 000 of a rollout)."""
-    clip: float = 0.01
+    clip: float = 0.02
     """PPO's clipping range of the ratio (official: 0.01)."""
     target_kl: float = 1.0
     """Estimated KL divergence from the old policy beyond which an iteration's updates end (official: 1)."""
@@ -169,7 +169,7 @@ class Args:
 NO_LIMIT = 10**9  # iterations of a run that ends by wall_budget_s
 PAPER = dict(
     bc_epochs=200, bc_batch=128, euler_steps=4, iterations=1000, rollout_chunks=500, eval_every=10, eval_episodes=100, zero_fraction=0.0,
-    batch=50_000, actor_lr=0.0, value_lr=0.0, warmup_iterations=-1, bf16=False, lr_warmup=10,
+    batch=50_000, actor_lr=0.0, value_lr=0.0, warmup_iterations=-1, clip=0.01, bf16=False, lr_warmup=10,
 )  # fmt: skip
 OFFICIAL = {  # actor_lr, actor_lr_end, value_lr, warmup_iterations in the official file of each task, taken where they are 0, 0 and -1
     "Hopper-v4": (4.5e-5, 0.44, 6.5e-4, 0), "Walker2d-v4": (4e-4, 1.0, 4e-3, 5), "HalfCheetah-v4": (3e-5, 0.5, 3e-4, 10),
