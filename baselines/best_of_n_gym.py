@@ -110,7 +110,7 @@ class Args:
     """Training iterations, the evaluation-only ones included (paper: 70); 0: 25 for Hopper-v4, else 85, without limit under `wall_budget_s`."""
     wall_budget_s: float = 0.0
     """Seconds after which the run ends with its final evaluation, evaluations included; 0: after `iterations`, which otherwise may end it sooner."""
-    candidates: int = 8
+    candidates: int = 4
     """N, actions drawn from the base per decision, of which the critic takes the best, in rollouts, targets and evaluations (EMaQ: 5 to 100)."""
     num_envs: int = 100
     """Parallel environments, per process under torchrun (paper: 100)."""

@@ -84,6 +84,20 @@ def test_reinflow_takes_the_official_step_sizes_of_the_task(task, expected):
     assert (args.actor_lr, args.value_lr, args.warmup_iterations) == expected
 
 
+@pytest.mark.parametrize("module", [dppo_gym, reinflow_gym])
+def test_paper_preset_has_the_official_step_counts_and_clipping(module):
+    args = module.resolve(module.parse_args(["--preset=paper", "--env-id=Hopper-v4"]))
+    assert (args.clip, args.batch, args.epochs, args.lr_warmup) == (0.01, 50_000, 5, 10)
+    assert args.actor_lr == {dppo_gym: 1e-4, reinflow_gym: 4.5e-5}[module]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_without_iterations_only_the_wall_budget_ends_a_run(name):
+    iterations = lambda *flags: SCRIPTS[name].resolve(SCRIPTS[name].parse_args(["--env-id=Hopper-v4", *flags])).iterations
+    assert iterations() < 100 < 1_000_000 < iterations("--wall-budget-s=9")
+    assert iterations("--wall-budget-s=9", "--iterations=7") == 7
+
+
 # ------------------------------------------------------------------------------------ tiny runs
 COMMON = dict(
     env_id="Hopper-v4", chunk=2, euler_steps=4, actor_width=16, time_dim=8, device="cpu", seed=3, num_envs=4, rollout_chunks=12,

@@ -158,6 +158,11 @@ def test_every_try_of_the_search_is_understood_by_its_method(method, flags):
     importlib.import_module(module).parse_args([*own.split(), *flags.split(), "--wall-budget-s=3"])
 
 
+def test_search_runs_the_first_try_of_every_method_before_the_second_ones(monkeypatch, tmp_path):
+    monkeypatch.setattr(search, "TRIES", {"fpo": ("--clip 0.1", "--clip 0.2"), "qam": ("--inv-temp 1",)})
+    assert [cell.method for cell in search.tries(search.Args(methods=("fpo", "qam"), out=tmp_path / "s.csv"))] == ["fpo#1", "qam#1", "fpo#2"]
+
+
 def test_search_runs_what_its_csv_lacks_and_ranks_by_the_mean_of_both_returns(tiny_base, tmp_path, monkeypatch):
     monkeypatch.setattr(search, "TRIES", {"fpo": ("--clip 0.1", "--clip 0.2"), "qam": ("--inv-temp 1",)})
     args = search.Args(methods=("fpo",), wall_budget_s=60, extra=f"{TINY} --base {tiny_base}", out=tmp_path / "s.csv", runs=tmp_path / "runs")

@@ -595,6 +595,12 @@ def test_explicit_flags_win_over_the_preset():
     assert (args.n_particles, args.critic_batch, args.critic_steps) == (5, 64, 64)
 
 
+def test_without_iterations_only_the_wall_budget_ends_a_run():
+    iterations = lambda *flags: rldt_gym.resolve(rldt_gym.parse_args(["--env-id=Hopper-v4", *flags])).iterations
+    assert iterations() == 25 and iterations("--wall-budget-s=9") > 1_000_000
+    assert iterations("--wall-budget-s=9", "--iterations=7") == 7
+
+
 def test_no_flags_give_the_defaults():
     assert rldt_gym.parse_args([]) == rldt_gym.Args()
     assert rldt_gym.parse_args(["--preset", "laptop"]) == rldt_gym.Args()
