@@ -47,3 +47,9 @@ def test_figures_and_table_are_made_from_the_csvs(tmp_path, capsys):
     finals = [row["final_return"] for row in rows if (row["task"], row["method"]) == ("B", "qam")]
     bounded = f"{np.mean(finals):.0f} [{min(finals):.0f}, {max(finals):.0f}]"  # of three seeds, 1 of 27 resamples is the lowest alone
     assert f"| B | QAM | 3 | 100 | {bounded} | {bounded} | 90 | {bounded} | 0.00 | 1.0 | 7.2 | 3.0 |" in printed
+
+
+def test_intervals_are_the_same_in_every_call():
+    scores = {"a": np.random.default_rng(1).normal(size=(5, 2))}
+    first, second = (plot_baselines.interval(scores, lambda x: np.array([x.mean()]), 50)[1]["a"] for _ in range(2))
+    assert first.tolist() == second.tolist() and first[0, 0] < first[1, 0]

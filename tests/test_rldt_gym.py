@@ -1,5 +1,6 @@
 import csv
 import dataclasses
+import itertools
 import json
 import os
 import pickle
@@ -313,6 +314,19 @@ def test_wall_budget_ends_the_run_with_its_final_evaluation(tiny_args, only_run)
     assert rows[-1]["eval_return"] != "" and result["env_steps"] == 0
     assert resume(only_run())["final_return"] == result["final_return"]
     assert metrics(only_run()) == rows  # nothing is added
+
+
+def test_step_size_falls_with_the_time_spent_where_that_ends_the_run(tiny_args, monkeypatch):
+    clock, rates, update = itertools.count(), [], rldt_gym.update_actor
+
+    def recorded(velocity, reference, critic, optimizer, *rest):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return update(velocity, reference, critic, optimizer, *rest)
+
+    monkeypatch.setattr(rldt_gym, "update_actor", recorded)
+    monkeypatch.setattr(rldt_gym.time, "perf_counter", lambda: float(next(clock)))  # a second a call
+    rldt_gym.main(tiny_args(iterations=0, wall_budget_s=60.0, actor_warmup=1, actor_lr=1.0e-3, actor_lr_end=0.1))
+    assert rates == sorted(rates, reverse=True) and rates[0] > 5e-4 > rates[-1] > 1e-4
 
 
 def test_resuming_a_finished_run_writes_its_result_again(finished_run, copied_run):
