@@ -39,12 +39,12 @@ TRIES = {  # flags that replace a preset's, in the order in which they are numbe
     ),
     "fpo++": (
         "--actor-lr 1e-4 --clip 0.01", "--actor-lr 3e-4 --clip 0.01", "--actor-lr 3e-4 --clip 0.04", "--actor-lr 3e-4 --clip 0.1",
-        "--actor-lr 3e-4 --clip 0.04 --samples 16", "--actor-lr 3e-4 --clip 0.04 --batch 1250",
+        "--actor-lr 2e-4 --clip 0.04 --batch 5000 --actor-lr-end 0.1", "--actor-lr 1e-4 --clip 0.04 --batch 10000 --samples 16",
     ),
     "best-of-n": ("--candidates 4", "--candidates 8", "--candidates 2", "--candidates 16", "--candidates 4 --critic-steps 64", "--candidates 2 --critic-steps 64"),
     "sac": (
         "--lr 3e-4", "--lr 1e-4", "--lr 1e-4 --entropy-start 0.01", "--lr 1e-4 --entropy-start 0.01 --gamma 0.98",
-        "--lr 3e-4 --entropy-start 0.01 --critic-iterations 20", "--lr 1e-4 --entropy-start 0.01 --gradient-steps 250",
+        "--lr 3e-4 --entropy-start 0.01 --gradient-steps 1000 --critic-iterations 4", "--lr 3e-4 --gradient-steps 1000 --critic-iterations 4 --batch 128",
     ),
 }  # fmt: skip
 
