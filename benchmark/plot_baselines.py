@@ -24,6 +24,12 @@ NAMES = {
     "fpo++": "FPO++", "best-of-n": "best of N", "sac": "SAC",
 }  # fmt: skip
 
+CLAIMS = {  # what the methods' own papers report, from other base policies and at other budgets (docs/baselines.md); most show curves only
+    "rldt": "above the others (curves, 11 M steps)", "rldt-delta": "slightly above RLDT (curves)", "qam": "other tasks", "fpo++": "other tasks", "fpo": "other tasks",
+    "dppo": "diffusion form (curves, 80 M steps)", "dppo-diffusion": "curves, 80 M steps", "reinflow": "curves, 80 M steps",
+    ("reinflow", "Hopper-v4"): "1432 → 3205, 80 M steps", ("reinflow", "Walker2d-v4"): "2739 → 4109, 80 M steps",
+}  # fmt: skip
+
 
 @dataclass
 class Args:
@@ -157,6 +163,7 @@ def table(rows: list[dict], speeds: list[dict], reps: int) -> str:
                 "final, sampled": bounded("final_return_sampled"), "env steps (10⁶)": mean("env_steps", 1e6, 2), "wall (min)": mean("wall_s", 60, 1),
                 "updates/s": f"{float(speed['gradient_steps_per_s']):.1f}" if speed else "",
                 "updates per 1000 env steps": f"{float(speed['gradient_steps_per_1000_env_steps']):.1f}" if speed else "",
+                "its authors report": CLAIMS.get((method, task), CLAIMS.get(method, "")),
             })  # fmt: skip
     return markdown(lines)
 
