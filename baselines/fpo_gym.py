@@ -144,7 +144,7 @@ class Args:
     samples: int = 8
     """N, pairs (epsilon, t) per action (official FPO: 8; RLDT's paper for FPO++: 16)."""
     clip: float = 0.0
-    """Trust region of the ratio; 0: 0.05 of `fpo` (official), 0.01 of `fpo++` (RLDT's paper, the best of 0.01, 0.02, 0.04)."""
+    """Trust region of the ratio; 0: 0.05 of `fpo` (official), 0.04 of `fpo++`, and 0.01 with --preset paper (RLDT's paper, the best of 0.01, 0.02, 0.04)."""
     loss_clamp: float = 20.0
     """Flow-matching losses are cut off here (official FPO++: 20)."""
     log_ratio_clamp: float = 10.0
@@ -153,13 +153,13 @@ class Args:
     """The actor's gradient is scaled down to this norm (official FPO++: 1)."""
     epochs: int = 5
     """Passes over each rollout (official FPO: 16)."""
-    batch: int = 2500
+    batch: int = 5000
     """Chunks per update, each with N samples (official FPO: 1024 segments of 30 steps)."""
     target_kl: float = 1.0
     """Estimated KL divergence from the old policy beyond which an iteration's updates end (DPPO: 1; official FPO: none)."""
-    actor_lr: float = 1e-4
+    actor_lr: float = 2e-4
     """Adam step size of the actor (official FPO: 3e-4, from scratch)."""
-    actor_lr_end: float = 1.0
+    actor_lr_end: float = 0.1
     """Factor on actor_lr that is reached linearly by the last iteration (official: 1)."""
     lr_warmup: int = 2
     """Training iterations over which the step size rises linearly (DPPO: 10)."""
@@ -168,7 +168,7 @@ class Args:
 NO_LIMIT = 10**9  # iterations of a run that ends by wall_budget_s
 PAPER = dict(
     bc_epochs=200, bc_batch=128, iterations=80, num_envs=100, rollout_chunks=500, eval_every=5, eval_episodes=100, zero_fraction=0.0,
-    samples=16, batch=50_000, bf16=False, lr_warmup=10,
+    samples=16, batch=50_000, actor_lr=1e-4, actor_lr_end=1.0, bf16=False, lr_warmup=10,
 )  # fmt: skip
 
 
@@ -608,7 +608,7 @@ def resolve(args: Args) -> Args:
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit(f"--device {args.device}: this torch sees no CUDA device; use --device cpu.")
     args.iterations = args.iterations or (NO_LIMIT if args.wall_budget_s else 31 if args.env_id == "Hopper-v4" else 106)
-    args.clip = args.clip or (0.05 if args.form == "fpo" else 0.01)
+    args.clip = args.clip or (0.05 if args.form == "fpo" else 0.01 if args.preset == "paper" else 0.04)
     for name in "chunk euler_steps samples num_envs rollout_chunks epochs batch lr_warmup eval_every threads".split():
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")

@@ -687,9 +687,9 @@ def test_fpo_clips_and_fpo_plus_plus_pulls_the_ratio_back_where_the_advantage_is
     assert best[0, fpo_gym.surrogate(best, minus, fpopp).argmax()].item() == pytest.approx(0.9, abs=1e-3)
 
 
-@pytest.mark.parametrize("form, clip", [("fpo", 0.05), ("fpo++", 0.01)])
-def test_fpo_takes_the_trust_region_of_its_form_unless_told_otherwise(form, clip):
-    assert fpo_gym.resolve(fpo_gym.Args(form=form, device="cpu")).clip == clip
+@pytest.mark.parametrize("form, preset, clip", [("fpo", "laptop", 0.05), ("fpo", "paper", 0.05), ("fpo++", "laptop", 0.04), ("fpo++", "paper", 0.01)])
+def test_fpo_takes_the_trust_region_of_its_form_unless_told_otherwise(form, preset, clip):
+    assert fpo_gym.resolve(fpo_gym.Args(form=form, preset=preset, device="cpu")).clip == clip
     assert fpo_gym.resolve(fpo_gym.Args(form=form, clip=0.2, device="cpu")).clip == 0.2
 
 
