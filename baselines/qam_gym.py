@@ -781,7 +781,8 @@ def main(args: Args) -> dict | None:
             import wandb
 
             wandb.init(project=args.wandb_project, name=run_dir.name, config=vars(args), dir=str(run_dir))
-        progress = tqdm(total=args.iterations if args.iterations < NO_LIMIT else None, initial=state["iteration"], desc=args.env_id, dynamic_ncols=True)
+        counted, total = ("iteration", args.iterations) if args.iterations < NO_LIMIT else ("wall_s", int(args.wall_budget_s))
+        progress = tqdm(total=total, initial=min(total, int(state[counted])), unit=" s" if counted == "wall_s" else "it", desc=args.env_id, dynamic_ncols=True)
 
     interrupted = []
     if threading.current_thread() is threading.main_thread():  # Ctrl-C: finish the iteration and save; twice: stop at once
@@ -867,7 +868,7 @@ def main(args: Args) -> dict | None:
             current = row.get("eval_return") or row.get("train_return")
             if current:
                 progress.set_postfix_str(f"return {current:.0f}")
-            progress.update(1)
+            progress.update(min(total, int(state[counted])) - progress.n)
         save_checkpoint()
         if spent >= 1:
             break

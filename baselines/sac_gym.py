@@ -347,7 +347,8 @@ def main(args: Args) -> dict | None:
     csv_path = run_dir / "metrics.csv"
     rows = list(csv.DictReader(csv_path.open())) if args.resume and csv_path.exists() else []
     rows = [row for row in rows if int(row["iteration"]) < state["iteration"]]
-    progress = tqdm(total=args.iterations if args.iterations < NO_LIMIT else None, initial=state["iteration"], desc=args.env_id, dynamic_ncols=True)
+    counted, total = ("iteration", args.iterations) if args.iterations < NO_LIMIT else ("wall_s", int(args.wall_budget_s))
+    progress = tqdm(total=total, initial=min(total, int(state[counted])), unit=" s" if counted == "wall_s" else "it", desc=args.env_id, dynamic_ncols=True)
     interrupted = []
     if threading.current_thread() is threading.main_thread():  # Ctrl-C: finish the iteration and save; twice: stop at once
         signal.signal(signal.SIGINT, lambda *_: signal.signal(signal.SIGINT, signal.default_int_handler) and interrupted.append(1))
@@ -400,7 +401,7 @@ def main(args: Args) -> dict | None:
         if "eval_return" in row:
             tqdm.write(f"{state['env_steps']:9d} steps {state['wall_s']:6.0f} s  return {row['eval_return']:6.0f} +- {row['eval_return_std']:4.0f} mean action, "
                        f"{row['eval_return_sampled']:6.0f} +- {row['eval_return_sampled_std']:4.0f} sampled")  # fmt: skip
-        progress.update(1)
+        progress.update(min(total, int(state[counted])) - progress.n)
         if "eval_return" in row or interrupted:  # the replay is large, so checkpoints are made after evaluations only
             save_checkpoint()
         if spent >= 1:
