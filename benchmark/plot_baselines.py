@@ -84,7 +84,7 @@ def plot_returns(plt, rows: list[dict], args: Args):
     for axis in axes[:, 0]:
         axis.set_ylabel("return, IQM over seeds")
     entries = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=5)
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(5, 2 * len(tasks)))
     save_figure(figure, args.images / "baselines.png")
 
 
