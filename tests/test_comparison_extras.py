@@ -47,6 +47,8 @@ def test_figures_and_table_are_made_from_the_csvs(tmp_path, capsys):
     finals = [row["final_return"] for row in rows if (row["task"], row["method"]) == ("B", "qam")]
     bounded = f"{np.mean(finals):.0f} [{min(finals):.0f}, {max(finals):.0f}]"  # of three seeds, 1 of 27 resamples is the lowest alone
     assert f"| B | QAM | 3 | 100 | {bounded} | {bounded} | 90 | {bounded} | 0.00 | 1.0 | 7.2 | 3.0 | other tasks |" in printed
+    hopper = plot_baselines.table([row | {"task": "Hopper-v4", "method": "reinflow"} for row in rows[:2]], [], 50)
+    assert hopper.endswith("|  |  | 1432 → 3205, 80 M steps |")  # a claim on this task goes before what holds for all
 
 
 def test_intervals_are_the_same_in_every_call():

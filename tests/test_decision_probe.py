@@ -56,3 +56,5 @@ def test_prediction_finds_what_the_state_tells_and_nothing_where_there_is_nothin
     args = Args(run=None, steps=150, networks=1)
     assert auc(told[~train], predict(x, told, train, args)) > 0.95
     assert 0.4 < auc(untold[~train], predict(x, untold, train, args)) < 0.6
+    held_out = torch.where(train, told, torch.nan)
+    torch.testing.assert_close(predict(x, held_out, train, args), predict(x, told, train, args))  # what is held out is not learned from

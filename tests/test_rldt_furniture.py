@@ -30,7 +30,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import pretrain_fm
 import rldt_furniture
-from benchmark import actor_probe_furniture
+from benchmark import actor_probe_furniture, decision_probe_furniture
 from benchmark.particle_probe_furniture import Chosen
 from common.flow import VelocityMLP, expected_target, sample
 from common.svgd import particle_gradient, transport_field
@@ -1710,3 +1710,29 @@ def test_actor_probe_moves_the_actor_alone_and_appends_what_it_measured(monkeypa
     assert float(rows[0]["constraint"]) < float(rows[1]["constraint"])  # it has gone further
     with pytest.raises(SystemExit, match="not a run directory"):
         actor_probe_furniture.main(actor_probe_furniture.Args(tmp_path))
+
+
+def test_decision_probe_measures_every_input_on_the_rollouts_of_the_base_policy(copied_run, tmp_path):
+    replay = torch.load(copied_run / "replay0.pt", weights_only=True)
+    replay["reached"][:, 0] = 0  # so that there are failures beside successes
+    for k in range(6):
+        torch.save(replay, copied_run / f"replay{k}.pt")
+    stored, saved = json.loads((copied_run / "args.json").read_text()), checkpoint(copied_run)
+    def probe(**changes):
+        (copied_run / "args.json").write_text(json.dumps(stored | changes))
+        torch.save(saved | {"added": 6}, copied_run / "checkpoint.pt")
+        decision_probe_furniture.main(decision_probe_furniture.Args(copied_run, bounds=(0, 1, 2), steps=5, networks=1, out=tmp_path / "probe.csv"))
+
+    with pytest.raises(SystemExit, match="has 3 rollouts of the frozen base policy, 4 are needed"):
+        probe(warmup_iterations=3, buffer_iterations=6)
+    with pytest.raises(SystemExit, match="its first rollouts were overwritten"):
+        probe(warmup_iterations=6, buffer_iterations=5)
+    probe(warmup_iterations=6, buffer_iterations=6)
+    rows = list(csv.DictReader((tmp_path / "probe.csv").open()))
+    start = decision_probe_furniture.read_rows(copied_run, 6)
+    start = {name: value[start["chunk"] == 0] for name, value in start.items()}
+    assert [row["sees"] for row in rows if row["first_chunk"] == "0"] == [
+        "state", "state, action", "next state", "state, relative", "state, action, relative", "next state, relative"]  # fmt: skip
+    first = rows[0]
+    assert int(first["episodes"]) == len(start["chunk"]) == 3 * int(first["rows"])  # 2 of 6 rollouts are held out
+    assert float(first["success"]) == pytest.approx(start["success"].mean().item()) and 0 <= float(first["auc"]) <= 1

@@ -316,7 +316,7 @@ def test_wall_budget_ends_the_run_with_its_final_evaluation(tiny_args, only_run)
     assert metrics(only_run()) == rows  # nothing is added
 
 
-def test_step_size_falls_with_the_time_spent_where_that_ends_the_run(tiny_args, monkeypatch):
+def test_step_size_and_progress_follow_the_time_spent_where_that_ends_the_run(tiny_args, monkeypatch, capsys):
     clock, rates, update = itertools.count(), [], rldt_gym.update_actor
 
     def recorded(velocity, reference, critic, optimizer, *rest):
@@ -327,6 +327,8 @@ def test_step_size_falls_with_the_time_spent_where_that_ends_the_run(tiny_args, 
     monkeypatch.setattr(rldt_gym.time, "perf_counter", lambda: float(next(clock)))  # a second a call
     rldt_gym.main(tiny_args(iterations=0, wall_budget_s=60.0, actor_warmup=1, actor_lr=1.0e-3, actor_lr_end=0.1))
     assert rates == sorted(rates, reverse=True) and rates[0] > 5e-4 > rates[-1] > 1e-4
+    shown = [int(n) for n in re.findall(r"(\d+)/60 \[", capsys.readouterr().err)]  # seconds of 60
+    assert shown == sorted(shown) and shown[0] == 0 and shown[-1] == 60 and any(10 < n < 50 for n in shown)
 
 
 def test_resuming_a_finished_run_writes_its_result_again(finished_run, copied_run):
