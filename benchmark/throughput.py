@@ -12,8 +12,9 @@ critic_update      one step of both critics and their targets
 actor_update       one step of the actor, sampling of its trajectories included
 training_iteration composed from the medians of the above at the settings of rldt_gym.py
 
-Variants: `rldt` is the shipped step (bfloat16 autocast); `rldt-fp32` the same with --no-bf16; `rldt-compile`
-the same with --compile; `plain` the same mathematics written the plain way in this file: eager fp32, two
+Variants: `rldt` is the shipped step (bfloat16 autocast, also with --preset paper, whose default it is not);
+`rldt-fp32` the same with --no-bf16 (on CUDA its products, like those of `plain` and of the ceiling, are TF32);
+`rldt-compile` the same as `rldt` with --compile; `rldt-graphs`, on CUDA, compiled to CUDA graphs; `plain` the same mathematics written the plain way in this file: eager fp32, two
 separate critics, Adam without foreach or fused, Polyak averaging parameter by parameter, one velocity pass
 each for transport and constraint, particles sampled anew, and the velocity of the exploration noise
 evaluated again. `plain` is batched over states and particles like the shipped step and leaves out its
@@ -31,12 +32,14 @@ actor_update   per particle    K V + 7 (V + T) + 2 C          plain: 2 K V + 7 (
 """
 
 import copy
+import dataclasses
 import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -58,6 +61,8 @@ ROLLOUT_CHUNKS = 4  # chunks per measured call of the rollout and of the environ
 class Args:
     env_id: str = "Hopper-v4"
     """Task whose observation and action sizes the networks get."""
+    preset: Literal["laptop", "paper"] = "laptop"
+    """Preset of rldt_gym.py whose settings the steps have."""
     tasks: tuple[str, ...] = TASKS
     """Tasks whose environments are timed."""
     device: str = "cpu"
@@ -71,7 +76,7 @@ class Args:
     seconds: float = 0.3
     """Least time per case and repeat, after one call to warm up."""
     compile: bool = False
-    """Also measure torch.compile'd networks."""
+    """Also measure torch.compile'd networks, on CUDA with and without CUDA graphs."""
     out: Path = RESULTS / "throughput.csv"
     """CSV to write."""
 
@@ -122,12 +127,13 @@ class PlainCritic(nn.Module):
 
 
 # ----------------------------------------------------------------------------------- the steps
-def shipped_steps(cfg: rldt_gym.Args, policy, critic, data: dict, compiled: bool) -> dict[str, Callable]:
-    """One call of each step as rldt_gym.main makes it."""
+def shipped_steps(cfg: rldt_gym.Args, policy, critic, data: dict, mode: str | None = None) -> dict[str, Callable]:
+    """One call of each step as rldt_gym.main makes it, the networks compiled in a mode of torch.compile if one is given."""
     policy, critic = copy.deepcopy(policy), copy.deepcopy(critic)
     reference, target = (copy.deepcopy(net).requires_grad_(False) for net in (policy.velocity, critic))
-    if compiled:
-        policy.velocity.compile(), critic.compile(), target.compile(), reference.compile()
+    if mode:
+        for net in (policy.velocity, critic, target, reference):
+            net.compile(mode=mode)
     actor_optimizer = torch.optim.Adam(policy.velocity.parameters(), cfg.actor_lr, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), cfg.critic_lr, fused=True)
     envs, slot, returns = IdleEnv(cfg.num_envs, data["obs"].shape[-1]), data["slot"], np.zeros(cfg.num_envs)
@@ -267,10 +273,12 @@ def env_cases(args: Args, cfg: rldt_gym.Args, threads: int) -> list[Case]:
 def step_cases(args: Args, cfg: rldt_gym.Args, policy, critic, data: dict, threads: int) -> list[Case]:
     fp32 = copy.copy(cfg)
     fp32.bf16 = False
-    variants = {"rldt": shipped_steps(cfg, policy, critic, data, False)}
-    variants["rldt-fp32"] = shipped_steps(fp32, policy, critic, data, False)
+    variants = {"rldt": shipped_steps(cfg, policy, critic, data)}
+    variants["rldt-fp32"] = shipped_steps(fp32, policy, critic, data)
     if args.compile:
-        variants["rldt-compile"] = shipped_steps(cfg, policy, critic, data, True)
+        variants["rldt-compile"] = shipped_steps(cfg, policy, critic, data, "default")
+        if args.device.startswith("cuda"):
+            variants["rldt-graphs"] = shipped_steps(cfg, policy, critic, data, "reduce-overhead")
     variants["plain"] = plain_steps(cfg, policy, data)
     transitions = cfg.segments * cfg.segment_chunks
     items = {
@@ -280,7 +288,7 @@ def step_cases(args: Args, cfg: rldt_gym.Args, policy, critic, data: dict, threa
     cases = []
     for variant, steps in variants.items():
         flop = count_flop(cfg, policy, critic, variant == "plain")
-        dtype = "bf16" if cfg.bf16 and variant in ("rldt", "rldt-compile") else "fp32"
+        dtype = "bf16" if cfg.bf16 and variant in ("rldt", "rldt-compile", "rldt-graphs") else "fp32"
         cases += [Case(name, variant, threads, call, *items[name], flop[name], dtype) for name, call in steps.items()]
     return cases
 
@@ -308,13 +316,13 @@ def measure(cases: list[Case], args: Args):
         case.seconds = statistics.median(seconds)
 
 
-def compose_iteration(cases: list[Case], cfg: rldt_gym.Args, variant: str, threads: int, task: str) -> Case:
+def compose_iteration(cases: list[Case], cfg: rldt_gym.Args, rollout_chunks: int, variant: str, threads: int, task: str) -> Case:
     """One training iteration of rldt_gym.py from the medians of its parts; `plain` steps Gymnasium."""
     steps = {case.name: case for case in cases if case.variant == variant and case.threads == threads}
     envs = {case.variant: case for case in cases if case.name == f"env {task}" and case.threads <= threads}
     env = envs["gymnasium"] if variant == "plain" or "envpool" not in envs else envs["envpool"]
     calls = {
-        "rollout": rldt_gym.Args.rollout_chunks / ROLLOUT_CHUNKS, "critic_target": cfg.rounds,
+        "rollout": rollout_chunks / ROLLOUT_CHUNKS, "critic_target": cfg.rounds,
         "critic_update": cfg.rounds * cfg.critic_steps, "actor_update": cfg.rounds * cfg.actor_steps,
     }  # fmt: skip
     case = Case("training_iteration", variant, threads, lambda: None, 1, "iterations/s", dtype=steps["rollout"].dtype)
@@ -324,7 +332,8 @@ def compose_iteration(cases: list[Case], cfg: rldt_gym.Args, variant: str, threa
 
 
 def main(args: Args):
-    cfg = rldt_gym.Args(env_id=args.env_id, device=args.device, rollout_chunks=ROLLOUT_CHUNKS)
+    preset = rldt_gym.Args(env_id=args.env_id, device=args.device, **(rldt_gym.PAPER if args.preset == "paper" else {}))
+    cfg = dataclasses.replace(preset, bf16=True, rollout_chunks=ROLLOUT_CHUNKS, segment_chunks=min(preset.segment_chunks, preset.rollout_chunks))
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = True  # as in rldt_gym.main
     envs = VectorEnv(args.env_id, 1, cfg.chunk)
@@ -350,7 +359,7 @@ def main(args: Args):
     measure(cases, args)
     for threads in dict.fromkeys(case.threads for case in cases):
         variants = [case.variant for case in cases if case.name == "rollout" and case.threads == threads]
-        cases += [compose_iteration(cases, cfg, variant, threads, args.tasks[0]) for variant in variants]
+        cases += [compose_iteration(cases, cfg, preset.rollout_chunks, variant, threads, args.tasks[0]) for variant in variants]
 
     ceiling = {}  # FLOP/s by (dtype, threads)
     for case in cases:
@@ -365,7 +374,7 @@ def main(args: Args):
         speed = case.flop / case.seconds
         share = lambda dtype, case=case, speed=speed: speed / ceiling[dtype, case.threads] if case.flop else ""
         rows.append({
-            "name": case.name, "variant": case.variant, "value": case.items / case.seconds, "unit": case.unit,
+            "name": case.name, "variant": case.variant, "preset": args.preset, "value": case.items / case.seconds, "unit": case.unit,
             "gflop_per_call": case.flop / 1e9 or "", "gflops_per_s": speed / 1e9 or "",
             "fraction_of_ceiling": share(case.dtype), "speedup_vs_plain": slow.seconds / case.seconds if slow else "",
             "threads": case.threads, "device": gpu, **source, "fraction_of_fp32_ceiling": share("fp32"),

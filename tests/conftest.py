@@ -13,6 +13,7 @@ from hypothesis import settings
 import rldt_gym
 
 ROOT = Path(__file__).resolve().parents[1]
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")  # of the small runs of rldt_gym.py and rldt_furniture.py
 WALL_COLUMNS = ("wall_s", "rollout_s", "critic_s", "actor_s")
 
 settings.register_profile("rldt", deadline=None, derandomize=True, database=None, max_examples=40)
@@ -46,7 +47,7 @@ def tiny_base(tmp_path_factory):
 def tiny_flags(tiny_base):
     """Flags of a Hopper run of six iterations that takes about a second."""
     flags = dict(
-        env_id="Hopper-v4", base=tiny_base, chunk=2, euler_steps=4, actor_width=16, time_dim=8, device="cpu", seed=3,
+        env_id="Hopper-v4", base=tiny_base, chunk=2, euler_steps=4, actor_width=16, time_dim=8, device=DEVICE, seed=3,
         iterations=6, num_envs=4, rollout_chunks=12, buffer_iterations=2, eval_every=4, eval_episodes=2,
         final_eval_episodes=3, rounds=2, critic_steps=2, critic_batch=16, critic_width=16, segments=8, segment_chunks=4,
         warmup_iterations=1, warmup_factor=1, actor_steps=1, actor_batch=8, n_particles=3, actor_lr=1e-3,

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import WALL_COLUMNS
+from conftest import DEVICE, WALL_COLUMNS
 from hypothesis import given
 from hypothesis import strategies as st
 from pickle_bomb import LOADED, Bomb
@@ -1208,7 +1208,7 @@ def test_help_exits_with_zero_and_mentions_every_field(monkeypatch, capsys, argv
 def flags(base, runs, **changes):
     """Flags of a run of four iterations, the first and the last of which evaluate."""
     values = dict(
-        furniture="lamp", backend="mujoco", runs=runs, chunk=4, euler_steps=4, actor_width=16, actor_depth=3, cond_mlp=(), time_dim=8, device="cpu",
+        furniture="lamp", backend="mujoco", runs=runs, chunk=4, euler_steps=4, actor_width=16, actor_depth=3, cond_mlp=(), time_dim=8, device=DEVICE,
         threads=1, seed=3, iterations=4, num_envs=2, horizon=40, rollout_chunks=13, buffer_iterations=2, eval_every=10, eval_episodes=2, final_eval_episodes=3,
         rounds=2, critic_steps=2, critic_batch=8, critic_width=16, segments=6, segment_chunks=3, warmup_iterations=1, actor_steps=1, actor_batch=4,
         n_particles=2, exploration_steps=2, actor_lr=1e-3, actor_warmup=2, actor_layer_norm=False,
