@@ -259,7 +259,7 @@ def env_cases(args: Args, cfg: rldt_gym.Args, threads: int) -> list[Case]:
     cases = []
     for task in args.tasks:
         for backend in ("envpool", "gymnasium") if envpool_has(task) else ("gymnasium",):
-            if backend == "gymnasium" and threads > 1:
+            if backend == "gymnasium" and threads != args.threads:
                 continue  # it has no threads
             envs = VectorEnv(task, cfg.num_envs, cfg.chunk, backend, threads=threads)
             envs.reset()

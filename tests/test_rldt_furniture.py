@@ -78,7 +78,7 @@ def copied(module):
 
 def changed(module, before):
     """Names of the parameters that differ from `before`."""
-    return {key for key, value in module.state_dict().items() if not torch.equal(value, before[key])}
+    return {key for key, value in module.state_dict().items() if not torch.equal(value.cpu(), before[key].cpu())}
 
 
 class FakeEnvs:

@@ -14,7 +14,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, WALL_COLUMNS
+from conftest import DEVICE, ROOT, WALL_COLUMNS
 from pickle_bomb import LOADED, Bomb
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -57,7 +57,7 @@ def test_run_writes_every_file(finished_run):
     checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
     assert checkpoint["state"]["iteration"] == 7
     for key, value in policy.state_dict().items():
-        assert torch.equal(value, checkpoint["policy"][key])
+        assert torch.equal(value, checkpoint["policy"][key].cpu())
     assert run.name.startswith("Hopper-v4__rldt__3__")
 
 
@@ -371,11 +371,11 @@ def test_evaluation_counts_first_episodes_only(tiny_args, tiny_base):
     policy = rldt_gym.load_base(tiny_base, args, envs)
     returns = rldt_gym.evaluate(policy, args, 3, 21)["zero"]
     obs, total, alive = envs.reset(), np.zeros(6), np.ones(6, bool)
-    generator = torch.Generator().manual_seed(21)
+    generator = torch.Generator(args.device).manual_seed(21)
     while alive.any():
-        x0 = torch.randn(6, 6, generator=generator)
+        x0 = torch.randn(6, 6, device=args.device, generator=generator)
         x0[:3] = 0
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), rldt_gym.autocast(args):
             chunks = policy.to_env(policy.sample(policy.normalize(obs), x0))
         _, reward, terminated, truncated, _ = envs.step(chunks)
         total += reward * alive
@@ -413,7 +413,7 @@ def test_exploration_adds_noise_only_from_steps_before_the_last(tiny_args, tiny_
 def test_share_of_the_environments_acts_from_zero(tiny_args, tiny_base, fraction, count):
     policy, _, slot, *_ = rollout(tiny_args, tiny_base, exploration_steps=0, zero_fraction=fraction)
     with torch.no_grad():
-        deterministic = policy.sample(slot["obs"], torch.zeros(12, 4, 6))
+        deterministic = policy.sample(slot["obs"], torch.zeros(12, 4, 6, device=DEVICE))
     same = (slot["action"] - deterministic).abs().amax((0, 2)) < 1e-5
     assert same.tolist() == [True] * count + [False] * (4 - count)
 
@@ -427,9 +427,9 @@ def test_rollout_stores_what_was_executed(tiny_args, tiny_base):
         torch.testing.assert_close(slot["obs"][t], policy.normalize(obs))
         next_obs, reward, terminated, truncated, length = again.step(chunks)
         torch.testing.assert_close(slot["next_obs"][t], policy.normalize(next_obs))
-        np.testing.assert_allclose(slot["reward"][t], reward, rtol=1e-6)
-        np.testing.assert_array_equal(slot["terminated"][t], terminated)
-        np.testing.assert_array_equal(slot["truncated"][t], truncated)
+        np.testing.assert_allclose(slot["reward"][t].cpu(), reward, rtol=1e-6)
+        np.testing.assert_array_equal(slot["terminated"][t].cpu(), terminated)
+        np.testing.assert_array_equal(slot["truncated"][t].cpu(), truncated)
         total, count, done = total + reward, count + length.sum(), terminated | truncated
         ended += total[done].tolist()
         total[done] = 0
@@ -502,7 +502,7 @@ def test_base_policy_round_trip(tmp_path, tiny_args):
     copy = rldt_gym.load_base(tmp_path / "deeper" / "b.safetensors", args, rldt_gym.VectorEnv("Hopper-v4", 1))
     assert copy.config == policy.config
     for key, value in policy.state_dict().items():
-        assert torch.equal(copy.state_dict()[key], value)
+        assert torch.equal(copy.state_dict()[key].cpu(), value)
 
 
 def test_policy_scales_observations_and_actions_by_the_demonstrations():
@@ -586,7 +586,7 @@ def test_run_without_a_base_policy_pretrains_one_and_keeps_it(tiny_args, tmp_pat
     assert (run / "base.safetensors").exists()
     checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
     low = dataset.load(path).observations.min(0)
-    np.testing.assert_array_equal(checkpoint["policy"]["obs_min"], low)
+    np.testing.assert_array_equal(checkpoint["policy"]["obs_min"].cpu(), low)
     assert len(before) == 3
 
 
