@@ -971,7 +971,7 @@ def main(args: Args) -> dict | None:
         import wandb
 
         wandb.init(project=args.wandb_project, name=run_dir.name, config=vars(args), dir=str(run_dir))
-    progress = tqdm(total=args.iterations, initial=state["iteration"], desc=task, dynamic_ncols=True)
+    progress = tqdm(total=args.iterations, initial=min(args.iterations, state["iteration"]), desc=task, dynamic_ncols=True)
 
     interrupted = []
     if threading.current_thread() is threading.main_thread():  # Ctrl-C: finish the iteration and save; twice: stop at once
@@ -1048,7 +1048,7 @@ def main(args: Args) -> dict | None:
         current = row.get("eval_success", row.get("train_success"))
         if current not in ("", None):
             progress.set_postfix_str(f"success {100 * current:.0f} %")
-        progress.update(1)
+        progress.update(min(args.iterations, state["iteration"]) - progress.n)
         save_checkpoint(trained)
         if interrupted:
             envs.close()
