@@ -143,8 +143,8 @@ class Args:
     """End an episode when all pairs are assembled; else it runs to the time limit, and what follows is masked (authors; always in
     Isaac Gym, where a reset disturbs the other environments)."""
     rollout_chunks: int = 0
-    """Chunks per environment and iteration, and the state after them; episodes start anew in every iteration, and the critic bootstraps where
-    one is cut. 0: a whole episode and the state it ends in, 89 (one_leg) or 126 (lamp) (paper: 88 or 125, without that state)."""
+    """Rows per environment and iteration: one for each chunk, and one for the state after the last; episodes start anew in every iteration, and
+    the critic bootstraps where one is cut. 0: a whole episode, 89 (one_leg) or 126 (lamp) (paper: 88 or 125, without that state)."""
     rollout_end: Literal["bootstrap", "failure"] = "bootstrap"
     """What the end of a rollout is to the critic where it cuts an episode that began with it: a cut, or `failure`, as if time was up (later
     episodes are cut in either case)."""
@@ -427,7 +427,7 @@ def load_base(path: Path, args: Args) -> FlowPolicy:
     """Reads a base policy and checks that it fits the task and the arguments."""
     try:
         with safe_open(path, "pt") as file:
-            config = json.loads(file.metadata()["config"])
+            config, info = json.loads(file.metadata()["config"]), json.loads(file.metadata().get("info", "{}"))
             state = {key: file.get_tensor(key).float() for key in file.keys()}
         policy = FlowPolicy(**config)
         policy.load_state_dict(state)
@@ -437,6 +437,8 @@ def load_base(path: Path, args: Args) -> FlowPolicy:
     for key, value in want.items():
         if config[key] != value:
             raise SystemExit(f"{path}: has {key} {config[key]}, the run wants {value}; change the flag or use --pretrain.")
+    if args.backend not in ("auto", info.get("backend", args.backend)):
+        print(f"{path}: a base policy of {info['backend']}, now used in {args.backend}, whose physics differ.")
     return policy.to(args.device)
 
 
@@ -459,7 +461,8 @@ def get_base(args: Args, run_dir: Path) -> FlowPolicy:
         return load_base(Path(path), args)
     checkpoint = run_dir / "pretraining.pt"
     policy = pretrain(args, get_demonstrations(args), checkpoint=checkpoint)
-    save_base(policy, run_dir / "base.safetensors", furniture=args.furniture, randomness=args.randomness, validation_loss=policy.validation_loss)
+    made_in = {} if args.dataset else {"backend": "mujoco"}
+    save_base(policy, run_dir / "base.safetensors", furniture=args.furniture, randomness=args.randomness, validation_loss=policy.validation_loss, **made_in)
     checkpoint.unlink(missing_ok=True)
     return load_base(run_dir / "base.safetensors", args)  # in half precision, as a resumed run finds it
 
@@ -721,7 +724,8 @@ def record_video(policies: dict[str, FlowPolicy], args: Args, path: Path):
     import imageio.v2 as imageio
 
     try:
-        os.environ.setdefault("MUJOCO_GL", "egl")
+        if sys.platform == "linux":
+            os.environ.setdefault("MUJOCO_GL", "egl")
         importlib.reload(mujoco.gl_context)  # it chose a renderer when MuJoCo was imported
         env = FurnitureEnv(args.furniture, args.randomness, render_mode="rgb_array", horizon=args.horizon)
         films = {name: [] for name in policies}
@@ -746,7 +750,7 @@ def record_video(policies: dict[str, FlowPolicy], args: Args, path: Path):
                 parts = [films[name][episode] for name in policies]
                 for t in range(max(map(len, parts)) + 10):
                     writer.append_data(np.concatenate([film[min(t, len(film) - 1)] for film in parts], 1))
-        print(f"Video ({', '.join(policies)} from left to right): {path}")
+        print(f"Video (MuJoCo; {', '.join(policies)} from left to right): {path}")
     except (SystemExit, Exception) as error:  # GL drivers fail in many ways; none of them may cost the trained policy
         print(f"No video: {error}. MuJoCo needs a GL backend: install libegl1 or libosmesa6 and set MUJOCO_GL=egl or osmesa.")
 

@@ -312,11 +312,11 @@ def test_environments_are_made_as_the_arguments_say(simulator, stop_on_success):
     envs.close()
 
 
-def test_a_run_in_isaac_resets_all_environments_together(simulator, tmp_path):
+def test_a_run_in_isaac_resets_all_environments_together(simulator, tmp_path, capsys):
     simulator.rewards = lambda t, i: float((t, i) in ((2, 0), (5, 1), (6, 1)))
     policy = rldt_furniture.FlowPolicy(44, 10, 4, 4, width=16, depth=3, time_dim=8, layer_norm=False, cond_mlp=())
     policy.obs_max.fill_(300), policy.obs_min.fill_(-300)
-    rldt_furniture.save_base(policy, tmp_path / "base.safetensors")
+    rldt_furniture.save_base(policy, tmp_path / "base.safetensors", backend="mujoco")
     args = rldt_furniture.Args(
         backend="isaac", furniture="lamp", base=tmp_path / "base.safetensors", runs=tmp_path / "runs", chunk=4, euler_steps=4, actor_width=16,
         actor_depth=3, actor_layer_norm=False, cond_mlp=(), time_dim=8, device="cpu", threads=1, iterations=2, num_envs=3, horizon=10, buffer_iterations=2,
@@ -324,6 +324,7 @@ def test_a_run_in_isaac_resets_all_environments_together(simulator, tmp_path):
         warmup_iterations=0, actor_steps=1, actor_batch=4, n_particles=2,
     )  # fmt: skip
     result = rldt_furniture.main(args)
+    assert f"{args.base}: a base policy of mujoco, now used in isaac" in capsys.readouterr().out
     # eight episodes in three waves, one rollout, eight episodes again
     assert simulator.resets == [[0, 1, 2], [0, 1, 2], [0, 1], [0, 1, 2], [0, 1, 2], [0, 1, 2], [0, 1]]
     assert (result["backend"], result["task"], result["env_steps"]) == ("isaac", "lamp-low", 30)

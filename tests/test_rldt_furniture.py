@@ -1641,7 +1641,7 @@ def test_video_shows_both_policies_or_says_why_not(bases, tmp_path, capsys, monk
     rldt_furniture.record_video({"base": policy, "finetuned": policy}, args, path)
     printed = capsys.readouterr().out
     assert "Traceback" not in printed
-    assert path.exists() == printed.startswith("Video (base, finetuned from left to right)")
+    assert path.exists() == printed.startswith("Video (MuJoCo; base, finetuned from left to right)")
     if not path.exists():
         assert "install libegl1 or libosmesa6" in printed
 
