@@ -6,6 +6,7 @@ Figures of the paper: 2 and the reliability of its claim (baselines*.png, by ben
 3 (success*.png), 4 (gradient_norms.png), 5 and 8 (kernels*.png), 6 and 7 (ablations.png).
 """
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from benchmark.tools import (
     save_figure,
 )
 
+SIMULATORS = {"mujoco": " (MuJoCo)", "isaac": " (Isaac Gym)"}  # backends of furniture
 STARTS = {  # column in the curves, label, base column, colour
     "eval_return": ("x₀ = 0", "base_return", COLORS["blue"]),
     "eval_return_sampled": ("sampled, x₀ ~ N(0, I)", "base_return_sampled", COLORS["orange"]),
@@ -134,14 +136,18 @@ def table(rows: list[dict], key: str) -> str:
     return markdown(lines)
 
 
+def measured(task: str) -> tuple[str, int]:
+    """What a task with sparse rewards is measured by in the curves, and the most it can be."""
+    return ("stages", 2) if task.startswith("lamp") else ("success", 1)
+
+
 def plot_success(plt, rows: list[dict], args: Args, name: str):
     """Success rate, or pairs where a task assembles several, against wall time, a panel per task, a line per method; dots are evaluations, faint lines rollouts."""
     tasks = group(rows, "task")
     figure, axes = plt.subplots(1, len(tasks), figsize=(3.6 * len(tasks) + 0.4, 3.4), squeeze=False)
-    colors = dict(zip(dict.fromkeys(row["method"] for row in rows), COLORS.values(), strict=False))
+    colors = dict(zip(dict.fromkeys(row["method"] for row in rows), itertools.cycle(COLORS.values()), strict=False))
     for axis, (task, runs) in zip(axes[0], tasks.items(), strict=True):
-        several = task.startswith("lamp")
-        what, most = ("stages", 2) if several else ("success", 1)
+        what, most = measured(task)
         for row in runs:
             curve = read_csv(args.results / "curves" / f"{row['task']}__{row['method']}__{row['seed']}.csv")
             rollouts = [(float(p["wall_s"]) / 60, float(p[f"train_{what}"])) for p in curve if p.get(f"train_{what}")]
@@ -149,26 +155,29 @@ def plot_success(plt, rows: list[dict], args: Args, name: str):
             for key, style, start in ((f"eval_{what}", "o-", "x₀ = 0"), (f"eval_{what}_sampled", "o:", "sampled")):
                 points = [(float(p["wall_s"]) / 60, float(p[key])) for p in curve if p.get(key)]
                 axis.plot(*zip(*points, strict=True), style, ms=3, lw=1.2, color=colors[row["method"]], label=f"{row['method']}, {start}")
-        axis.set(title=task, xlabel="wall time (minutes)", ylabel="assembled pairs" if several else "success rate", ylim=(-0.02 * most, 1.02 * most))
+        axis.set(title=task + SIMULATORS.get(runs[0].get("backend"), ""), xlabel="wall time (minutes)",
+                 ylabel="assembled pairs" if most > 1 else "success rate", ylim=(-0.02 * most, 1.02 * most))  # fmt: skip
     entries = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=2)
     save_figure(figure, args.images / name)
 
 
-def plot_kernels(plt, rows: list[dict], folder: Path, measure: str, path: Path):
-    """RBF beside delta kernel (the paper's figures 5 and 8): success or return, constraint loss and |phi| against iterations, a line of panels per task."""
+def plot_kernels(plt, rows: list[dict], folder: Path, path: Path):
+    """RBF beside delta kernel (the paper's figures 5 and 8): return, success or pairs, constraint loss and |phi| against iterations, a line of panels per task."""
     tasks = group(rows, "task")
-    panels = {f"eval_{measure}": f"{measure}, x₀ = 0", f"eval_{measure}_sampled": f"{measure}, sampled"} | {k: v for k, v in reversed(DIAGNOSTICS.items())}
-    figure, axes = plt.subplots(len(tasks), len(panels), figsize=(3.2 * len(panels), 0.4 + 2.8 * len(tasks)), squeeze=False)
+    figure, axes = plt.subplots(len(tasks), 4, figsize=(12.8, 0.4 + 2.8 * len(tasks)), squeeze=False)
     for line, (task, runs) in zip(axes, tasks.items(), strict=True):
+        measure, most = ("return", None) if "base_return" in runs[0] else measured(task)
+        name = "assembled pairs" if measure == "stages" else measure
+        panels = {f"eval_{measure}": f"{name}, x₀ = 0", f"eval_{measure}_sampled": f"{name}, sampled"} | {k: v for k, v in reversed(DIAGNOSTICS.items())}
         for axis, (column, title) in zip(line, panels.items(), strict=True):
             for method, (label, color) in {"rldt": ("RBF kernel", COLORS["green"]), "rldt-delta": ("delta kernel", COLORS["purple"])}.items():
                 for row in [row for row in runs if row["method"] == method]:
                     curve = read_csv(folder / f"{task}__{method}__{row['seed']}.csv")
                     points = [(int(p["iteration"]), float(p[column])) for p in curve if p.get(column)]
                     axis.plot(*zip(*points, strict=True), color=color, lw=1.2, marker="o" if measure in column else None, ms=3, label=label)
-            axis.set(title=title, xlabel="iteration", ylim=(0, 1 if "success" in column else None))
-        line[0].set_ylabel(task)
+            axis.set(title=title, xlabel="iteration", ylim=(0, most if measure in column else None))
+        line[0].set_ylabel(task + SIMULATORS.get(runs[0].get("backend"), ""))
     entries = {label: handle for handle, label in zip(*axes[0, 0].get_legend_handles_labels(), strict=True)}
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=2)
     save_figure(figure, path)
@@ -228,10 +237,11 @@ def main(args: Args):
     for family, runs in families.items():
         if runs:
             suffix = "" if family == "robomimic" else f"_{family}"
-            plot_success(plt, runs, args, f"success{suffix}.png")
+            main = [row for row in runs if family == "robomimic" or row["method"] in ("rldt", "rldt-delta")]  # without furniture's other settings
+            plot_success(plt, main or runs, args, f"success{suffix}.png")
             both = {row["task"] for row in runs if row["method"] == "rldt-delta"}
             if both:
-                plot_kernels(plt, [row for row in runs if row["task"] in both], args.results / "curves", "success", args.images / f"kernels{suffix}.png")
+                plot_kernels(plt, [row for row in runs if row["task"] in both], args.results / "curves", args.images / f"kernels{suffix}.png")
             print(success_table(runs))
     norms = read_csv(args.results / "gradient_norms.csv")
     if norms:

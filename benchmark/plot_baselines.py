@@ -180,7 +180,7 @@ def main(args: Args):
     plot_returns(plt, rows, args)
     kernels = [row for row in rows if row["method"] in ("rldt", "rldt-delta")]
     if any(row["method"] == "rldt-delta" for row in kernels):
-        plot_kernels(plt, kernels, args.results / "baselines", "return", args.images / "kernels_gym.png")
+        plot_kernels(plt, kernels, args.results / "baselines", args.images / "kernels_gym.png")
     scores = final_scores(rows, args.column)
     if scores:
         plot_reliability(plt, scores, args)

@@ -184,7 +184,7 @@ def test_figures_and_table_of_sparse_tasks_are_made_from_the_csvs(tmp_path, caps
         rates = {f"{when}_success{start}": value for when, value in (("base", 0.25), ("final", final)) for start in ("", "_sampled")}
         ends = {f"{key}_{end}": 0.1 for key in rates for end in ("low", "high")}
         stages = {f"{when}_stages{start}": value for when, value in (("base", 0.5), ("final", 2 * final)) for start in ("", "_sampled")}
-        rows.append(dict(task="lamp-low", method=method, seed=1, env_steps=2000, wall_s=120) | rates | ends | stages)
+        rows.append(dict(task="lamp-low", backend="mujoco", method=method, seed=1, env_steps=2000, wall_s=120) | rates | ends | stages)
         curve = [dict(iteration=i, wall_s=60 * i, train_stages=2 - i, **{f"eval_{what}{start}": value for what, value in (("success", y), ("stages", 2 * y)) for start in ("", "_sampled")},
                       **{"diagnostics/phi_norm": 1 + i, "losses/constraint": i}) for i, y in ((0, 0.25), (2, final))]  # fmt: skip
         write_csv(tmp_path / "curves" / f"lamp-low__{method}__1.csv", curve)
@@ -192,8 +192,9 @@ def test_figures_and_table_of_sparse_tasks_are_made_from_the_csvs(tmp_path, caps
     monkeypatch.setattr(plot, "save_figure", lambda figure, path: drawn.update({path.name: figure}))
     plot.main(plot.Args(results=tmp_path, images=tmp_path))
     lines = {name: [line.get_ydata().tolist() for axis in figure.axes for line in axis.lines] for name, figure in drawn.items()}
+    assert [axis.get_title() for axis in drawn["success_furniture.png"].axes] == ["lamp-low (MuJoCo)"]
     assert lines["success_furniture.png"] == [[2, 0], [0.5, 1.5], [0.5, 1.5], [2, 0], [0.5, 1.0], [0.5, 1.0]]  # pairs: rollouts, from both starts
-    assert lines["kernels_furniture.png"] == [[0.25, 0.75], [0.25, 0.5]] * 2 + [[0, 2]] * 2 + [[1, 3]] * 2
+    assert lines["kernels_furniture.png"] == [[0.5, 1.5], [0.5, 1.0]] * 2 + [[0, 2]] * 2 + [[1, 3]] * 2
     assert "| lamp-low | rldt | 1 | 25 [10, 10] | 75 [10, 10] | 25 | 75 [10, 10] | 0.50 / 0.50 | 1.50 / 1.50 | 2 | 2 |" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"no gym\.csv"):
         plot.main(plot.Args(results=tmp_path / "none", images=tmp_path))
