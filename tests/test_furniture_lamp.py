@@ -23,6 +23,11 @@ def test_assembler_succeeds(env):
         assert episode["actions"].shape[1] == 10 and episode["state"].shape == (len(episode["actions"]), 44)
 
 
+def test_assembler_succeeds_on_med():
+    env = FurnitureEnv("lamp", "med")  # in these resets it moves the hood away and sets the bulb down elsewhere first
+    assert [run_episode(env, Lamp, seed)["rewards"].sum() for seed in (2, 36)] == [2, 2]
+
+
 def test_hand_screws_the_bulb_in_by_the_pitch_and_the_hood_stays_on_it(env):
     env.reset(seed=5)
     arm = Arm(env, np.random.default_rng(5))
