@@ -244,6 +244,9 @@ class Args:
     """Factor on actor_lr that is reached linearly by the last iteration (authors: 1)."""
     actor_warmup: int = 32
     """Actor steps over which the step size rises linearly (paper: 32)."""
+    actor_ema: float | None = None
+    """Decay per actor step of the weight average that acts and is evaluated, 0: none; default the task's, 0 (one_leg) or 0.995 (lamp, whose
+    success a few hundred steps of this size would halve) (authors: 0)."""
 
 
 PAPER = dict(
@@ -251,7 +254,7 @@ PAPER = dict(
     iterations=250, num_envs=1000, stop_on_success=False, buffer_iterations=20, eval_every=10, eval_episodes=500, gamma=0.995, value_samples=2,
     target_momentum=0.998, rounds=16, critic_steps=128, critic_batch=8192, critic_lr=5e-4, critic_width=512, critic_layer_norm=False,
     critic_init="normal", segments=500, segment_chunks=0, warmup_iterations=2, actor_steps=2, actor_batch=6250, n_particles=8, q_gradient="critic", zero_fraction=0.0,
-    consistency_weight=0.5, reference="previous", actor_lr=2e-5, transport_scale=1.0, actor_lr_end=1.0, bf16=False,
+    consistency_weight=0.5, reference="previous", actor_lr=2e-5, transport_scale=1.0, actor_lr_end=1.0, actor_ema=0.0, bf16=False,
 )  # fmt: skip
 
 
@@ -870,6 +873,7 @@ def resolve(args: Args) -> Args:
     elif args.backend == "isaac" and isaac_missing():
         raise SystemExit(f"--backend isaac: {isaac_missing()}; use --backend mujoco.")
     args.transport_scale = args.transport_scale or {"one_leg": 30.0, "lamp": 8.0}[args.furniture]
+    args.actor_ema = {"one_leg": 0.0, "lamp": 0.995}[args.furniture] if args.actor_ema is None else args.actor_ema
     args.horizon, args.cond_mlp = args.horizon or FURNITURE[args.furniture].horizon, tuple(args.cond_mlp)
     for name in "chunk euler_steps n_particles num_envs horizon rounds reference_every segments value_samples eval_every eval_episodes threads".split():
         if getattr(args, name) < 1:
@@ -883,6 +887,8 @@ def resolve(args: Args) -> Args:
         raise SystemExit("--q-gradient particles needs --n-particles of at least 2, better 16")
     if args.bc_spread < 0:
         raise SystemExit(f"--bc-spread must be at least 0, got {args.bc_spread}")
+    if not 0 <= args.actor_ema < 1:
+        raise SystemExit(f"--actor-ema must lie in [0, 1), got {args.actor_ema}")
     if args.noise_scale <= 0:
         raise SystemExit(f"--noise-scale must be above 0, got {args.noise_scale}")
     if args.exploration_scale < 0:
@@ -925,7 +931,7 @@ def main(args: Args) -> dict | None:
     policy = get_base(args, run_dir)
     save_policy(policy, run_dir / "base_policy.pt")
     base = copy.deepcopy(policy).requires_grad_(False)
-    reference = copy.deepcopy(base)
+    reference, averaged = copy.deepcopy(base), copy.deepcopy(base)  # averaged: the policy that acts
     obs_dim = policy.config["obs_dim"]
     critic = Critic(critic_obs(torch.zeros(1, obs_dim), torch.zeros(1), args).shape[1], policy.action_size, args.critic_width, args.critic_depth,
                     args.critic_layer_norm, args.critic_init).to(args.device)  # fmt: skip
@@ -933,12 +939,12 @@ def main(args: Args) -> dict | None:
     actor_optimizer = torch.optim.Adam(policy.parameters(), args.actor_lr, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_lr, fused=True)
     if args.compile:
-        policy.velocity.compile(), critic.compile(), target.compile(), reference.velocity.compile()
+        policy.velocity.compile(), averaged.velocity.compile(), critic.compile(), target.compile(), reference.velocity.compile()
     envs = make_envs(args, args.num_envs, stop_on_success=args.stop_on_success)
     replay = Replay(args, obs_dim, policy.action_size)
     state = dict(iteration=0, env_steps=0, wall_s=0.0, trained=0, actor_step=0, best=-math.inf)
     best_policy = copy.deepcopy(policy.state_dict())
-    modules = dict(policy=policy, reference=reference, critic=critic, target=target,
+    modules = dict(policy=policy, averaged=averaged, reference=reference, critic=critic, target=target,
                    actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer)  # fmt: skip
     checkpoint_path = run_dir / "checkpoint.pt"
 
@@ -958,10 +964,10 @@ def main(args: Args) -> dict | None:
             for slot in range(min(replay.added, len(replay.data["reward"]))):
                 for name, value in torch.load(run_dir / f"replay{slot}.pt", map_location=args.device, weights_only=True).items():
                     replay.data[name][slot] = value
+            for key, module in modules.items():
+                module.load_state_dict(saved[key])
         except Exception as error:  # torch.load raises many types
             raise SystemExit(f"{checkpoint_path}: cannot be loaded ({error})") from error
-        for key, module in modules.items():
-            module.load_state_dict(saved[key])
         state, best_policy = saved["state"], saved["best_policy"]
         set_rng(saved["rng"], args)
 
@@ -988,17 +994,17 @@ def main(args: Args) -> dict | None:
         row, sums = {"iteration": iteration}, defaultdict(float)
         if iteration % args.eval_every == 0 or iteration == args.iterations:  # evaluation only
             final = iteration in (0, args.iterations)
-            scores = evaluate(policy, envs, args, args.final_eval_episodes if final else args.eval_episodes, eval_seed)
+            scores = evaluate(averaged, envs, args, args.final_eval_episodes if final else args.eval_episodes, eval_seed)
             for start, name in ("zero", "eval_success"), ("noise", "eval_success_sampled"):
                 row |= summary(scores[start], name, args)
             if row["eval_stages"] > state["best"] and iteration < args.iterations:
-                state["best"], best_policy = row["eval_stages"], copy.deepcopy(policy.state_dict())
+                state["best"], best_policy = row["eval_stages"], copy.deepcopy(averaged.state_dict())
             if iteration == 0:
                 state["base"] = {key: row[key] for key in row if key.startswith("eval_")}
         else:
             trained = True
             seeds = itertools.count(100_000_000 * (args.seed % 20 + 1) + 10_000 * iteration)
-            steps, assembled = collect(policy, envs, replay.rollout(), seeds, args)
+            steps, assembled = collect(averaged, envs, replay.rollout(), seeds, args)
             state["env_steps"] += steps
             row["train_success"], row["train_stages"] = float((assembled == stages_of(args)).mean()), float(assembled.mean())
             row["rollout_s"], row["critic_s"], row["actor_s"] = time.perf_counter() - tick, 0.0, 0.0
@@ -1007,7 +1013,7 @@ def main(args: Args) -> dict | None:
             for _ in range(args.rounds):
                 start = time.perf_counter()
                 batch = replay.draw(args.segments, args.segment_chunks, args.fresh_fraction, args.balanced)
-                y = critic_target(policy, target, batch, args, args.warmup_lambda if warm else args.td_lambda).flatten()
+                y = critic_target(averaged, target, batch, args, args.warmup_lambda if warm else args.td_lambda).flatten()
                 valid = batch["valid"].flatten() > 0  # states after success, and those an episode ended in, are left out
                 obs, action, y = batch["state"][:-1].flatten(0, 1)[valid], batch["action"].flatten(0, 1)[valid], y[valid]
                 obs_q = critic_obs(obs, batch["stage"][:-1].flatten()[valid], args)
@@ -1024,18 +1030,20 @@ def main(args: Args) -> dict | None:
                     actor_optimizer.param_groups[0]["lr"] = args.actor_lr * decay * min(1.0, state["actor_step"] / args.actor_warmup)
                     for key, value in update_actor(policy, reference, critic, actor_optimizer, obs[i], obs_q[i], args).items():
                         sums[key] += value / (args.rounds * args.actor_steps)
+                    with torch.no_grad():
+                        torch._foreach_lerp_(list(averaged.parameters()), list(policy.parameters()), 1 - args.actor_ema)
                 row["actor_s"] += time.perf_counter() - start
             state["trained"] += 1
             with torch.no_grad():  # how far the velocity has moved from the base, at a_0 ~ N(0, I), t = 0
                 noise, zero = torch.randn(len(obs[:256]), policy.action_size, device=args.device), torch.zeros((), device=args.device)
-                moved = policy.velocity(noise, zero, obs[:256]) - base.velocity(noise, zero, obs[:256])
+                moved = averaged.velocity(noise, zero, obs[:256]) - base.velocity(noise, zero, obs[:256])
                 sums["diagnostics/base_distance"] = moved.norm(dim=-1).mean()
             row |= {key: value.item() for key, value in sums.items()}
             for key, value in row.items():
                 if isinstance(value, float) and not math.isfinite(value):
                     raise FloatingPointError(f"{key} became {value} in iteration {iteration}; the last good checkpoint is {checkpoint_path}")
             if args.reference == "previous" and state["trained"] % args.reference_every == 0:
-                reference.load_state_dict(policy.state_dict())
+                reference.load_state_dict(averaged.state_dict())
 
         state["iteration"], state["wall_s"] = iteration + 1, state["wall_s"] + time.perf_counter() - tick
         row |= {"env_steps": state["env_steps"], "wall_s": state["wall_s"]}
@@ -1059,11 +1067,11 @@ def main(args: Args) -> dict | None:
             raise SystemExit(f"Stopped after iteration {iteration}, saved. Continue with: python rldt_furniture.py --resume {run_dir}")
 
     # results
-    save_policy(policy, run_dir / "policy.pt")
+    save_policy(averaged, run_dir / "policy.pt")
     final = {key: float(row[key]) for key in state["base"]}
     best = final
     if state["best"] > final["eval_stages"]:  # measured again, on other episodes than those that selected it
-        best_net = copy.deepcopy(policy)
+        best_net = copy.deepcopy(averaged)
         best_net.load_state_dict(best_policy)
         save_policy(best_net, run_dir / "best_policy.pt")
         scores = evaluate(best_net, envs, args, args.final_eval_episodes, eval_seed + 500_000)
@@ -1084,7 +1092,7 @@ def main(args: Args) -> dict | None:
     writer.close()
     progress.close()
     if args.capture_video:
-        record_video({"base": base, "finetuned": policy}, args, run_dir / "videos" / "base_and_finetuned.mp4")
+        record_video({"base": base, "finetuned": averaged}, args, run_dir / "videos" / "base_and_finetuned.mp4")
     print(f"{task} ({args.backend}): success {100 * result['base_success']:.0f} % -> {100 * result['final_success']:.0f} %, {result['base_stages']:.2f} -> {result['final_stages']:.2f} pairs (x_0 = 0), success "
           f"{100 * result['base_success_sampled']:.0f} % -> {100 * result['final_success_sampled']:.0f} % (sampled), "
           f"{state['env_steps']} env steps, {state['wall_s']:.0f} s. Results in {run_dir}")  # fmt: skip
