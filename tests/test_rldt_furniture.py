@@ -1124,8 +1124,10 @@ def test_missing_demonstrations_are_made(monkeypatch, tmp_path):
 def test_resolve_fills_in_the_settings_of_the_task(furniture, horizon, rows):
     args = rldt_furniture.resolve(rldt_furniture.Args(furniture=furniture, backend="mujoco"))
     assert (args.horizon, args.rollout_chunks, stages_of(args)) == (horizon, rows, STAGES[furniture])
-    assert args.transport_scale == {"one_leg": 30, "lamp": 8}[furniture]
-    assert rldt_furniture.resolve(rldt_furniture.Args(furniture=furniture, backend="mujoco", transport_scale=3.0)).transport_scale == 3
+    assert (args.transport_scale, args.actor_ema) == {"one_leg": (30, 0), "lamp": (8, 0.995)}[furniture]
+    args = rldt_furniture.resolve(rldt_furniture.Args(furniture=furniture, backend="mujoco", transport_scale=3.0, actor_ema=0.5))
+    assert (args.transport_scale, args.actor_ema) == (3, 0.5)
+    assert rldt_furniture.resolve(rldt_furniture.Args(furniture=furniture, backend="mujoco", actor_ema=0.0)).actor_ema == 0
     assert args.device in ("cpu", "cuda")
     assert args.stop_on_success
     args = rldt_furniture.resolve(rldt_furniture.Args(furniture=furniture, backend="mujoco", horizon=48, rollout_chunks=40))
@@ -1144,7 +1146,7 @@ def test_numbers_below_one_stop_with_the_flag(name):
     (dict(segment_chunks=20, rollout_chunks=20), r"--segment-chunks 20 .*--rollout-chunks 20"), (dict(segment_chunks=-1), "--segment-chunks -1"),
     (dict(exploration_steps=-1), "--exploration-steps"), (dict(exploration_scale=-0.1), "--exploration-scale"), (dict(exploration_steps=9, euler_steps=8), "--exploration-steps"),
     (dict(chunk=-1), "--chunk"), (dict(horizon=-4), "--horizon"), (dict(rollout_chunks=-3), "--rollout-chunks -3"),
-    (dict(backend="isaac"), "--backend isaac: Isaac Gym is not installed; use --backend mujoco"),
+    (dict(actor_ema=1.0), "--actor-ema"), (dict(actor_ema=-0.1), "--actor-ema"), (dict(backend="isaac"), "--backend isaac: Isaac Gym is not installed; use --backend mujoco"),
 ])  # fmt: skip
 def test_values_out_of_range_stop_in_one_line(changes, message):
     with pytest.raises(SystemExit, match=message) as stop:
@@ -1169,7 +1171,7 @@ def test_paper_preset_sets_the_values_of_the_paper(argv, furniture, rows):
         bc_lr_end=1e-5, bc_ema=0.995, gamma=0.995, td_lambda=0.5, target_momentum=0.998, critic_lr=5e-4, critic_width=512, critic_depth=3,
         critic_stage=True, warmup_iterations=2, warmup_lambda=0.5, warmup_factor=1, n_particles=8, kernel="rbf", alpha=1e-3, consistency_weight=0.5,
         constraint_weight=0.2, q_gradient="critic", reference="previous", reference_every=1, actor_lr=2e-5, actor_lr_end=1.0, actor_warmup=32,
-        transport_loss="authors", transport_scale=1.0, value_samples=2, rounds=16, critic_steps=128, actor_steps=2, eval_every=10,
+        transport_loss="authors", transport_scale=1.0, actor_ema=0.0, value_samples=2, rounds=16, critic_steps=128, actor_steps=2, eval_every=10,
         stop_on_success=False, time_limit="terminal", critic_layer_norm=False, critic_init="normal", fresh_fraction=0.33, zero_fraction=0.0,
         exploration_steps=2, balanced=True, bf16=False,
     )  # fmt: skip
@@ -1234,7 +1236,7 @@ def checkpoint(run):
 
 
 def assert_same_networks(run, other):
-    for name in ("policy", "critic", "target", "reference"):
+    for name in ("policy", "averaged", "critic", "target", "reference"):
         expected = checkpoint(other)[name]
         for key, value in checkpoint(run)[name].items():
             assert torch.equal(value, expected[key]), (name, key)
@@ -1483,6 +1485,34 @@ def test_nan_in_a_loss_stops_with_its_name_and_keeps_the_last_checkpoint(monkeyp
     assert checkpoint(run)["state"]["iteration"] == 2
     main(["--resume", run])
     assert metrics(run) == metrics(fake_run[0])
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_average_of_the_actor_s_weights_acts_and_is_evaluated_and_kept(monkeypatch, fakes, bases, tmp_path, ema):
+    expected, update = copied(rldt_furniture.load_base(bases["lamp"], base_args(furniture="lamp"))), rldt_furniture.update_actor
+    used = []
+
+    def step(policy, *rest):
+        result = update(policy, *rest)
+        for key, value in policy.named_parameters():
+            expected[key] = ema * expected[key] + (1 - ema) * value.detach().cpu()
+        return result
+
+    def is_expected(policy):
+        return all(torch.allclose(value.cpu(), expected[key], atol=1e-6) for key, value in policy.state_dict().items())
+
+    monkeypatch.setattr(rldt_furniture, "update_actor", step)
+    for name in "collect", "evaluate", "critic_target":
+        function = getattr(rldt_furniture, name)
+        monkeypatch.setattr(rldt_furniture, name, lambda policy, *rest, function=function: used.append(is_expected(policy)) or function(policy, *rest))
+    start = copy.deepcopy(expected)
+    main(flags(bases["lamp"], tmp_path, actor_ema=ema))
+    assert len(used) >= 11 and all(used[:11])  # two evaluations, three rollouts with two rounds of targets each; what may follow is the best policy's
+    run = only_run(tmp_path)
+    policy, saved = rldt_furniture.load_policy(run / "policy.pt", "cpu"), checkpoint(run)
+    assert is_expected(policy)
+    assert changed(policy, start) and not changed(policy, saved["averaged"])
+    assert bool(changed(policy, saved["policy"])) == (ema > 0)
 
 
 def test_run_that_pretrained_its_base_goes_on_from_the_same_base(monkeypatch, fakes, tmp_path):
