@@ -3,8 +3,8 @@
     python rldt_furniture.py --furniture one_leg
     python -m benchmark.actor_probe_furniture RUN_DIR --extra "--actor-lr 1e-4"   # appends to benchmark/results/actor_probe_furniture.csv
 
-The base policy takes `steps` steps of the actor on the run's replay and critic, without another rollout, and is evaluated. --extra replaces
-settings of the run. Together with benchmark.particle_probe_furniture, which leaves out the actor, it tells a wrong critic from an actor that
+The base policy takes `steps` steps of the actor on the run's replay and critic, without another rollout, and the average of its weights
+(--actor-ema, 0: the policy itself) is evaluated. --extra replaces settings of the run. Together with benchmark.particle_probe_furniture, which leaves out the actor, it tells a wrong critic from an actor that
 lags behind a right one.
 """
 
@@ -39,9 +39,10 @@ class Args:
     """CSV to append to."""
 
 
-def train_actor(policy: script.FlowPolicy, critic: script.Critic, replay: script.Replay, steps: int, config: script.Args) -> dict[str, float]:
-    """Steps of the actor from `policy`, in place, with the policy before them as the reference; returns the metrics of the last one."""
-    reference = copy.deepcopy(policy).requires_grad_(False)
+def train_actor(policy: script.FlowPolicy, critic: script.Critic, replay: script.Replay, steps: int, config: script.Args):
+    """Steps of the actor from `policy`, in place, with the policy before them as the reference; returns the average of its weights, and the
+    metrics of the last step."""
+    reference, averaged = (copy.deepcopy(policy).requires_grad_(False) for _ in range(2))
     optimizer = torch.optim.Adam(policy.parameters(), config.actor_lr, fused=True)
     for step in range(steps):
         if step % STEPS_PER_DRAW == 0:
@@ -52,7 +53,9 @@ def train_actor(policy: script.FlowPolicy, critic: script.Critic, replay: script
         i = torch.randint(len(obs), (config.actor_batch,))
         optimizer.param_groups[0]["lr"] = config.actor_lr * min(1.0, (step + 1) / config.actor_warmup)
         metrics = script.update_actor(policy, reference, critic, optimizer, obs[i], obs_q[i], config)
-    return {key.rpartition("/")[2]: value.item() for key, value in metrics.items()}
+        with torch.no_grad():
+            torch._foreach_lerp_(list(averaged.parameters()), list(policy.parameters()), 1 - config.actor_ema)
+    return averaged, {key.rpartition("/")[2]: value.item() for key, value in metrics.items()}
 
 
 def main(args: Args):
@@ -68,9 +71,9 @@ def main(args: Args):
     for slot in range(min(replay.added, config.buffer_iterations)):
         for name, value in torch.load(args.run / f"replay{slot}.pt", weights_only=True).items():
             replay.data[name][slot] = value
-    metrics = train_actor(policy, critic, replay, args.steps, config)
+    averaged, metrics = train_actor(policy, critic, replay, args.steps, config)
     envs = script.make_envs(config, config.num_envs)
-    scores = script.evaluate(policy, envs, config, args.episodes, 1_000_000)
+    scores = script.evaluate(averaged, envs, config, args.episodes, 1_000_000)
     envs.close()
     row = dict(task=f"{config.furniture}-{config.randomness}", iterations=saved["state"]["iteration"], extra=args.extra, steps=args.steps)
     row |= script.summary(scores["zero"], "success_zero", config) | script.summary(scores["noise"], "success_sampled", config)

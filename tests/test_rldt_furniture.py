@@ -1725,17 +1725,19 @@ def test_actor_probe_moves_the_actor_alone_and_appends_what_it_measured(monkeypa
     update = rldt_furniture.update_actor
     monkeypatch.setattr(rldt_furniture, "update_actor", lambda *args: seen.append(args) or update(*args))
     base = rldt_furniture.load_policy(fake_run[0] / "base_policy.pt", "cpu")
-    before = copied(base)
-    for extra, lr in ("", 1e-3), ("--actor-lr 0.01 --kernel delta", 0.01):
+    before, evaluated, evaluate = copied(base), [], rldt_furniture.evaluate
+    monkeypatch.setattr(rldt_furniture, "evaluate", lambda policy, *rest: evaluated.append(policy) or evaluate(policy, *rest))
+    for extra, lr in ("--actor-ema 0", 1e-3), ("--actor-lr 0.01 --kernel delta", 0.01):
         seen.clear()
         actor_probe_furniture.main(actor_probe_furniture.Args(fake_run[0], extra, steps=18, episodes=2, out=tmp_path / "probe.csv"))
         policy, reference, critic, optimizer, obs, obs_q, config = seen[-1]
-        assert len(seen) == 18 and optimizer.param_groups[0]["lr"] == lr and config.kernel == ("delta" if extra else "rbf")
+        assert len(seen) == 18 and optimizer.param_groups[0]["lr"] == lr and config.kernel == ("delta" if "delta" in extra else "rbf")
+        assert bool(changed(evaluated[-1], copied(policy))) == ("ema" not in extra) and changed(evaluated[-1], before)
         assert not changed(reference, before) and changed(policy, before)
         assert not changed(critic, checkpoint(fake_run[0])["critic"])
         assert obs.shape == (4, 44) and obs_q.shape == (4, 45)
     rows = list(csv.DictReader((tmp_path / "probe.csv").open()))
-    assert [row["extra"] for row in rows] == ["", "--actor-lr 0.01 --kernel delta"]
+    assert [row["extra"] for row in rows] == ["--actor-ema 0", "--actor-lr 0.01 --kernel delta"]
     assert rows[0]["steps"] == "18" and 0 <= float(rows[1]["stages_zero"]) <= 2
     assert float(rows[0]["constraint"]) < float(rows[1]["constraint"])  # it has gone further
     with pytest.raises(SystemExit, match="not a run directory"):
