@@ -244,9 +244,8 @@ class Args:
     """Factor on actor_lr that is reached linearly by the last iteration (authors: 1)."""
     actor_warmup: int = 32
     """Actor steps over which the step size rises linearly (paper: 32)."""
-    actor_ema: float | None = None
-    """Decay per actor step of the weight average that acts and is evaluated, 0: none; default the task's, 0 (one_leg) or 0.995 (lamp, whose
-    success a few hundred steps of this size would halve) (authors: 0)."""
+    actor_ema: float = 0.0
+    """Decay per actor step of the weight average that acts and is evaluated, 0: the actor itself acts (authors: 0)."""
 
 
 PAPER = dict(
@@ -254,7 +253,7 @@ PAPER = dict(
     iterations=250, num_envs=1000, stop_on_success=False, buffer_iterations=20, eval_every=10, eval_episodes=500, gamma=0.995, value_samples=2,
     target_momentum=0.998, rounds=16, critic_steps=128, critic_batch=8192, critic_lr=5e-4, critic_width=512, critic_layer_norm=False,
     critic_init="normal", segments=500, segment_chunks=0, warmup_iterations=2, actor_steps=2, actor_batch=6250, n_particles=8, q_gradient="critic", zero_fraction=0.0,
-    consistency_weight=0.5, reference="previous", actor_lr=2e-5, transport_scale=1.0, actor_lr_end=1.0, actor_ema=0.0, bf16=False,
+    consistency_weight=0.5, reference="previous", actor_lr=2e-5, transport_scale=1.0, actor_lr_end=1.0, bf16=False,
 )  # fmt: skip
 
 
@@ -873,7 +872,6 @@ def resolve(args: Args) -> Args:
     elif args.backend == "isaac" and isaac_missing():
         raise SystemExit(f"--backend isaac: {isaac_missing()}; use --backend mujoco.")
     args.transport_scale = args.transport_scale or {"one_leg": 30.0, "lamp": 8.0}[args.furniture]
-    args.actor_ema = {"one_leg": 0.0, "lamp": 0.995}[args.furniture] if args.actor_ema is None else args.actor_ema
     args.horizon, args.cond_mlp = args.horizon or FURNITURE[args.furniture].horizon, tuple(args.cond_mlp)
     for name in "chunk euler_steps n_particles num_envs horizon rounds reference_every segments value_samples eval_every eval_episodes threads".split():
         if getattr(args, name) < 1:
