@@ -1212,7 +1212,7 @@ def flags(base, runs, **changes):
         threads=1, seed=3, iterations=4, num_envs=2, horizon=40, rollout_chunks=13, buffer_iterations=2, eval_every=10, eval_episodes=2, final_eval_episodes=3,
         rounds=2, critic_steps=2, critic_batch=8, critic_width=16, segments=6, segment_chunks=3, warmup_iterations=1, actor_steps=1, actor_batch=4,
         n_particles=2, exploration_steps=2, actor_lr=1e-3, actor_warmup=2, actor_layer_norm=False,
-        q_gradient="critic", transport_scale=30.0, actor_lr_end=0.3, actor_ema=0.5, reference="previous",
+        q_gradient="critic", transport_scale=30.0, actor_lr_end=0.3, reference="previous",
     ) | ({"base": base} if base else {}) | changes  # fmt: skip
     named = {key.replace("_", "-"): value for key, value in values.items()}
     words = [f"--{'' if v else 'no-'}{k}" if isinstance(v, bool) else f"--{k}={v}" for k, v in named.items() if v != ()]
@@ -1297,7 +1297,7 @@ def test_run_succeeds_and_fails_in_turn_so_that_it_tests_something(fake_run):
 
 @pytest.mark.parametrize("changes", [
     dict(td_lambda=0.0, critic_layer_norm=False, critic_init="normal", exploration_steps=0, time_limit="bootstrap", value_samples=2, critic_stage=False, q_gradient="particles", reference_every=25),
-    dict(transport_loss="literal", kernel="delta", reference="pretrained", bf16=False, n_particles=1, balanced=False),
+    dict(transport_loss="literal", kernel="delta", reference="pretrained", bf16=False, n_particles=1, balanced=False, actor_ema=0.5),
     dict(furniture="one_leg", stop_on_success=False, segment_chunks=0, reference_every=1),
 ])  # fmt: skip
 def test_run_with_the_other_choices_ends_with_finite_numbers(fakes, bases, tmp_path, changes):
@@ -1725,17 +1725,17 @@ def test_actor_probe_moves_the_actor_alone_and_appends_what_it_measured(monkeypa
     base = rldt_furniture.load_policy(fake_run[0] / "base_policy.pt", "cpu")
     before, evaluated, evaluate = copied(base), [], rldt_furniture.evaluate
     monkeypatch.setattr(rldt_furniture, "evaluate", lambda policy, *rest: evaluated.append(policy) or evaluate(policy, *rest))
-    for extra, lr in ("--actor-ema 0", 1e-3), ("--actor-lr 0.01 --kernel delta", 0.01):
+    for extra, lr in ("", 1e-3), ("--actor-lr 0.01 --kernel delta --actor-ema 0.5", 0.01):
         seen.clear()
         actor_probe_furniture.main(actor_probe_furniture.Args(fake_run[0], extra, steps=18, episodes=2, out=tmp_path / "probe.csv"))
         policy, reference, critic, optimizer, obs, obs_q, config = seen[-1]
         assert len(seen) == 18 and optimizer.param_groups[0]["lr"] == lr and config.kernel == ("delta" if "delta" in extra else "rbf")
-        assert bool(changed(evaluated[-1], copied(policy))) == ("ema" not in extra) and changed(evaluated[-1], before)
+        assert bool(changed(evaluated[-1], copied(policy))) == ("ema" in extra) and changed(evaluated[-1], before)
         assert not changed(reference, before) and changed(policy, before)
         assert not changed(critic, checkpoint(fake_run[0])["critic"])
         assert obs.shape == (4, 44) and obs_q.shape == (4, 45)
     rows = list(csv.DictReader((tmp_path / "probe.csv").open()))
-    assert [row["extra"] for row in rows] == ["--actor-ema 0", "--actor-lr 0.01 --kernel delta"]
+    assert [row["extra"] for row in rows] == ["", "--actor-lr 0.01 --kernel delta --actor-ema 0.5"]
     assert rows[0]["steps"] == "18" and 0 <= float(rows[1]["stages_zero"]) <= 2
     assert float(rows[0]["constraint"]) < float(rows[1]["constraint"])  # it has gone further
     with pytest.raises(SystemExit, match="not a run directory"):
