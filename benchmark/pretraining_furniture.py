@@ -80,7 +80,7 @@ def draw(path: Path):
         axis.plot(x, y, "o-", label=f"{task}, {variant}")
         axis.fill_between(x, low, high, alpha=0.15)
     axis.set(xlabel="training steps", ylabel="success rate from $x_0=0$ (MuJoCo)", ylim=(-0.02, 1.02))
-    axis.legend(loc="upper left", fontsize=8)
+    axis.legend(loc="center right", fontsize=8)
     save_figure(figure, script.DEMOS.parent / "docs" / "images" / "pretraining_furniture.png")
 
 
