@@ -4,8 +4,8 @@
     python -m benchmark.actor_probe_furniture RUN_DIR --extra "--actor-lr 1e-4"   # appends to benchmark/results/actor_probe_furniture.csv
 
 The base policy takes `steps` steps of the actor on the run's replay and critic, without another rollout, and the average of its weights
-(--actor-ema, 0: the policy itself) is evaluated. --extra replaces settings of the run. Together with benchmark.particle_probe_furniture, which leaves out the actor, it tells a wrong critic from an actor that
-lags behind a right one.
+(--actor-ema, 0: the policy itself) is evaluated. --extra replaces settings of the run. Together with benchmark.particle_probe_furniture,
+which leaves out the actor, it tells a wrong critic from an actor that lags behind a right one.
 """
 
 import copy

@@ -237,8 +237,8 @@ def main(args: Args):
     for family, runs in families.items():
         if runs:
             suffix = "" if family == "robomimic" else f"_{family}"
-            main = [row for row in runs if family == "robomimic" or row["method"] in ("rldt", "rldt-delta")]  # without furniture's other settings
-            plot_success(plt, main or runs, args, f"success{suffix}.png")
+            defaults = [row for row in runs if row["method"] in ("rldt", "rldt-delta")]
+            plot_success(plt, defaults if family == "furniture" and defaults else runs, args, f"success{suffix}.png")
             both = {row["task"] for row in runs if row["method"] == "rldt-delta"}
             if both:
                 plot_kernels(plt, [row for row in runs if row["task"] in both], args.results / "curves", args.images / f"kernels{suffix}.png")

@@ -888,6 +888,9 @@ def test_base_policy_is_given_shipped_or_pretrained(monkeypatch, bases, tmp_path
     assert (tmp_path / "base.safetensors").exists() == (source == "pretrained")
     expected = rldt_furniture.load_base(policies.get(source, tmp_path / "base.safetensors"), args)
     assert changed(policy, expected.state_dict()) == set()
+    if source == "pretrained":  # the assembler's demonstrations are MuJoCo's; of others it is not known
+        with rldt_furniture.safe_open(tmp_path / "base.safetensors", "pt") as file:
+            assert json.loads(file.metadata()["info"]).get("backend") == (None if "dataset" in given_flags else "mujoco")
 
 
 def demonstrations(obs_dim=44, lengths=(3, 17, 20)):
@@ -1511,6 +1514,11 @@ def test_average_of_the_actor_s_weights_acts_and_is_evaluated_and_kept(monkeypat
     assert is_expected(policy)
     assert changed(policy, start) and not changed(policy, saved["averaged"])
     assert bool(changed(policy, saved["policy"])) == (ema > 0)
+
+
+def test_progress_bar_ends_at_the_number_of_iterations(fakes, bases, tmp_path, capsys):
+    main(flags(bases["lamp"], tmp_path))
+    assert re.findall(r"(\d+(?:/\d+|it)) \[", capsys.readouterr().err)[-1] == "4/4"
 
 
 def test_run_that_pretrained_its_base_goes_on_from_the_same_base(monkeypatch, fakes, tmp_path):

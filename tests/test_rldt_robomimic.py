@@ -1585,6 +1585,11 @@ def test_best_policy_is_measured_again_on_other_episodes(fakes, bases, tmp_path,
     assert not all(torch.equal(value, last[key]) for key, value in best.items())
 
 
+def test_progress_bar_ends_at_the_number_of_iterations(fakes, bases, tmp_path, capsys):
+    main(flags(bases["state"], tmp_path))
+    assert re.findall(r"(\d+(?:/\d+|it)) \[", capsys.readouterr().err)[-1] == "4/4"
+
+
 @pytest.mark.parametrize("at, saved", [("training", 3), ("saving", 3)])
 def test_run_that_crashed_and_is_resumed_gives_the_metrics_of_one_that_did_not(monkeypatch, fakes, fake_run, bases, tmp_path, at, saved):
     update, save, calls = rldt_robomimic.update_critic, torch.save, Counter()
