@@ -586,6 +586,41 @@ def test_ratio_of_the_first_minibatch_is_exactly_one(name, changes, bf16):
         assert first["losses/policy"].item() == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("name, changes", [("reinflow", {}), ("dppo", {}), ("fpo", dict(form="fpo")), ("fpo", dict(form="fpo++"))])
+def test_half_precision_blurs_the_ratios_of_the_laptop_presets_only_a_little(name, changes):
+    module = SCRIPTS[name]
+    args = module.resolve(module.Args(num_envs=20, rollout_chunks=50, device="cpu", **changes))
+    envs = module.VectorEnv("Hopper-v4", args.num_envs, args.chunk, seed=5)
+    envs.reset()
+    policy = module.load_base(dataset.DEMOS / "Hopper-v4/base.safetensors", args, envs)
+    torch.manual_seed(2)
+    noise = [module.NoiseNet(args.time_dim, 11, policy.action_size, 16, args.sigma_min)] if name == "reinflow" else []  # and the limit of sigma
+    limit = [0.2] if name == "reinflow" else []
+    rollout, *_ = module.collect(policy, *noise, envs, [], np.zeros(args.num_envs), *limit, args)
+    advantage = torch.randn(rollout["reward"].shape)
+    batch = module.make_batch(policy, *noise, rollout, advantage, advantage, *limit, args)
+
+    @torch.no_grad()
+    def log_likelihood(bf16):
+        given = dataclasses.replace(args, bf16=bf16)
+        if name == "reinflow":
+            return module.chain_log_prob(policy, *noise, batch["obs"], batch["chain"], *limit, given)[0]
+        if name == "dppo":
+            return module.step_log_prob(policy, batch, given)
+        losses = module.cfm_losses(policy.velocity, batch, given)
+        return -losses.mean(-1) if args.form == "fpo" else -losses
+
+    before = {bf16: log_likelihood(bf16) for bf16 in (False, True)}
+    optimizer = torch.optim.Adam(policy.velocity.parameters(), args.actor_lr)
+    for _ in range(5):
+        module.update_actor(policy.velocity if name == "fpo" else policy, *noise, optimizer, batch, *limit, args)
+    exact, rounded = (log_likelihood(bf16) - before[bf16] for bf16 in (False, True))
+    error = rounded - exact
+    assert error.std() < 0.1 * exact.std()
+    assert error.std() < 0.1 * args.clip
+    assert error.mean().abs() < 0.05 * exact.std()
+
+
 def test_dppo_discounts_the_advantage_by_the_denoising_steps_that_follow():
     policy, rollout, args = rolled_out("dppo", tuned_steps=4, gamma_denoising=0.5)
     batch = dppo_gym.make_batch(policy, rollout, torch.randn(3, 4), torch.zeros(3, 4), args)
