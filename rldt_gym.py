@@ -110,7 +110,7 @@ class Args:
     iterations: int = 0
     """Training iterations, the evaluation-only ones included (paper: 70); 0: 25 for Hopper-v4, else 85, without limit under `wall_budget_s`."""
     wall_budget_s: float = 0.0
-    """Seconds after which the run ends with its final evaluation, evaluations included; 0: after `iterations`, which otherwise may end it sooner."""
+    """Seconds of training and evaluation after which the run makes its final evaluation and ends; 0: no limit. `iterations`, if given, may end it sooner."""
     num_envs: int = 100
     """Parallel environments, per process under torchrun (paper: 100)."""
     rollout_chunks: int = 125
@@ -479,7 +479,7 @@ def actor_losses(velocity, reference, critic: Critic, obs, trajectory, args: Arg
     if args.transport_loss == "literal":
         transport = (a_dagger - (query + phi)).square().sum(-1).mean() / K  # eq. (13)
     else:
-        transport = -((v * phi).sum(-1) / (K * (1 - t))).mean()
+        transport = -((v * phi).sum(-1) / (K * (1 - t))).mean()  # the authors' form of eq. (13), docs/rldt_gym.md
     consistency = ((a_dagger - action).square().sum(-1) / (K * (1 - t)).square()).mean()  # eq. (14)
     constraint = (v_c - v_ref).square().sum(-1).mean()  # eq. (15)
     distance = torch.cdist(action, action).sum() / max(1, B * P * (P - 1))
@@ -889,7 +889,7 @@ def main(args: Args) -> dict | None:
         best_net = copy.deepcopy(policy)
         best_net.load_state_dict(best_policy)
         save_policy(best_net, run_dir / "best_policy.pt")
-        scores = evaluate(best_net, args, args.final_eval_episodes, base_seed + 1)
+        scores = evaluate(best_net, args, args.final_eval_episodes, base_seed + 500_000)
         measured = {"eval_return": scores["zero"].mean(), "eval_return_sampled": scores["noise"].mean()}
         best = max(final, measured, key=lambda scores: scores["eval_return"])
     result = {

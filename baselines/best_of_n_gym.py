@@ -1,6 +1,6 @@
 """Best of N (Ghasemipour et al. 2021, EMaQ) for Gymnasium tasks: the base policy stays frozen, a critic chooses among its samples.
 
-    python -m baselines.best_of_n_gym --env-id Hopper-v4 --candidates 8
+    python -m baselines.best_of_n_gym --env-id Hopper-v4
 
 Critic and replay are those of rldt_gym.py; there is no actor update. docs/baselines.md has the equations.
 In the settings below, "official" means this method's own code, "paper" and "authors" those of RLDT.
@@ -47,7 +47,7 @@ class Args:
     env_id: str = "Hopper-v4"
     """Gymnasium task with flat Box observations and actions. Hopper-v4, Walker2d-v4 and HalfCheetah-v4 ship a base policy."""
     preset: Literal["laptop", "paper"] = "laptop"
-    """Which defaults: `laptop` (two CPU cores, minutes) or `paper` (the official ones, for a GPU). Explicit flags win."""
+    """Which defaults: `laptop` (two CPU cores, minutes) or `paper` (RLDT's paper's critic with N = 32, for a GPU). Explicit flags win."""
     exp_name: str = "best-of-n"
     """Name of the experiment, part of the run directory's name."""
     seed: int = 1
@@ -109,7 +109,7 @@ class Args:
     iterations: int = 0
     """Training iterations, the evaluation-only ones included (paper: 70); 0: 25 for Hopper-v4, else 85, without limit under `wall_budget_s`."""
     wall_budget_s: float = 0.0
-    """Seconds after which the run ends with its final evaluation, evaluations included; 0: after `iterations`, which otherwise may end it sooner."""
+    """Seconds of training and evaluation after which the run makes its final evaluation and ends; 0: no limit. `iterations`, if given, may end it sooner."""
     candidates: int = 4
     """N, actions drawn from the base per decision, of which the critic takes the best, in rollouts, targets and evaluations (EMaQ: 5 to 100)."""
     num_envs: int = 100
@@ -137,7 +137,7 @@ class Args:
     target_momentum: float = 0.99
     """Polyak momentum of the target critics per critic step (paper: 0.998, authors' file: 0.995)."""
     rounds: int = 16
-    """Rounds per iteration, each: draw segments, compute targets, critic steps, actor steps (authors: 16)."""
+    """Rounds per iteration, each: draw segments, compute targets, critic steps (authors: 16)."""
     critic_steps: int = 32
     """Critic steps per round (paper: 64, authors' file: 32)."""
     critic_batch: int = 256
@@ -647,7 +647,7 @@ def main(args: Args) -> dict | None:
     if args.compile:
         policy.velocity.compile(), critic.compile(), target.compile()
     replay = Replay(args, envs.obs_dim, policy.action_size)
-    state = dict(iteration=0, env_steps=0, wall_s=0.0, trained=0, reward_scale=0.0, env_seed=0, best=-math.inf)
+    state = dict(iteration=0, env_steps=0, wall_s=0.0, trained=0, reward_scale=0.0, env_seed=0, best=-math.inf, best_candidates=1)
     best_policy, tape, returns = copy.deepcopy(policy.state_dict()), [], np.zeros(args.num_envs)
     torch.manual_seed(args.seed + 1000 * rank)
     modules = dict(policy=policy, target=target, critic_optimizer=critic_optimizer)
@@ -720,7 +720,7 @@ def main(args: Args) -> dict | None:
                 zero, noise = scores["zero"], scores["noise"]
                 row |= dict(eval_return=zero.mean(), eval_return_std=zero.std(), eval_return_sampled=noise.mean(), eval_return_sampled_std=noise.std())
                 if zero.mean() > state["best"] and spent < 1:
-                    state["best"], best_policy = float(zero.mean()), copy.deepcopy(policy.state_dict())
+                    state["best"], state["best_candidates"], best_policy = float(zero.mean()), policy.candidates, copy.deepcopy(policy.state_dict())
                 if iteration == 0:
                     state["base_return"], state["base_return_sampled"] = float(zero.mean()), float(noise.mean())
             reset_envs(base_seed + (iteration * world + rank + 1) * max(args.num_envs, 2 * args.final_eval_episodes))
@@ -789,8 +789,9 @@ def main(args: Args) -> dict | None:
     if state["best"] > final["eval_return"]:  # measured again, on other episodes than those that selected it
         best_net = copy.deepcopy(policy)
         best_net.load_state_dict(best_policy)
+        best_net.candidates = best_net.config["candidates"] = state["best_candidates"]  # 1: the base itself
         save_policy(best_net, run_dir / "best_policy.pt")
-        scores = evaluate(best_net, args, args.final_eval_episodes, base_seed + 1)
+        scores = evaluate(best_net, args, args.final_eval_episodes, base_seed + 500_000)
         measured = {"eval_return": scores["zero"].mean(), "eval_return_sampled": scores["noise"].mean()}
         best = max(final, measured, key=lambda scores: scores["eval_return"])
     result = {

@@ -81,7 +81,7 @@ class Args:
 
     # base policy
     base: Path | None = None
-    """Base policy (.safetensors); default demos/<env_id>/base.safetensors, or base_diffusion, where it exists, else it is pretrained."""
+    """Base policy (.safetensors); default demos/<env_id>/base.safetensors, of `--form diffusion` base_diffusion.safetensors, where it exists, else it is pretrained."""
     form: Literal["flow", "diffusion"] = "flow"
     """Policy: the flow that RLDT finetunes, or the diffusion policy of the original, with a base of its own."""
     pretrain: bool = False
@@ -113,7 +113,7 @@ class Args:
     iterations: int = 0
     """Training iterations, the evaluation-only ones included (official: 1000); 0: 31 for Hopper-v4, else 106 (1 M and 3.5 M steps), without limit under `wall_budget_s`."""
     wall_budget_s: float = 0.0
-    """Seconds after which the run ends with its final evaluation, evaluations included; 0: after `iterations`, which otherwise may end it sooner."""
+    """Seconds of training and evaluation after which the run makes its final evaluation and ends; 0: no limit. `iterations`, if given, may end it sooner."""
     num_envs: int = 40
     """Parallel environments, per process under torchrun (official: 40)."""
     rollout_chunks: int = 250
@@ -166,7 +166,7 @@ class Args:
 
 NO_LIMIT = 10**9  # iterations of a run that ends by wall_budget_s
 PAPER = dict(
-    bc_epochs=200, bc_batch=128, iterations=1000, rollout_chunks=500, eval_every=10, eval_episodes=100, zero_fraction=0.0, batch=50_000, bf16=False, lr_warmup=10,
+    bc_epochs=200, bc_batch=128, iterations=1000, rollout_chunks=500, eval_every=10, eval_episodes=40, zero_fraction=0.0, batch=50_000, bf16=False, lr_warmup=10,
     clip=0.01, actor_lr=1e-4,
 )  # fmt: skip
 
@@ -852,7 +852,7 @@ def main(args: Args) -> dict | None:
         best_net = copy.deepcopy(policy)
         best_net.load_state_dict(best_policy)
         save_policy(best_net, run_dir / "best_policy.pt")
-        scores = evaluate(best_net, args, args.final_eval_episodes, base_seed + 1)
+        scores = evaluate(best_net, args, args.final_eval_episodes, base_seed + 500_000)
         measured = {"eval_return": scores["zero"].mean(), "eval_return_sampled": scores["noise"].mean()}
         best = max(final, measured, key=lambda scores: scores["eval_return"])
     result = {

@@ -249,7 +249,10 @@ def main(args: Args):
     if read_csv(args.results / "baselines.csv"):
         from benchmark import plot_baselines
 
-        plot_baselines.main(plot_baselines.Args(args.results, args.images))
+        try:
+            plot_baselines.main(plot_baselines.Args(args.results, args.images))
+        except SystemExit as error:  # no rliable
+            print(error)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Draws the comparison of methods from the committed CSVs, with rliable (Agarwal et al. 2021), and prints it as a table.
 
     pip install -r baselines/requirements.txt
-    python -m benchmark.plot_baselines                  # writes docs/images/baselines.png and baselines_reliability.png
+    python -m benchmark.plot_baselines                  # writes docs/images/baselines.png, baselines_reliability.png and kernels_gym.png
 
 Lines and dots are interquartile means over seeds (and tasks), bands and bars 95 % stratified bootstrap intervals.
+With three seeds and one task these are the mean and the range of the seeds.
 """
 
 from dataclasses import dataclass

@@ -45,7 +45,7 @@ class Args:
     wall_budget_s: float = 0.0
     """Seconds of training and evaluation per run; 0: 300 of Hopper-v4, 600 of other tasks."""
     extra: str = ""
-    """Flags for every script, in one string, e.g. "--preset paper"."""
+    """Flags for every script, in one string, e.g. "--preset paper"; give them an --out of their own, rows are known by task, method and seed alone."""
     out: Path = RESULTS / "baselines.csv"
     """CSV to append to; curves go to a folder of its name next to it."""
     runs: Path = Path("runs")

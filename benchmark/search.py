@@ -40,7 +40,7 @@ TRIES = {  # flags that replace a preset's, in the order in which they are numbe
     "fpo++": (
         *(f"{flags} --batch 2500 --actor-lr-end 1" for flags in (
             "--actor-lr 1e-4 --clip 0.01", "--actor-lr 3e-4 --clip 0.01", "--actor-lr 3e-4 --clip 0.04", "--actor-lr 3e-4 --clip 0.1")),
-        "--actor-lr 2e-4 --clip 0.04 --batch 5000 --actor-lr-end 0.1", "--actor-lr 1e-4 --clip 0.04 --batch 10000 --samples 16",
+        "--actor-lr 2e-4 --clip 0.04 --batch 5000 --actor-lr-end 0.1", "--actor-lr 1e-4 --clip 0.04 --batch 10000 --samples 16 --actor-lr-end 1",
     ),
     "best-of-n": ("--candidates 4", "--candidates 8", "--candidates 2", "--candidates 16", "--candidates 4 --critic-steps 64", "--candidates 2 --critic-steps 64"),
     "sac": (

@@ -1,3 +1,4 @@
+import copy
 import os
 import signal
 from pathlib import Path
@@ -106,3 +107,22 @@ def d4rl_arrays():
         terminals=terminals,
         timeouts=timeouts,
     )
+
+
+@pytest.fixture
+def scripted_evaluations(monkeypatch):
+    """Replaces a script's `evaluate` by one that gives these returns in turn; the seeds of its episodes and its policies are recorded."""
+
+    def replace(module, returns):
+        episodes_of, policies, returns = [], [], iter(returns)
+
+        def evaluate(policy, args, episodes, seed):
+            episodes_of.append(set(range(seed, seed + 2 * episodes)))  # environment i has seed + i
+            policies.append(copy.deepcopy(policy))
+            value = next(returns)
+            return {"zero": np.full(episodes, value), "noise": np.full(episodes, value - 1)}
+
+        monkeypatch.setattr(module, "evaluate", evaluate)
+        return episodes_of, policies
+
+    return replace

@@ -78,10 +78,14 @@ def test_paper_preset_changes_known_fields_only_and_flags_win(name):
     assert (args.rollout_chunks, args.iterations) == (7, module.PAPER["iterations"])
 
 
-@pytest.mark.parametrize("task, expected", [("Hopper-v4", (4.5e-5, 6.5e-4, 0)), ("Walker2d-v4", (4e-4, 4e-3, 5)), ("HalfCheetah-v4", (3e-5, 3e-4, 10))])
+@pytest.mark.parametrize("task, expected", [("Hopper-v4", (4.5e-5, 0.44, 6.5e-4, 0)), ("Walker2d-v4", (4e-4, 1.0, 4e-3, 5)), ("HalfCheetah-v4", (3e-5, 0.5, 3e-4, 10))])
 def test_reinflow_takes_the_official_step_sizes_of_the_task(task, expected):
     args = reinflow_gym.resolve(reinflow_gym.parse_args(["--preset=paper", f"--env-id={task}"]))
-    assert (args.actor_lr, args.value_lr, args.warmup_iterations) == expected
+    assert (args.actor_lr, args.actor_lr_end, args.value_lr, args.warmup_iterations) == expected
+    flags = {"actor_lr": 1e-4, "actor_lr_end": 0.7, "value_lr": 2e-3, "warmup_iterations": 3}
+    for name, value in flags.items():  # an explicit flag wins, and leaves the others
+        args = reinflow_gym.resolve(reinflow_gym.parse_args(["--preset=paper", f"--env-id={task}", f"--{name.replace('_', '-')}={value}"]))
+        assert {key: getattr(args, key) for key in flags} == dict(zip(flags, expected, strict=True)) | {name: value}
 
 
 @pytest.mark.parametrize("module", [dppo_gym, reinflow_gym])
@@ -168,6 +172,22 @@ def test_base_policy_is_evaluated_as_rldt_evaluates_it(finished, finished_run, n
     tolerance = 0.5 if name == "reinflow" else 1e-6
     for key in ("base_return", "base_return_sampled"):
         assert ours[key] == pytest.approx(theirs[key], rel=tolerance)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("chosen", [0, 1])
+def test_best_policy_is_measured_again_as_it_was_on_episodes_that_did_not_choose_it(scripted_evaluations, tiny_base, tmp_path, name, chosen):
+    returns = [[9.0, 8.0], [8.0, 9.0]][chosen]
+    episodes, policies = scripted_evaluations(SCRIPTS[name], [*returns, 1.0, 5.0])  # base, iteration 3, final, measured again
+    result = SCRIPTS[name].main(make_args(name, tiny_base, tmp_path))
+    assert (result["base_return"], result["final_return"], result["best_return"], result["best_return_sampled"]) == (returns[0], 1.0, 5.0, 4.0)
+    assert not any(episodes[-1] & others for others in episodes[:-1])
+    for key, value in policies[chosen].state_dict().items():
+        assert torch.equal(policies[-1].state_dict()[key], value)
+    saved = SCRIPTS[name].load_policy(only(tmp_path) / "best_policy.pt", "cpu")
+    if name == "best_of_n":
+        assert [policy.candidates for policy in policies] == [1, 3, 3, [1, 3][chosen]]
+        assert saved.candidates == [1, 3][chosen]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

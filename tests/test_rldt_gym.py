@@ -75,6 +75,15 @@ def test_result_agrees_with_the_metrics(finished_run):
     assert {"torch", "numpy", "gymnasium", "mujoco", "python"} <= set(result["versions"])
 
 
+def test_best_policy_is_measured_again_on_episodes_that_did_not_choose_it(scripted_evaluations, tiny_flags, tmp_path):
+    episodes, policies = scripted_evaluations(rldt_gym, [7.0, 9.0, 1.0, 5.0])  # base, iteration 3, final, measured again
+    result = rldt_gym.main(rldt_gym.parse_args([*tiny_flags, f"--runs={tmp_path}", "--eval-every=3"]))
+    assert (result["base_return"], result["final_return"], result["best_return"]) == (7.0, 1.0, 5.0)
+    assert not any(episodes[-1] & others for others in episodes[:-1])
+    for key, value in policies[1].state_dict().items():
+        assert torch.equal(policies[-1].state_dict()[key], value)
+
+
 def test_metrics_have_a_row_per_iteration_and_train_and_evaluation_columns_in_turn(finished_run):
     rows = metrics(finished_run[0])
     assert [int(row["iteration"]) for row in rows] == list(range(7))

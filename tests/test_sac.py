@@ -194,3 +194,12 @@ def test_numbers_below_one_stop_with_the_flag(name):
 
 def test_the_evaluation_is_that_of_rldt():
     assert sac_gym.evaluate is rldt_gym.evaluate
+
+
+def test_best_policy_is_measured_again_on_episodes_that_did_not_choose_it(scripted_evaluations, demonstrations, tmp_path):
+    episodes, policies = scripted_evaluations(sac_gym, [8.0, 9.0, 1.0, 5.0])
+    result = sac_gym.main(make_args(demonstrations, tmp_path))
+    assert (result["base_return"], result["final_return"], result["best_return"]) == (8.0, 1.0, 5.0)
+    assert not any(episodes[-1] & others for others in episodes[:-1])
+    for key, value in policies[1].state_dict().items():
+        assert torch.equal(policies[-1].state_dict()[key], value)
