@@ -13,6 +13,8 @@ try:  # Isaac Gym cannot be imported after torch
 except (ImportError, RuntimeError):  # the latter on another Python than its own
     pass
 
+import itertools
+import sys
 from pathlib import Path
 
 import torch
@@ -35,9 +37,10 @@ def gym(args: rldt_gym.Args, out: Path | None = None) -> dict[str, float]:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     out = out or dataset.DEMOS / args.env_id / "base.safetensors"
+    out.parent.mkdir(parents=True, exist_ok=True)
     envs = rldt_gym.VectorEnv(args.env_id, 1, args.chunk, args.backend)
     policy = rldt_gym.pretrain(args, rldt_gym.get_demonstrations(args, envs))
-    scores = rldt_gym.evaluate(policy, args, args.final_eval_episodes, args.seed)
+    scores = rldt_gym.evaluate(policy, args, args.final_eval_episodes, 1_000_000)
     info = {
         "env_id": args.env_id,
         "validation_loss": policy.validation_loss,
@@ -65,6 +68,7 @@ def robomimic(args: rldt_robomimic.Args, out: Path | None = None) -> dict[str, f
     if args.obs == "image":
         rldt_robomimic.choose_renderer()
     out = out or dataset.DEMOS / args.task / f"base_{args.obs}.safetensors"
+    out.parent.mkdir(parents=True, exist_ok=True)
     checkpoint = out.with_name(f"{out.name}.unfinished")
     policy = rldt_robomimic.pretrain(args, rldt_robomimic.get_demonstrations(args), checkpoint=checkpoint)
     info = {"task": args.task, "obs": args.obs, "validation_loss": policy.validation_loss, "episodes": args.final_eval_episodes,
@@ -92,6 +96,7 @@ def furniture(args: rldt_furniture.Args, out: Path | None = None) -> dict[str, f
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     out = out or dataset.DEMOS / args.furniture / f"base_{args.randomness}.safetensors"
+    out.parent.mkdir(parents=True, exist_ok=True)
     checkpoint = out.with_name(f"{out.name}.unfinished")
     policy = rldt_furniture.pretrain(args, rldt_furniture.get_demonstrations(args), checkpoint=checkpoint)
     info = {"furniture": args.furniture, "randomness": args.randomness, "backend": args.backend, "validation_loss": policy.validation_loss,
@@ -110,7 +115,22 @@ def furniture(args: rldt_furniture.Args, out: Path | None = None) -> dict[str, f
     return info
 
 
+def main(argv: list[str]):
+    """Command line -> subcommand: the preset sets the defaults, explicit flags win."""
+    paper = "--preset=paper" in argv or any(pair == ("--preset", "paper") for pair in itertools.pairwise(argv))
+
+    def subcommand(function, script):
+        default = script.Args(preset="paper", **script.PAPER) if paper else script.Args()
+
+        def run(args: script.Args = default, out: Path | None = None):
+            function(args, out)
+
+        run.__doc__ = function.__doc__
+        return run
+
+    families = {"gym": subcommand(gym, rldt_gym), "robomimic": subcommand(robomimic, rldt_robomimic), "furniture": subcommand(furniture, rldt_furniture)}
+    tyro.extras.subcommand_cli_from_dict(families, args=argv, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
+
+
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict(
-        {"gym": gym, "robomimic": robomimic, "furniture": furniture}, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
-    )
+    main(sys.argv[1:])

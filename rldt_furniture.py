@@ -353,8 +353,8 @@ def pretrain(args: Args, data: dict, log=print, checkpoint: Path | None = None, 
     """
     starts = np.r_[0, data["episode_ends"][:-1]]
     first = np.concatenate([np.arange(s, e - args.chunk + 1) for s, e in zip(starts, data["episode_ends"], strict=True)])
-    if len(first) == 0:
-        raise SystemExit(f"No demonstration is as long as a chunk ({args.chunk} steps).")
+    if len(first) < 20:
+        raise SystemExit(f"{len(first)} chunks to clone are too few; every demonstration must be as long as a chunk ({args.chunk} steps), and 20 chunks are the least.")
     policy = make_policy(args, data["state"].shape[1], data["action"].shape[1])
     for key, name in ("obs", "state"), ("action", "action"):
         low, high = data[name].min(0), data[name].max(0)
@@ -733,7 +733,7 @@ def record_video(policies: dict[str, FlowPolicy], args: Args, path: Path):
         films = {name: [] for name in policies}
         for name, policy in policies.items():
             for episode in range(args.video_episodes):
-                (obs, _), over, film = env.reset(seed=args.seed + episode), False, [env.render()]
+                (obs, _), over, film = env.reset(seed=1_000_000 * (args.seed + 1) + episode), False, [env.render()]
                 while not over:
                     obs = policy.normalize(obs)[None]
                     with autocast(args):

@@ -293,8 +293,8 @@ def pretrain(args: Args, data: dataset.Demonstrations, log=print) -> FlowPolicy:
     }  # fmt: skip
     starts = np.r_[0, data.episode_ends[:-1]]
     first = np.concatenate([np.arange(s, e - args.chunk + 1) for s, e in zip(starts, data.episode_ends, strict=True)])
-    if len(first) == 0:
-        raise SystemExit(f"No episode is as long as a chunk ({args.chunk} steps).")
+    if len(first) < 20:
+        raise SystemExit(f"{len(first)} chunks to clone are too few; every episode must be as long as a chunk ({args.chunk} steps), and 20 chunks are the least.")
     policy = FlowPolicy(data.observations.shape[1], data.actions.shape[1], args.chunk, args.euler_steps,
                         args.actor_width, args.actor_depth, args.time_dim)  # fmt: skip
     for name in FlowPolicy.SCALING:
@@ -663,13 +663,14 @@ def resolve(args: Args) -> Args:
         except (ValueError, TypeError) as error:
             raise SystemExit(f"{stored}: cannot be read ({error})") from error
     rank = int(os.environ.get("LOCAL_RANK", 0))
-    if args.device == "auto":
+    if args.device == "auto" or (args.device.startswith("cuda") and int(os.environ.get("WORLD_SIZE", 1)) > 1):  # under torchrun a GPU each
         args.device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit(f"--device {args.device}: this torch sees no CUDA device; use --device cpu.")
     args.iterations = args.iterations or (NO_LIMIT if args.wall_budget_s else 25 if args.env_id == "Hopper-v4" else 85)
     args.segment_chunks = min(args.segment_chunks, args.rollout_chunks)
-    for name in "chunk euler_steps n_particles num_envs rollout_chunks rounds segments value_samples eval_every threads".split():
+    counts = "chunk euler_steps n_particles num_envs rollout_chunks rounds segments value_samples critic_steps critic_batch actor_batch buffer_iterations"
+    for name in f"{counts} eval_every eval_episodes final_eval_episodes threads".split():
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if not 0 <= args.exploration_steps <= args.euler_steps:
@@ -685,7 +686,7 @@ def main(args: Args) -> dict | None:
     if args.evaluate:
         policy = load_policy(Path(args.evaluate) / "policy.pt", args.device)
         args.env_id = json.loads((Path(args.evaluate) / "args.json").read_text())["env_id"]
-        scores = evaluate(policy, args, args.final_eval_episodes, args.seed)
+        scores = evaluate(policy, args, args.final_eval_episodes, 1_000_000 * (args.seed + 1))
         for start, r in scores.items():
             print(f"{args.env_id}, {len(r)} episodes from x_0 {'= 0' if start == 'zero' else '~ N(0, I)'}: {r.mean():.0f} +- {r.std():.0f}")
         if args.capture_video:
@@ -713,10 +714,12 @@ def main(args: Args) -> dict | None:
         args.base, args.pretrain = run_dir / "base.safetensors", False
     if world > 1 and rank > 0:
         dist.barrier()  # rank 0 records and pretrains, the others then read its files
-        args.base, args.pretrain = args.base or next(iter(run_dir.glob("base.safetensors")), None), False
+        args.base, args.pretrain = next(run_dir.glob("base.safetensors"), args.base), False
     policy = get_base(args, envs, run_dir)
-    if world > 1 and rank == 0:
-        dist.barrier()
+    if world > 1:
+        if rank == 0:
+            dist.barrier()
+        torch.manual_seed(args.seed)  # all processes make the same networks, whatever pretraining drew
     base = copy.deepcopy(policy.velocity).requires_grad_(False)
     reference = copy.deepcopy(base)
     critic = Critic(envs.obs_dim, policy.action_size, args.critic_width, args.critic_depth, args.critic_layer_norm, args.critic_init)

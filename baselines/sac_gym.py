@@ -270,7 +270,7 @@ def resolve(args: Args) -> Args:
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit(f"--device {args.device}: this torch sees no CUDA device; use --device cpu.")
     args.iterations = args.iterations or (NO_LIMIT if args.wall_budget_s else 205 if args.env_id == "Hopper-v4" else 710)
-    for name in "num_envs rollout_steps gradient_steps batch eval_every threads".split():
+    for name in "num_envs rollout_steps gradient_steps batch eval_every eval_episodes final_eval_episodes threads".split():
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     return args
@@ -283,7 +283,7 @@ def main(args: Args) -> dict | None:
     envs = VectorEnv(args.env_id, args.num_envs, 1, args.backend, args.seed, args.threads)
     if args.evaluate:
         policy = load_policy(Path(args.evaluate) / "policy.pt", args, envs)
-        scores = evaluate(policy, args, args.final_eval_episodes, args.seed)
+        scores = evaluate(policy, args, args.final_eval_episodes, 1_000_000 * (args.seed + 1))
         for start, r in scores.items():
             print(f"{args.env_id}, {len(r)} episodes with {'the mean action' if start == 'zero' else 'sampled actions'}: {r.mean():.0f} +- {r.std():.0f}")
         if args.capture_video:

@@ -249,7 +249,7 @@ def test_run_killed_while_it_saves_and_resumed_equals_one_never_killed(finished,
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_evaluating_a_run_gives_the_returns_of_its_last_evaluation(finished, name):
     run, result = finished(name)
-    seed = 1_000_000 * (3 + 1)
+    seed = 3  # the run's
     module = SCRIPTS[name]
     scores = module.main(module.parse_args([f"--evaluate={run}", "--final-eval-episodes=3", f"--seed={seed}", "--device=cpu"]))
     assert scores == {"zero": result["final_return"], "noise": result["final_return_sampled"]}
@@ -292,6 +292,9 @@ def test_damaged_file_stops_with_its_name(finished, tmp_path, name, file, flag, 
     ("dppo", dict(batch=0), "--batch must be at least 1, got 0"),
     ("fpo", dict(samples=0), "--samples must be at least 1, got 0"),
     ("best_of_n", dict(candidates=0), "--candidates must be at least 1, got 0"),
+    ("best_of_n", dict(buffer_iterations=0), "--buffer-iterations must be at least 1, got 0"),
+    ("qam", dict(actor_batch=0), "--actor-batch must be at least 1, got 0"),
+    ("dppo", dict(eval_episodes=0), "--eval-episodes must be at least 1, got 0"),
     ("qam", dict(rounds=0), "--rounds must be at least 1, got 0"),
 ])  # fmt: skip
 def test_flags_out_of_range_stop_with_their_name(name, field, message):

@@ -21,7 +21,10 @@ from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import demos.train_demonstrator
+import pretrain_fm
+import rldt_furniture
 import rldt_gym
+import rldt_robomimic
 from demos import dataset
 
 
@@ -147,7 +150,10 @@ def test_reference_follows_the_actor_only_where_it_is_the_previous_policy(tiny_a
 KILLED = """
 import os, signal, sys
 import torch
+import pretrain_fm
+import rldt_furniture
 import rldt_gym
+import rldt_robomimic
 
 saves, save, update = 0, torch.save, rldt_gym.update_critic
 
@@ -366,7 +372,7 @@ def test_resume_takes_the_stored_arguments(copied_run):
 # --------------------------------------------------------------------------------- evaluation
 def test_evaluating_a_run_gives_the_returns_of_its_last_evaluation(finished_run, capsys):
     run, result = finished_run
-    seed = 1_000_000 * (3 + 1)  # that of the evaluations of a run with seed 3
+    seed = 3  # the run's
     scores = rldt_gym.main(rldt_gym.parse_args([f"--evaluate={run}", "--final-eval-episodes=3", f"--seed={seed}"]))
     assert scores == {"zero": result["final_return"], "noise": result["final_return_sampled"]}
     printed = capsys.readouterr().out
@@ -582,8 +588,11 @@ def test_pretraining_chunks_are_consecutive_and_stay_inside_an_episode(monkeypat
 
 
 def test_demonstrations_shorter_than_a_chunk_stop():
-    with pytest.raises(SystemExit, match=r"No episode is as long as a chunk \(31 steps\)"):
+    with pytest.raises(SystemExit, match=r"0 chunks .* as long as a chunk \(31 steps\)"):
         pretrain(demonstrations(), chunk=31)
+    with pytest.raises(SystemExit, match=r"19 chunks to clone are too few"):
+        pretrain(demonstrations(episodes=1, length=19))
+    pretrain(demonstrations(episodes=1, length=20), bc_epochs=1, bc_batch=8)
 
 
 def test_run_without_a_base_policy_pretrains_one_and_keeps_it(tiny_args, tmp_path, only_run):
@@ -633,7 +642,7 @@ def test_no_flags_give_the_defaults():
 
 @pytest.mark.parametrize("name", [
     "chunk", "euler_steps", "n_particles", "num_envs", "rollout_chunks", "rounds", "segments", "value_samples",
-    "eval_every",
+    "critic_steps", "critic_batch", "actor_batch", "buffer_iterations", "eval_every", "eval_episodes", "final_eval_episodes",
 ])  # fmt: skip
 def test_numbers_below_one_stop_with_the_flag(name):
     with pytest.raises(SystemExit, match=f"--{name.replace('_', '-')} must be at least 1, got 0"):
@@ -680,7 +689,27 @@ def test_help_exits_with_zero_and_mentions_every_field(monkeypatch, capsys, argv
         assert "--out" in text
 
 
+@pytest.mark.parametrize("flags", [["--preset", "paper"], ["--preset=paper"], []])
+@pytest.mark.parametrize("family, script", [("gym", rldt_gym), ("robomimic", rldt_robomimic), ("furniture", rldt_furniture)])
+def test_pretraining_alone_takes_the_preset_and_flags_win(monkeypatch, tmp_path, family, script, flags):
+    taken = []
+    monkeypatch.setattr(pretrain_fm, family, lambda args, out: taken.append((args, out)))
+    pretrain_fm.main([family, *flags, "--bc-batch=77", f"--out={tmp_path / 'a'}"])
+    preset = script.Args(preset="paper", **script.PAPER) if flags else script.Args()
+    assert taken == [(dataclasses.replace(preset, bc_batch=77), tmp_path / "a")]
+
+
 # ---------------------------------------------------------------------------- several processes
+@pytest.mark.parametrize("device", ["auto", "cuda:0"])
+def test_each_process_takes_a_gpu_of_its_own_also_with_the_arguments_of_the_first(monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert rldt_gym.resolve(rldt_gym.Args(device="cuda:3")).device == "cuda:3"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert rldt_gym.resolve(rldt_gym.Args(device=device)).device == "cuda:1"
+    assert rldt_gym.resolve(rldt_gym.Args(device="cpu")).device == "cpu"
+
+
 def test_gradients_are_averaged_over_the_processes(monkeypatch):
     parameters = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))]
     for p in parameters:
@@ -694,7 +723,11 @@ def test_gradients_are_averaged_over_the_processes(monkeypatch):
     torch.testing.assert_close(parameters[1].grad, (own[1] + torch.arange(6.0, 10.0)) / 2)
 
 
-def test_two_processes_train_one_actor_on_their_own_rollouts(tiny_flags, tmp_path, only_run):
+@pytest.mark.parametrize("pretrained", ["given", "first"])
+def test_two_processes_train_one_actor_on_their_own_rollouts(tiny_flags, tmp_path, only_run, pretrained):
+    if pretrained == "first":
+        data = dataset.make(dataset.Args(env_id="Hopper-v4", steps=400, num_envs=8, out=tmp_path / "a.hdf5"))
+        tiny_flags = [*tiny_flags, "--pretrain", f"--dataset={data}", "--bc-epochs=2", "--bc-batch=32"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "rldt_gym.py"]
     process = subprocess.run(
         [*command, *tiny_flags, "--iterations=3", f"--runs={tmp_path / 'runs'}"],

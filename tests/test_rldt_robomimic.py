@@ -1337,7 +1337,7 @@ def test_cuda_without_a_cuda_device_stops(monkeypatch):
 def test_paper_preset_sets_the_values_of_the_paper(argv):
     args = rldt_robomimic.resolve(rldt_robomimic.parse_args([*argv, "--obs", "image"]))
     paper = dict(
-        preset="paper", iterations=200, num_envs=64, rollout_chunks=200, buffer_iterations=10, euler_steps=8, actor_width=768, actor_depth=3,
+        preset="paper", iterations=200, num_envs=64, rollout_chunks=202, buffer_iterations=10, euler_steps=8, actor_width=768, actor_depth=3,
         time_dim=32, chunk=4, horizon=400, bc_batch=256, bc_lr=1e-4, bc_lr_end=1e-5, gamma=0.999, target_momentum=0.995, critic_steps=32,
         critic_lr=1e-3, critic_encoder_lr=4e-5, critic_width=256, critic_depth=3, encoder="own", warmup_iterations=2, n_particles=8,
         kernel="rbf", alpha=1e-3, consistency_weight=0.5, constraint_weight=0.2, actor_lr=2e-5, actor_warmup=32, transport_scale=1.0,

@@ -80,7 +80,7 @@ def test_run_stopped_by_ctrl_c_and_resumed_equals_one_never_stopped(monkeypatch,
 
 def test_evaluating_a_run_gives_the_returns_of_its_last_evaluation(finished):
     run, result = finished
-    scores = sac_gym.main(sac_gym.parse_args([f"--evaluate={run}", "--final-eval-episodes=3", "--seed=4000000", "--device=cpu"]))
+    scores = sac_gym.main(sac_gym.parse_args([f"--evaluate={run}", "--final-eval-episodes=3", "--seed=3", "--device=cpu"]))
     assert scores == {"zero": result["final_return"], "noise": result["final_return_sampled"]}
 
 
