@@ -77,7 +77,7 @@ class Args:
     bf16: bool = True
     """bfloat16 matrix products (autocast): in the no-grad sampler and the update steps. Weights and Euler states stay fp32."""
     compile: bool = False
-    """torch.compile the networks (worth it on CUDA; costs about a minute at the start)."""
+    """torch.compile the networks (on an H100 a tenth faster; costs about a minute at the start)."""
 
     # what to run
     resume: Path | None = None
@@ -600,7 +600,7 @@ def actor_losses(velocity, reference, critic: Critic, obs, obs_q, trajectory, ar
     if args.transport_loss == "literal":
         transport = (a_dagger - (query + phi)).square().sum(-1).mean() / K  # eq. (13)
     else:
-        transport = -((v * phi).sum(-1) / (K * (1 - t))).mean()
+        transport = -((v * phi).sum(-1) / (K * (1 - t))).mean()  # the authors' form of eq. (13), docs/rldt_gym.md
     consistency = ((a_dagger - action).square().sum(-1) / (K * (1 - t)).square()).mean()  # eq. (14)
     constraint = (v_c - v_ref).square().sum(-1).mean()  # eq. (15)
     distance = torch.cdist(action, action).sum() / max(1, B * P * (P - 1))
@@ -613,7 +613,7 @@ def actor_losses(velocity, reference, critic: Critic, obs, obs_q, trajectory, ar
 
 
 def update_actor(policy: FlowPolicy, reference: FlowPolicy, critic: Critic, optimizer, obs, obs_q, args: Args) -> dict[str, torch.Tensor]:
-    """Samples P particles for each of obs (B, obs_dim), then one step of L = L_transport + 0.5 L_consistency + 0.2 L_constraint, eq. (16)."""
+    """Samples P particles for each of obs (B, obs_dim), then one step of L_transport, L_consistency and L_constraint by their weights, eq. (16)."""
     with torch.no_grad(), autocast(args):
         x0 = start_noise((len(obs), args.n_particles, policy.action_size), args)
         trajectory = policy.sample(obs[:, None].expand(-1, args.n_particles, -1), x0, trajectory=True)
@@ -876,6 +876,8 @@ def resolve(args: Args) -> Args:
     for name in "chunk euler_steps n_particles num_envs horizon rounds reference_every segments value_samples eval_every eval_episodes threads".split():
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if args.actor_depth < 3 or args.actor_depth % 2 == 0:
+        raise SystemExit(f"--actor-depth must be odd and at least 3 (a block has two layers), got {args.actor_depth}")
     args.stop_on_success &= args.backend == "mujoco"
     args.rollout_chunks = args.rollout_chunks or max(math.ceil(args.horizon / args.chunk), args.segment_chunks) + 1
     args.segment_chunks = args.segment_chunks or args.rollout_chunks - 1

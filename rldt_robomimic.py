@@ -68,7 +68,7 @@ class Args:
     bf16: bool = True
     """bfloat16 matrix products (autocast): in the no-grad sampler and the update steps. Weights and Euler states stay fp32."""
     compile: bool = False
-    """torch.compile the networks (worth it on CUDA; costs about a minute at the start)."""
+    """torch.compile the networks (on an H100 a tenth faster; costs about a minute at the start)."""
 
     # what to run
     resume: Path | None = None
@@ -708,7 +708,7 @@ def actor_losses(velocity, reference, critic: Critic, cond, cond_ref, cond_q, tr
     if args.transport_loss == "literal":
         transport = (a_dagger - (query + phi)).square().sum(-1).mean() / K  # eq. (13)
     else:
-        transport = -((v * phi).sum(-1) / (K * (1 - t))).mean()
+        transport = -((v * phi).sum(-1) / (K * (1 - t))).mean()  # the authors' form of eq. (13), docs/rldt_gym.md
     consistency = ((a_dagger - action).square().sum(-1) / (K * (1 - t)).square()).mean()  # eq. (14)
     constraint = (v_c - v_ref).square().sum(-1).mean()  # eq. (15)
     distance = torch.cdist(action, action).sum() / max(1, B * P * (P - 1))
@@ -721,7 +721,7 @@ def actor_losses(velocity, reference, critic: Critic, cond, cond_ref, cond_q, tr
 
 
 def update_actor(policy: FlowPolicy, reference: FlowPolicy, critic: Critic, optimizer, obs: Obs, args: Args) -> dict[str, torch.Tensor]:
-    """Samples P particles for each of obs (B, ...), then one step of L = L_transport + 0.5 L_consistency + 0.2 L_constraint, eq. (16)."""
+    """Samples P particles for each of obs (B, ...), then one step of L_transport, L_consistency and L_constraint by their weights, eq. (16)."""
     obs = augment(obs, args)
     with autocast(args):
         cond = policy.encode(obs)  # once per state: all K Euler steps, P particles and both losses share it
@@ -1008,6 +1008,8 @@ def resolve(args: Args) -> Args:
     for name in f"{counts} eval_episodes final_eval_episodes critic_steps critic_batch actor_steps actor_batch bc_epochs bc_batch threads".split():
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if args.actor_depth < 3 or args.actor_depth % 2 == 0:
+        raise SystemExit(f"--actor-depth must be odd and at least 3 (a block has two layers), got {args.actor_depth}")
     if not 1 <= args.segment_chunks < args.rollout_chunks:
         raise SystemExit(f"--segment-chunks {args.segment_chunks} must lie between 1 and --rollout-chunks {args.rollout_chunks} - 1")
     if args.q_gradient == "particles" and args.n_particles < 2:

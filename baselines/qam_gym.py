@@ -64,7 +64,7 @@ class Args:
     bf16: bool = True
     """bfloat16 matrix products (autocast): in the no-grad sampler and the update steps. Weights and Euler states stay fp32."""
     compile: bool = False
-    """torch.compile the networks (worth it on CUDA; costs about a minute at the start)."""
+    """torch.compile the networks (on an H100 a tenth faster; costs about a minute at the start)."""
 
     # what to run
     resume: Path | None = None
@@ -675,6 +675,8 @@ def resolve(args: Args) -> Args:
     for name in f"{counts} eval_every eval_episodes final_eval_episodes threads".split():
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if args.actor_depth < 3 or args.actor_depth % 2 == 0:
+        raise SystemExit(f"--actor-depth must be odd and at least 3 (a block has two layers), got {args.actor_depth}")
     if not 0 <= args.exploration_steps <= args.euler_steps:
         raise SystemExit("--exploration-steps must lie between 0 and --euler-steps")
     return args

@@ -133,7 +133,7 @@ def main(args: Args):
     target = args.target_return or TARGET_RETURN.get(args.env_id)
     if target is None:
         raise SystemExit(f"No default target return for {args.env_id}; pass --target-return.")
-    out = args.out or Path("demos") / args.env_id / "demonstrator.safetensors"
+    out = args.out or Path(__file__).parent / args.env_id / "demonstrator.safetensors"
     N, T = args.num_envs, args.rollout_steps
     envs = VectorEnv(args.env_id, N, seed=args.seed, threads=args.threads)
     policy = Demonstrator(envs.obs_dim, envs.action_dim, args.init_log_std)

@@ -649,6 +649,13 @@ def test_numbers_below_one_stop_with_the_flag(name):
         rldt_gym.resolve(rldt_gym.Args(**{name: 0}))
 
 
+@pytest.mark.parametrize("script", [rldt_gym, rldt_robomimic, rldt_furniture])
+@pytest.mark.parametrize("depth", [1, 4])
+def test_depths_that_blocks_cannot_have_stop_with_the_flag(script, depth):
+    with pytest.raises(SystemExit, match=f"--actor-depth must be odd and at least 3 .* got {depth}"):
+        script.resolve(script.Args(actor_depth=depth))
+
+
 @pytest.mark.parametrize("steps", [-1, 9])
 def test_exploration_from_steps_that_do_not_exist_stops(steps):
     with pytest.raises(SystemExit, match="--exploration-steps"):
