@@ -250,7 +250,7 @@ class Args:
 
 PAPER = dict(
     bc_epochs=8000, bc_lr=1e-4, bc_lr_end=1e-5, bc_spread=0.0, actor_width=1024, actor_depth=7, cond_mlp=(512, 64), euler_steps=32, exploration_steps=2,
-    iterations=250, num_envs=1000, stop_on_success=False, buffer_iterations=20, eval_every=10, eval_episodes=500, gamma=0.995, value_samples=2,
+    iterations=250, num_envs=1000, stop_on_success=False, buffer_iterations=20, eval_every=10, eval_episodes=500, final_eval_episodes=500, gamma=0.995, value_samples=2,
     target_momentum=0.998, rounds=16, critic_steps=128, critic_batch=8192, critic_lr=5e-4, critic_width=512, critic_layer_norm=False,
     critic_init="normal", segments=500, segment_chunks=0, warmup_iterations=2, actor_steps=2, actor_batch=6250, n_particles=8, q_gradient="critic", zero_fraction=0.0,
     consistency_weight=0.5, reference="previous", actor_lr=2e-5, transport_scale=1.0, actor_lr_end=1.0, bf16=False,
@@ -259,7 +259,7 @@ PAPER = dict(
 
 # ----------------------------------------------------------------------------------- networks
 class FlowPolicy(nn.Module):
-    """A velocity network and the demonstrations' min-max scaling."""
+    """A velocity network and a scaling of observations and actions by limits taken from the demonstrations (`--bc-spread`)."""
 
     SCALING = ("obs_min", "obs_max", "action_min", "action_max")
 
@@ -274,7 +274,7 @@ class FlowPolicy(nn.Module):
             self.register_buffer(name, torch.full((dim,), -1.0 if name.endswith("min") else 1.0))
 
     def normalize(self, obs) -> torch.Tensor:
-        """Observations (..., obs_dim) scaled to [-1, 1] on the range of the demonstrations, clamped to +-5 (DPPO)."""
+        """Observations (..., obs_dim) with the demonstrations' limits scaled to -1 and 1, clamped to +-5 (DPPO)."""
         obs = torch.as_tensor(obs, dtype=torch.float32, device=self.obs_min.device)
         return (2 * (obs - self.obs_min) / (self.obs_max - self.obs_min + 1e-6) - 1).clamp(-5, 5)
 
@@ -858,7 +858,7 @@ def resolve(args: Args) -> Args:
             if args.resume:
                 args = Args(**values | {"resume": args.resume})
             else:
-                keep = ("furniture", "randomness", "chunk", "euler_steps", "horizon", *(["backend"] if args.backend == "auto" else []))
+                keep = ("furniture", "randomness", "chunk", "euler_steps", "horizon", "bf16", *(["backend"] if args.backend == "auto" else []))
                 args = dataclasses.replace(args, **{key: values[key] for key in keep})
         except (ValueError, TypeError, KeyError) as error:
             raise SystemExit(f"{stored}: cannot be read ({error})") from error
@@ -873,7 +873,9 @@ def resolve(args: Args) -> Args:
         raise SystemExit(f"--backend isaac: {isaac_missing()}; use --backend mujoco.")
     args.transport_scale = args.transport_scale or {"one_leg": 30.0, "lamp": 8.0}[args.furniture]
     args.horizon, args.cond_mlp = args.horizon or FURNITURE[args.furniture].horizon, tuple(args.cond_mlp)
-    for name in "chunk euler_steps n_particles num_envs horizon rounds reference_every segments value_samples eval_every eval_episodes threads".split():
+    counts = "chunk euler_steps n_particles num_envs horizon iterations rounds reference_every segments value_samples buffer_iterations eval_every"
+    counts += " eval_episodes final_eval_episodes critic_steps critic_batch actor_steps actor_batch actor_warmup warmup_factor bc_epochs bc_batch threads"
+    for name in counts.split():
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if args.actor_depth < 3 or args.actor_depth % 2 == 0:
@@ -928,8 +930,9 @@ def main(args: Args) -> dict | None:
         write_atomically(run_dir / "args.json", lambda p: p.write_text(json.dumps(values, indent=2)))
     if args.resume and (run_dir / "base.safetensors").exists():
         args.base, args.pretrain = run_dir / "base.safetensors", False
-    policy = get_base(args, run_dir)
-    save_policy(policy, run_dir / "base_policy.pt")
+    first = run_dir / "base_policy.pt"  # a resumed run keeps the base that it started from
+    policy = load_policy(first, args.device) if args.resume and first.exists() else get_base(args, run_dir)
+    save_policy(policy, first)
     base = copy.deepcopy(policy).requires_grad_(False)
     reference, averaged = copy.deepcopy(base), copy.deepcopy(base)  # averaged: the policy that acts
     obs_dim = policy.config["obs_dim"]

@@ -1057,8 +1057,9 @@ def main(args: Args) -> dict | None:
         write_atomically(run_dir / "args.json", lambda p: p.write_text(json.dumps(values, indent=2)))
     if args.resume and (run_dir / "base.safetensors").exists():
         args.base, args.pretrain = run_dir / "base.safetensors", False
-    policy = get_base(args, run_dir)
-    save_policy(policy, run_dir / "base_policy.pt")
+    first = run_dir / "base_policy.pt"  # a resumed run keeps the base that it started from
+    policy = load_policy(first, args.device) if args.resume and first.exists() else get_base(args, run_dir)
+    save_policy(policy, first)
     if args.encoder == "frozen" and policy.encoder is not None:
         policy.encoder.requires_grad_(False)
     base = copy.deepcopy(policy).requires_grad_(False)

@@ -9,10 +9,10 @@ Frames: positions and rotations of the robot are in its base frame, which is the
 z = 0; poses of parts in observations are in the AprilTag frame on the table (`TAG`). Lengths in m, angles in rad, SI units.
 
 Physics. From the original: masses, sizes, gravity, the arm's position drive (stiffness 1000, damping 200) and torque limits, the
-fingers' force of 13 N, the friction of 0.15 between parts and 0.125 on the table (PhysX averages 0.15 and 0.1), 0.575 on the fingers
-(with PhysX's default of 1 for them). Measured on the meshes: the pitch, phase, radius and ends of the screw threads, which are
+fingers' force of 13 N, the friction of parts of 0.15 (of what rests on the table, legs and tops of One-Leg, Lamp's foot, 0.125, as PhysX averages 0.15 and
+the table's 0.1; MuJoCo takes the larger one of a pair), 0.575 on the fingers (with PhysX's default of 1 for them). Measured on the meshes: the pitch, phase, radius and ends of the screw threads, which are
 helices of capsules that collide with each other, on the leg of spheres; nothing but contact makes a leg or a bulb go in. Our choice,
-not calibrated against Isaac Gym: contact stiffness, torsional friction, the fingers' damping and friction, the armature of all joints,
+not calibrated against Isaac Gym: contact stiffness, the fingers' torsional friction, damping and friction, the armature of all joints,
 the thickness of the wire that makes a thread, the leg's spheres, the primitives that stand for concave parts, and the mass
 that the reset's force accelerates (`Part.hull_mass`).
 """
@@ -232,7 +232,7 @@ class Part:
     """Rotation around x, then y, then z."""
     hull_mass: float
     """The original's density times the volume of the mesh's convex hull (kg). The reset's force accelerates this mass: with those of the
-    parts themselves, which are a third of it, pushes would throw the lamp's hood off the table, and the original's multipliers
+    parts themselves, which are a fifth to nine tenths of it, pushes would throw the lamp's hood off the table, and the original's multipliers
     would differ tenfold in acceleration instead of threefold."""
 
 
@@ -273,7 +273,7 @@ class Furniture:
     parts slip until the difference of their speeds has decayed, in about the time of two steps: with fewer of them the arm's jerks at
     10 Hz shake a part out of the fingers."""
     held: int | None = None
-    """A part that stays where it is until the hand is close, as the original does with the bulb, which would roll."""
+    """A part that stays where it is until the hand is close or half of the time is up, as the original does with the bulb, which would roll."""
 
     @property
     def obs_dim(self) -> int:
@@ -631,11 +631,10 @@ class FurnitureVectorEnv:
     """
 
     def __init__(self, num_envs: int, furniture: str = "one_leg", randomness: str = "low", chunk: int = 8, horizon: int | None = None,
-                 threads: int | None = None, stop_on_success: bool = False, record: bool = False):  # fmt: skip
+                 threads: int | None = None, stop_on_success: bool = False):  # fmt: skip
         load_models(furniture)
-        self.envs = [FurnitureEnv(furniture, randomness, "rgb_array" if record else None, horizon) for _ in range(num_envs)]
-        self.num_envs, self.chunk, self.action_dim, self.horizon = num_envs, chunk, 10, self.envs[0].horizon
-        self.stop_on_success, self.record, self.frames = stop_on_success, record, [[] for _ in range(num_envs)]
+        self.envs = [FurnitureEnv(furniture, randomness, None, horizon) for _ in range(num_envs)]
+        self.num_envs, self.chunk, self.horizon, self.stop_on_success = num_envs, chunk, self.envs[0].horizon, stop_on_success
         self.observation_space = gym.spaces.Dict({"state": self.envs[0].observation_space})
         self.obs = np.zeros((num_envs, self.envs[0].furniture.obs_dim), np.float32)
         self.diverged = np.zeros(num_envs, int)
@@ -650,10 +649,20 @@ class FurnitureVectorEnv:
         """Starts episodes where `mask` (N,) with `seeds` (N,); returns all observations, copied."""
 
         def start(i):
-            self.obs[i] = self.envs[i].reset(seed=int(seeds[i]))[0]
+            self.obs[i] = self.renew(i, int(seeds[i]))
 
         self.each(start, np.flatnonzero(mask))
         return {"state": self.obs.copy()}
+
+    def renew(self, i: int, seed: int | None = None) -> np.ndarray:
+        """Resets one environment and returns its observation; where the reset itself diverges, with the next draws of its generator."""
+        for _ in range(10):
+            try:
+                return self.envs[i].reset(seed=seed)[0]
+            except PhysicsError:
+                self.diverged[i] += 1
+                seed = None
+        raise PhysicsError("ten resets in a row diverged")
 
     def run_chunk(self, i: int, actions: np.ndarray) -> tuple[float, bool, bool, int, int]:
         """Steps one environment through actions (chunk, 10); returns reward, terminated, truncated, stages and steps taken."""
@@ -662,14 +671,12 @@ class FurnitureVectorEnv:
             for action in actions:
                 total += env.advance(action)
                 steps += 1
-                if self.record:
-                    self.frames[i].append(env.render())
                 if env.t >= env.horizon or (self.stop_on_success and env.assembled.all()):
                     break
         except PhysicsError:
             self.diverged[i] += 1
             stages = env.assembled.sum()
-            env.reset()
+            self.renew(i)
             return total, False, True, stages, steps + 1
         self.obs[i] = env.observe()
         terminated = self.stop_on_success and bool(env.assembled.all())
@@ -689,11 +696,6 @@ class FurnitureVectorEnv:
         for i, result in zip(indices, self.each(lambda i: self.run_chunk(i, chunks[i]), indices), strict=True):
             reward[i], terminated[i], truncated[i], stages[i], length[i] = result
         return {"state": self.obs.copy()}, reward, terminated, truncated, stages, length
-
-    def take_frames(self, index: int = 0) -> list[np.ndarray]:
-        """The frames of one environment since the last call, with record=True."""
-        frames, self.frames[index] = self.frames[index], []
-        return frames
 
     def close(self):
         if self.pool:

@@ -554,6 +554,29 @@ def test_time_limit_and_success_end_episodes(monkeypatch):
     assert [FURNITURE[name].horizon for name in TASKS] == [700, 1000]
 
 
+def test_a_reset_that_diverges_is_drawn_again():
+    vector = FurnitureVectorEnv(2, chunk=2, threads=1)
+    env, calls = vector.envs[0], []
+    reset = env.reset
+
+    def diverging(seed=None):
+        calls.append(seed)
+        result = reset(seed=seed)
+        if len(calls) < 3:
+            raise PhysicsError("diverged")
+        return result
+
+    env.reset = diverging
+    obs = vector.reset([1, 2], np.ones(2, bool))["state"]
+    assert calls == [1, None, None] and vector.diverged.tolist() == [2, 0]
+    assert np.isfinite(obs).all() and not np.array_equal(obs[0], FurnitureEnv().reset(seed=1)[0])
+    np.testing.assert_array_equal(obs[1], FurnitureEnv().reset(seed=2)[0])
+    env.reset = lambda seed=None: diverging(calls.clear())
+    with pytest.raises(PhysicsError, match="ten resets"):
+        vector.reset([1, 2], np.array([True, False]))
+    vector.close()
+
+
 def test_divergence_truncates_and_resets():
     vector, rng = FurnitureVectorEnv(2, chunk=2, threads=1), np.random.default_rng(0)
     everyone = np.ones(2, bool)

@@ -1568,6 +1568,15 @@ def test_resuming_a_finished_run_writes_its_result_again(fakes, fake_run, copied
     assert (copied_run / "policy.pt").exists()
 
 
+def test_resuming_keeps_the_base_policy_that_the_run_started_from(fakes, copied_run, tmp_path):
+    args = json.loads((copied_run / "args.json").read_text())
+    (copied_run / "args.json").write_text(json.dumps(args | {"base": str(tmp_path / "gone.safetensors")}))
+    before = rldt_furniture.load_policy(copied_run / "base_policy.pt", "cpu").state_dict()
+    main(["--resume", copied_run])
+    for key, value in rldt_furniture.load_policy(copied_run / "base_policy.pt", "cpu").state_dict().items():
+        assert torch.equal(value, before[key])
+
+
 def test_resuming_what_is_no_run_directory_or_has_damaged_arguments_says_so(fakes, copied_run, tmp_path):
     with pytest.raises(SystemExit, match="not a run directory"):
         main(["--resume", tmp_path])
