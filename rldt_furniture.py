@@ -149,8 +149,8 @@ class Args:
     """What the end of a rollout is to the critic where it cuts an episode that began with it: a cut, or `failure`, as if time was up (later
     episodes are cut in either case)."""
     exploration_steps: int = 0
-    """Exploration noise |a - a_dagger_k| N(0, I) with k uniform over this many last ODE steps; 0: none (authors: 2, of 32 steps: of 8 they are
-    so long that no leg is ever assembled)."""
+    """Exploration noise |a - a_dagger_k| N(0, I) with k uniform over this many last ODE steps; 0: none (authors: 2 of 32 steps; with
+    8 steps the same noise is so long that no leg is ever assembled)."""
     exploration_scale: float = 1.0
     """Factor on the exploration noise, whose length grows with the size of a chunk (authors: 1)."""
     zero_fraction: float = 0.25
@@ -228,10 +228,10 @@ class Args:
     transport_loss: Literal["literal", "authors"] = "authors"
     """Transport loss: eq. (13) as printed (weight 1 - t), or as in the authors' code (weight 1 / (1 - t))."""
     transport_scale: float = 0.0
-    """Factor on grad Q in the transport field (authors: 1); 0: the task's, 30 (one_leg) or 8 (lamp, whose particles are spread more widely:
-    with 30 it forgot what its base can do)."""
+    """Factor on grad Q in the transport field (authors: 1); 0: the task's, 30 (one_leg) or 8 (lamp, whose particles are spread more
+    widely; in an earlier version it forgot with 30 what its base can do)."""
     consistency_weight: float = 0.05
-    """Weight of the consistency loss, eq. (14) (paper: 0.5); alone it moves the policy, and success hangs on centimetres."""
+    """Weight of the consistency loss, eq. (14) (paper: 0.5); at 0.5 it moves the policy by itself, and a few centimetres decide success."""
     constraint_weight: float = 0.2
     """Weight of the Fisher-divergence constraint, eq. (15) (paper: 0.2)."""
     reference: Literal["previous", "pretrained"] = "pretrained"
@@ -241,7 +241,7 @@ class Args:
     actor_lr: float = 2e-4
     """Adam step size of the actor (paper: 2e-5, with batches a hundred times as large)."""
     actor_lr_end: float = 0.3
-    """Factor on actor_lr that is reached linearly by the last iteration (authors: 1)."""
+    """Factor on actor_lr that is reached linearly by the last iteration, counted from the run's start (authors: 1)."""
     actor_warmup: int = 32
     """Actor steps over which the step size rises linearly (paper: 32)."""
     actor_ema: float = 0.0

@@ -91,7 +91,7 @@ class OneLeg:
         yield from self.holding(arm.go((np.array([0.54, 0.10, 0.17]) + scatter, LEAN @ facing_down(0)), 60, 0.025, 0.2, turn=0.5, rough=True))
 
     def insert(self) -> Iterator[np.ndarray]:
-        """Holds the leg over the hole that is farthest from the robot, lowers it and lets go."""
+        """Holds the leg over the hole that is farthest towards the corner of front and left obstacle, lowers it and lets go."""
         arm = self.arm
         top, matrix = arm.part(TOP)
         x, z = max(HOLES, key=lambda hole: (top + matrix @ [hole[0], 0, hole[1]])[:2].sum())

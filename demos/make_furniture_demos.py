@@ -1,6 +1,6 @@
 """Makes FurnitureBench demonstrations with scripted assemblers on MuJoCo.
 
-    python -m demos.make_furniture_demos --furniture one_leg --randomness low --episodes 100   # writes demos/one_leg/low.hdf5
+    python -m demos.make_furniture_demos --furniture one_leg --randomness med --episodes 200   # writes demos/one_leg/med.hdf5
 
 The assemblers read poses from the simulator and act through the same actions as a policy. While the arm moves freely, what it executes is
 its action plus correlated noise on the position; recorded is the action without noise, which leads back. With --pushes the open or
