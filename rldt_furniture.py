@@ -856,6 +856,9 @@ def resolve(args: Args) -> Args:
         try:
             values = json.loads(stored.read_text())
             if args.resume:
+                ignored = [f.name.replace("_", "-") for f in dataclasses.fields(Args) if f.name != "resume" and getattr(args, f.name) != f.default]
+                if ignored:
+                    print(f"--resume takes the stored arguments; not used: --{', --'.join(ignored)}")
                 args = Args(**values | {"resume": args.resume})
             else:
                 keep = ("furniture", "randomness", "chunk", "euler_steps", "horizon", "bf16", *(["backend"] if args.backend == "auto" else []))

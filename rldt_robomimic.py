@@ -984,6 +984,9 @@ def resolve(args: Args) -> Args:
         try:
             values = json.loads(stored.read_text())
             if args.resume:
+                ignored = [f.name.replace("_", "-") for f in dataclasses.fields(Args) if f.name != "resume" and getattr(args, f.name) != f.default]
+                if ignored:
+                    print(f"--resume takes the stored arguments; not used: --{', --'.join(ignored)}")
                 args = Args(**values | {"resume": args.resume})
             else:
                 keep = ("task", "obs", "chunk", "euler_steps", "horizon", "encoder", "fast_render", "bf16")

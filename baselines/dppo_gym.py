@@ -636,6 +636,9 @@ def resolve(args: Args) -> Args:
         stored = Path(args.resume) / "args.json"
         if not stored.exists():
             raise SystemExit(f"{args.resume}: not a run directory (it has no args.json)")
+        ignored = [f.name.replace("_", "-") for f in dataclasses.fields(Args) if f.name != "resume" and getattr(args, f.name) != f.default]
+        if ignored:
+            print(f"--resume takes the stored arguments; not used: --{', --'.join(ignored)}")
         try:
             args = Args(**{**json.loads(stored.read_text()), "resume": args.resume})
         except (ValueError, TypeError) as error:

@@ -261,6 +261,9 @@ def resolve(args: Args) -> Args:
             raise SystemExit(f"{stored.parent}: not a run directory (it has no args.json)")
         kept = {"resume": args.resume} if args.resume else {
             name: getattr(args, name) for name in ("evaluate", "seed", "device", "final_eval_episodes", "capture_video", "threads")}  # fmt: skip
+        ignored = [f.name.replace("_", "-") for f in dataclasses.fields(Args) if f.name not in kept and getattr(args, f.name) != f.default]
+        if ignored:
+            print(f"--{'resume' if args.resume else 'evaluate'} takes the stored arguments; not used: --{', --'.join(ignored)}")
         try:
             args = Args(**json.loads(stored.read_text()) | kept)
         except (ValueError, TypeError) as error:

@@ -1586,9 +1586,12 @@ def test_resuming_what_is_no_run_directory_or_has_damaged_arguments_says_so(fake
             main([flag, copied_run])
 
 
-def test_resume_takes_the_stored_arguments(copied_run):
+def test_resume_takes_the_stored_arguments_and_says_which_flags_it_does_not_use(copied_run, capsys):
     args = rldt_furniture.resolve(rldt_furniture.parse_args(["--resume", str(copied_run), "--seed", "99"]))
     assert (args.seed, args.actor_width, args.furniture, args.cond_mlp) == (3, 16, "lamp", ())
+    assert "not used: --seed\n" in capsys.readouterr().out
+    rldt_furniture.resolve(rldt_furniture.parse_args(["--resume", str(copied_run)]))
+    assert "not used" not in capsys.readouterr().out
 
 
 def test_pretraining_alone_writes_a_base_policy_its_success_and_its_pairs(fakes, tmp_path, capsys):

@@ -362,11 +362,14 @@ def test_resuming_with_damaged_arguments_names_the_file(copied_run):
         resume(copied_run)
 
 
-def test_resume_takes_the_stored_arguments(copied_run):
+def test_resume_takes_the_stored_arguments_and_says_which_flags_it_does_not_use(copied_run, capsys):
     args = rldt_gym.resolve(rldt_gym.parse_args(["--resume", str(copied_run), "--seed", "99"]))
     stored = json.loads((copied_run / "args.json").read_text())
     assert args.seed == stored["seed"] == 3
     assert args.actor_width == stored["actor_width"] == 16
+    assert "not used: --seed\n" in capsys.readouterr().out
+    rldt_gym.resolve(rldt_gym.parse_args(["--resume", str(copied_run)]))
+    assert "not used" not in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------- evaluation

@@ -1722,9 +1722,12 @@ def test_resuming_what_is_no_run_directory_or_has_damaged_arguments_says_so(fake
             main([flag, copied_run])
 
 
-def test_resume_takes_the_stored_arguments(copied_run):
+def test_resume_takes_the_stored_arguments_and_says_which_flags_it_does_not_use(copied_run, capsys):
     args = rldt_robomimic.resolve(rldt_robomimic.parse_args(["--resume", str(copied_run), "--seed", "99"]))
     assert (args.seed, args.actor_width, args.task) == (3, 16, "lift")
+    assert "not used: --seed\n" in capsys.readouterr().out
+    rldt_robomimic.resolve(rldt_robomimic.parse_args(["--resume", str(copied_run)]))
+    assert "not used" not in capsys.readouterr().out
 
 
 def test_pretraining_alone_writes_a_base_policy_and_its_success(monkeypatch, fakes, tmp_path):
