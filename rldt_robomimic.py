@@ -1021,8 +1021,6 @@ def resolve(args: Args) -> Args:
         raise SystemExit(f"--exploration-scale must be at least 0, got {args.exploration_scale}")
     if not 0 <= args.exploration_steps <= args.euler_steps:
         raise SystemExit("--exploration-steps must lie between 0 and --euler-steps")
-    if args.actor_depth < 3 or args.actor_depth % 2 == 0:
-        raise SystemExit(f"--actor-depth {args.actor_depth} must be odd and at least 3: a first layer and pairs with a residual connection")
     if args.horizon % args.chunk:
         raise SystemExit(f"--horizon {args.horizon} must be a multiple of --chunk {args.chunk}")
     return args

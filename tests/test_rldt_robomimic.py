@@ -1313,7 +1313,7 @@ def test_numbers_below_one_stop_with_the_flag(name):
     (dict(exploration_steps=-1), "--exploration-steps"), (dict(exploration_scale=-0.1), "--exploration-scale"), (dict(exploration_steps=9, euler_steps=8), "--exploration-steps"),
     (dict(horizon=10, chunk=4), r"--horizon 10 .*--chunk 4"), (dict(chunk=-1), "--chunk"), (dict(horizon=-4), "--horizon"),
     (dict(iterations=-1), "--iterations"), (dict(rollout_chunks=-1), "--rollout-chunks"), (dict(bc_epochs=-1), "--bc-epochs"),
-    (dict(actor_depth=4), "--actor-depth 4 must be odd"), (dict(actor_depth=1), "--actor-depth 1"),
+    (dict(actor_depth=4), "--actor-depth must be odd and at least 3"), (dict(actor_depth=1), "--actor-depth must be odd and at least 3"),
 ])  # fmt: skip
 def test_values_out_of_range_stop_in_one_line(changes, message):
     with pytest.raises(SystemExit, match=message) as stop:
