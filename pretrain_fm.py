@@ -37,7 +37,6 @@ def gym(args: rldt_gym.Args, out: Path | None = None) -> dict[str, float]:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     out = out or dataset.DEMOS / args.env_id / "base.safetensors"
-    out.parent.mkdir(parents=True, exist_ok=True)
     envs = rldt_gym.VectorEnv(args.env_id, 1, args.chunk, args.backend)
     policy = rldt_gym.pretrain(args, rldt_gym.get_demonstrations(args, envs))
     scores = rldt_gym.evaluate(policy, args, args.final_eval_episodes, 1_000_000)

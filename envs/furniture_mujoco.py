@@ -8,13 +8,14 @@ all meshes come from the installed wheel: pip install --no-deps furniture-bench=
 Frames: positions and rotations of the robot are in its base frame, which is the world frame here, with the table's surface at
 z = 0; poses of parts in observations are in the AprilTag frame on the table (`TAG`). Lengths in m, angles in rad, SI units.
 
-Physics. From the original: masses, sizes, gravity, the arm's position drive (stiffness 1000, damping 200) and torque limits, the
-fingers' force of 13 N, the friction of parts of 0.15 (of what rests on the table, legs and tops of One-Leg, Lamp's foot, 0.125, as PhysX averages 0.15 and
-the table's 0.1; MuJoCo takes the larger one of a pair), 0.575 on the fingers (with PhysX's default of 1 for them). Measured on the meshes: the pitch, phase, radius and ends of the screw threads, which are
-helices of capsules that collide with each other, on the leg of spheres; nothing but contact makes a leg or a bulb go in. Our choice,
-not calibrated against Isaac Gym: contact stiffness, the fingers' torsional friction, damping and friction, the armature of all joints,
-the thickness of the wire that makes a thread, the leg's spheres, the primitives that stand for concave parts, and the mass
-that the reset's force accelerates (`Part.hull_mass`).
+Physics. From the original: masses, sizes, gravity, the arm's position drive (stiffness 1000, damping 200) and torque limits,
+the fingers' force of 13 N, the friction of parts of 0.15 (of what rests on the table, legs and tops of One-Leg, Lamp's foot,
+0.125, as PhysX averages 0.15 and the table's 0.1; MuJoCo takes the larger one of a pair), 0.575 on the fingers (with PhysX's
+default of 1 for them). Measured on the meshes: the pitch, phase, radius and ends of the screw threads, which are helices of
+capsules that collide with each other, on the leg of spheres; nothing but contact makes a leg or a bulb go in. Our choice, not
+calibrated against Isaac Gym: contact stiffness, the fingers' torsional friction, damping and friction, the armature of all
+joints, the thickness of the wire that makes a thread, the leg's spheres, the primitives that stand for concave parts, and the
+mass that the reset's force accelerates (`Part.hull_mass`).
 """
 
 import copy
@@ -232,8 +233,8 @@ class Part:
     """Rotation around x, then y, then z."""
     hull_mass: float
     """The original's density times the volume of the mesh's convex hull (kg). The reset's force accelerates this mass: with those of the
-    parts themselves, which are a fifth to nine tenths of it, pushes would throw the lamp's hood off the table, and the original's multipliers
-    would differ tenfold in acceleration instead of threefold."""
+    parts themselves, which are a fifth to nine tenths of it, pushes would throw the lamp's hood off the table, and the original's
+    multipliers would differ tenfold in acceleration instead of threefold."""
 
 
 @dataclass(frozen=True)
@@ -273,7 +274,7 @@ class Furniture:
     parts slip until the difference of their speeds has decayed, in about the time of two steps: with fewer of them the arm's jerks at
     10 Hz shake a part out of the fingers."""
     held: int | None = None
-    """A part that stays where it is until the hand is close or half of the time is up, as the original does with the bulb, which would roll."""
+    """A part that stays where it is until the hand is close, as the original's bulb does, which would roll; or half of the time is up."""
 
     @property
     def obs_dim(self) -> int:

@@ -1,4 +1,5 @@
 import copy
+import json
 import os
 import signal
 from pathlib import Path
@@ -126,3 +127,13 @@ def scripted_evaluations(monkeypatch):
         return episodes_of, policies
 
     return replace
+
+
+def check_resumed_run_keeps_its_base(script, run):
+    """Resumes a finished run whose base policy is no longer where its arguments say, and checks that it goes on from the one it kept."""
+    stored = run / "args.json"
+    stored.write_text(json.dumps(json.loads(stored.read_text()) | {"base": str(run / "gone.safetensors")}))
+    before = script.load_policy(run / "base_policy.pt", "cpu").state_dict()
+    script.main(script.parse_args(["--resume", str(run)]))
+    for key, value in script.load_policy(run / "base_policy.pt", "cpu").state_dict().items():
+        assert torch.equal(value, before[key]), key

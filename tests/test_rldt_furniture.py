@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE, WALL_COLUMNS
+from conftest import DEVICE, WALL_COLUMNS, check_resumed_run_keeps_its_base
 from hypothesis import given
 from hypothesis import strategies as st
 from pickle_bomb import LOADED, Bomb
@@ -1379,9 +1379,9 @@ def test_evaluating_a_run_gives_the_rates_of_its_last_evaluation(fakes, fake_run
 def test_a_run_is_evaluated_in_its_own_simulator_or_in_the_one_asked_for(monkeypatch, copied_run, flag, backend):
     monkeypatch.setattr(rldt_furniture, "isaac_missing", lambda: "")
     stored = json.loads((copied_run / "args.json").read_text())
-    (copied_run / "args.json").write_text(json.dumps(stored | {"backend": "isaac"}))
+    (copied_run / "args.json").write_text(json.dumps(stored | {"backend": "isaac", "bf16": False}))
     args = rldt_furniture.resolve(rldt_furniture.parse_args(["--evaluate", str(copied_run), "--backend", flag]))
-    assert (args.backend, args.furniture, args.chunk, args.horizon) == (backend, "lamp", 4, 40)
+    assert (args.backend, args.furniture, args.chunk, args.horizon, args.bf16) == (backend, "lamp", 4, 40, False)
 
 
 def test_best_policy_is_measured_again_on_other_episodes(fakes, bases, tmp_path, monkeypatch):
@@ -1568,13 +1568,8 @@ def test_resuming_a_finished_run_writes_its_result_again(fakes, fake_run, copied
     assert (copied_run / "policy.pt").exists()
 
 
-def test_resuming_keeps_the_base_policy_that_the_run_started_from(fakes, copied_run, tmp_path):
-    args = json.loads((copied_run / "args.json").read_text())
-    (copied_run / "args.json").write_text(json.dumps(args | {"base": str(tmp_path / "gone.safetensors")}))
-    before = rldt_furniture.load_policy(copied_run / "base_policy.pt", "cpu").state_dict()
-    main(["--resume", copied_run])
-    for key, value in rldt_furniture.load_policy(copied_run / "base_policy.pt", "cpu").state_dict().items():
-        assert torch.equal(value, before[key])
+def test_resuming_keeps_the_base_policy_that_the_run_started_from(fakes, copied_run):
+    check_resumed_run_keeps_its_base(rldt_furniture, copied_run)
 
 
 def test_resuming_what_is_no_run_directory_or_has_damaged_arguments_says_so(fakes, copied_run, tmp_path):
@@ -1595,7 +1590,7 @@ def test_resume_takes_the_stored_arguments_and_says_which_flags_it_does_not_use(
 
 
 def test_pretraining_alone_writes_a_base_policy_its_success_and_its_pairs(fakes, tmp_path, capsys):
-    out = tmp_path / "base.safetensors"
+    out = tmp_path / "new" / "base.safetensors"
     args = base_args("lamp", dataset=write_demos(tmp_path / "d.hdf5", "lamp", (40,) * 4), bc_epochs=1, bc_batch=32, num_envs=2, final_eval_episodes=3,
                      threads=1, rollout_chunks=20)  # fmt: skip
     info = pretrain_fm.furniture(args, out)
@@ -1686,7 +1681,11 @@ def test_video_shows_both_policies_or_says_why_not(bases, tmp_path, capsys, monk
     policy = rldt_furniture.load_base(bases["one_leg"], base_args())
     args = base_args(horizon=3, video_episodes=2)
     path = tmp_path / "videos" / "film.mp4"
+    seeds, reset = [], rldt_furniture.FurnitureEnv.reset
+    monkeypatch.setattr(rldt_furniture.FurnitureEnv, "reset", lambda env, seed: (seeds.append(seed), reset(env, seed=seed))[1])
     rldt_furniture.record_video({"base": policy, "finetuned": policy}, args, path)
+    start = 1_000_000 * (args.seed + 1)  # where no demonstration and no rollout starts
+    assert seeds == 2 * [start, start + 1]
     printed = capsys.readouterr().out
     assert "Traceback" not in printed
     assert path.exists() == printed.startswith("Video (MuJoCo; base, finetuned from left to right)")

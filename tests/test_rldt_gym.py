@@ -150,10 +150,7 @@ def test_reference_follows_the_actor_only_where_it_is_the_previous_policy(tiny_a
 KILLED = """
 import os, signal, sys
 import torch
-import pretrain_fm
-import rldt_furniture
 import rldt_gym
-import rldt_robomimic
 
 saves, save, update = 0, torch.save, rldt_gym.update_critic
 
@@ -707,6 +704,17 @@ def test_pretraining_alone_takes_the_preset_and_flags_win(monkeypatch, tmp_path,
     pretrain_fm.main([family, *flags, "--bc-batch=77", f"--out={tmp_path / 'a'}"])
     preset = script.Args(preset="paper", **script.PAPER) if flags else script.Args()
     assert taken == [(dataclasses.replace(preset, bc_batch=77), tmp_path / "a")]
+
+
+def test_pretraining_alone_evaluates_where_the_demonstrations_do_not_start_and_makes_the_folder(scripted_evaluations, tiny_args, tmp_path):
+    data = dataset.make(dataset.Args(env_id="Hopper-v4", steps=400, num_envs=8, out=tmp_path / "a.hdf5"))
+    episodes, policies = scripted_evaluations(rldt_gym, [7.0])
+    out = tmp_path / "new" / "base.safetensors"
+    info = pretrain_fm.gym(tiny_args(dataset=str(data), bc_epochs=1, bc_batch=32, final_eval_episodes=50), out)
+    assert (info["return_zero"], info["return_sampled"]) == (7.0, 6.0)
+    assert len(episodes[0]) == 100 and min(episodes[0]) >= 1000  # the demonstrators' environments have seeds 0 to 99
+    with safe_open(out, "pt") as file:
+        assert all(torch.equal(file.get_tensor(key), value) for key, value in policies[0].state_dict().items())
 
 
 # ---------------------------------------------------------------------------- several processes

@@ -22,7 +22,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import tyro
-from conftest import WALL_COLUMNS
+from conftest import WALL_COLUMNS, check_resumed_run_keeps_its_base
 from hypothesis import given
 from hypothesis import strategies as st
 from pickle_bomb import LOADED, Bomb
@@ -1704,13 +1704,8 @@ def test_resuming_a_finished_run_writes_its_result_again(fakes, fake_run, copied
     assert (copied_run / "policy.pt").exists()
 
 
-def test_resuming_keeps_the_base_policy_that_the_run_started_from(fakes, copied_run, tmp_path):
-    args = json.loads((copied_run / "args.json").read_text())
-    (copied_run / "args.json").write_text(json.dumps(args | {"base": str(tmp_path / "gone.safetensors")}))
-    before = rldt_robomimic.load_policy(copied_run / "base_policy.pt", "cpu").state_dict()
-    main(["--resume", copied_run])
-    for key, value in rldt_robomimic.load_policy(copied_run / "base_policy.pt", "cpu").state_dict().items():
-        assert torch.equal(value, before[key])
+def test_resuming_keeps_the_base_policy_that_the_run_started_from(fakes, copied_run):
+    check_resumed_run_keeps_its_base(rldt_robomimic, copied_run)
 
 
 def test_resuming_what_is_no_run_directory_or_has_damaged_arguments_says_so(fakes, copied_run, tmp_path):
@@ -1731,7 +1726,7 @@ def test_resume_takes_the_stored_arguments_and_says_which_flags_it_does_not_use(
 
 
 def test_pretraining_alone_writes_a_base_policy_and_its_success(monkeypatch, fakes, tmp_path):
-    data, out = demonstrations((40,) * 4), tmp_path / "base.safetensors"
+    data, out = demonstrations((40,) * 4), tmp_path / "new" / "base.safetensors"
     monkeypatch.setattr(rldt_robomimic, "get_demonstrations", lambda args: data)
     args = base_args(bc_epochs=1, bc_batch=32, num_envs=2, final_eval_episodes=3, threads=1)
     info = pretrain_fm.robomimic(args, out)
@@ -1822,12 +1817,16 @@ def test_ctrl_c_finishes_the_iteration_and_the_resumed_run_equals_one_never_stop
         assert result[key] == robosuite_lift[1][key]
 
 
-def test_video_shows_both_policies_side_by_side(bases, tmp_path, capsys):
+def test_video_shows_both_policies_side_by_side(monkeypatch, bases, tmp_path, capsys):
     import imageio.v2 as imageio
 
     args = base_args("image", horizon=8, video_episodes=2, num_envs=1)
     policy = rldt_robomimic.load_base(bases["image"], args)
+    seeds, reset = [], rldt_robomimic.RobomimicVectorEnv.reset
+    monkeypatch.setattr(rldt_robomimic.RobomimicVectorEnv, "reset", lambda envs, seed, mask: (seeds.extend(seed), reset(envs, seed, mask))[1])
     rldt_robomimic.record_video({"base": policy, "finetuned": policy}, args, tmp_path / "film.mp4")
+    start = 1_000_000 * (args.seed + 1)  # where no demonstration and no rollout starts
+    assert seeds == 2 * [start, start + 1]
     assert "Video (base, finetuned from left to right)" in capsys.readouterr().out
     with imageio.get_reader(tmp_path / "film.mp4") as film:
         frames = [frame.astype(int) for frame in film]
