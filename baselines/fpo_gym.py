@@ -140,9 +140,9 @@ class Args:
 
     # actor
     form: Literal["fpo", "fpo++"] = "fpo++"
-    """`fpo`: ratio of the mean losses of an action, clipped. `fpo++`: a ratio per sample, clipped where the advantage is positive, SPO else."""
-    samples: int = 8
-    """N, pairs (epsilon, t) per action (official FPO: 8; RLDT's paper for FPO++: 16)."""
+    """`fpo`: ratio of the mean losses of an action, clipped. `fpo++`: a ratio per sample, clipped where the advantage is positive, SPO else. The laptop settings were searched for with `fpo++`."""
+    samples: int = 0
+    """N, pairs (epsilon, t) per action; 0: 8 (official FPO), of `fpo++` with --preset paper 16 (RLDT's paper)."""
     clip: float = 0.0
     """Trust region of the ratio; 0: 0.05 of `fpo` (official); of `fpo++` 0.04, with --preset paper 0.01 (RLDT's paper, the best of 0.01, 0.02, 0.04)."""
     loss_clamp: float = 20.0
@@ -168,7 +168,7 @@ class Args:
 NO_LIMIT = 10**9  # iterations of a run that ends by wall_budget_s
 PAPER = dict(
     bc_epochs=200, bc_batch=128, iterations=80, num_envs=100, rollout_chunks=500, eval_every=5, eval_episodes=100, zero_fraction=0.0,
-    samples=16, batch=50_000, actor_lr=1e-4, actor_lr_end=1.0, bf16=False, lr_warmup=10,
+    batch=50_000, actor_lr=1e-4, actor_lr_end=1.0, bf16=False, lr_warmup=10,
 )  # fmt: skip
 
 
@@ -607,6 +607,7 @@ def resolve(args: Args) -> Args:
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit(f"--device {args.device}: this torch sees no CUDA device; use --device cpu.")
     args.iterations = args.iterations or (NO_LIMIT if args.wall_budget_s else 31 if args.env_id == "Hopper-v4" else 106)
+    args.samples = args.samples or (16 if args.form == "fpo++" and args.preset == "paper" else 8)
     args.clip = args.clip or (0.05 if args.form == "fpo" else 0.01 if args.preset == "paper" else 0.04)
     for name in "chunk euler_steps samples num_envs rollout_chunks epochs batch lr_warmup eval_every eval_episodes final_eval_episodes threads".split():
         if getattr(args, name) < 1:

@@ -42,7 +42,7 @@ class Args:
     env_id: str = "Hopper-v4"
     """Gymnasium task with flat Box observations and actions. Hopper-v4, Walker2d-v4 and HalfCheetah-v4 ship demonstrations."""
     preset: Literal["laptop", "paper"] = "laptop"
-    """Which defaults: `laptop` (two CPU cores, minutes) or `paper` (Stable-Baselines3's but for the entropy coefficient, one update per environment step). Explicit flags win."""
+    """Which defaults: `laptop` (two CPU cores, minutes) or `paper` (Stable-Baselines3's, but for the entropy coefficient, a cloned actor and updates after every 1000 steps, one per step). Explicit flags win."""
     exp_name: str = "sac"
     """Name of the experiment, part of the run directory's name."""
     seed: int = 1

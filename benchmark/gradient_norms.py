@@ -4,7 +4,7 @@
 
 The norm of the gradient of the actor loss, eq. (16), with every particle at the same ODE step k, for both
 transport losses, at the base policy and at the policy of the checkpoint, with the critic of the checkpoint
-(or for the base policy that of a shorter run, `--early`). States come from the run's replay. `share` is the
+(or for RLDT's base policy that of a shorter run, `--early`). States come from the run's replay. `share` is the
 norm divided by the sum over k. The reference of the constraint is the policy itself, as in the first
 actor step of an iteration, so the constraint adds nothing here. Of QAM it is the gradient of the adjoint loss at step k.
 """
@@ -28,7 +28,7 @@ class Args:
     run: tyro.conf.Positional[Path]
     """Run directory."""
     early: Path | None = None
-    """Run directory, e.g. of a few iterations, whose critic goes with the base policy."""
+    """Run directory, e.g. of a few iterations, whose critic goes with the base policy of RLDT."""
     qam: Path | None = None
     """Run directory of baselines.qam_gym to compare with."""
     batches: int = 16

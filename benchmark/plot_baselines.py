@@ -3,8 +3,8 @@
     pip install -r baselines/requirements.txt
     python -m benchmark.plot_baselines                  # writes docs/images/baselines.png, baselines_reliability.png and kernels_gym.png
 
-Lines and dots are interquartile means over seeds (and tasks), bands and bars 95 % stratified bootstrap intervals.
-With three seeds and one task these are the mean and the range of the seeds.
+Lines and ticks are interquartile means over seeds (and tasks), bands and bars 95 % stratified bootstrap intervals; with three seeds and one
+task these are the mean and the range of the seeds. The table has plain means over seeds.
 """
 
 from dataclasses import dataclass
@@ -148,7 +148,7 @@ def plot_reliability(plt, scores: dict[str, np.ndarray], args: Args):
 
 def table(rows: list[dict], speeds: list[dict], reps: int) -> str:
     """A markdown table, a line per task and method: means over seeds with 95 % bootstrap intervals; speeds are rows of update_speed.csv."""
-    lines, speeds = [], {row["method"]: row for row in speeds}
+    lines, speeds = [], {(row["task"], row["method"]): row for row in speeds}
     for task, members in group(rows, "task").items():
         for method, runs in group(members, "method").items():
             def mean(column, scale=1.0, digits=0, runs=runs):
@@ -157,7 +157,7 @@ def table(rows: list[dict], speeds: list[dict], reps: int) -> str:
                 values = np.array([[float(row[column])] for row in runs])
                 middle, limits = interval({"": values}, lambda x: np.array([x.mean()]), reps)
                 return f"{middle[''][0]:.0f} [{limits[''][0, 0]:.0f}, {limits[''][1, 0]:.0f}]"
-            speed = speeds.get(method, {})
+            speed = speeds.get((task, method), {})
             lines.append({
                 "task": task, "method": NAMES[method], "seeds": len(runs), "base, x₀ = 0": mean("base_return"),
                 "final, x₀ = 0": bounded("final_return"), "best, x₀ = 0": bounded("best_return"), "base, sampled": mean("base_return_sampled"),

@@ -115,6 +115,7 @@ def append_row(out: Path, row: dict, columns: list[str]):
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a", newline="") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0, 2)  # to the end, where another process may have written meanwhile
         if (row["task"], row["method"], str(row["seed"])) in finished(out):
             return
         writer = csv.DictWriter(file, columns, extrasaction="ignore")

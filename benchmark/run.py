@@ -5,7 +5,7 @@
     python -m benchmark.run --address auto                     # on a Ray cluster whose nodes have this checkout at the same path
 
 writes a row per run to benchmark/results/baselines.csv and its curve to baselines/<task>__<method>__<seed>.csv next to it.
-Every run of a task gets the same wall time. What the CSV holds already is never run again, so this can be stopped and started again; a run
+Every run of a task gets the same wall time. What the CSV holds when it starts is not run again, so this can be stopped and started again; a run
 that was cut off starts over.
 """
 
@@ -45,10 +45,10 @@ class Args:
     wall_budget_s: float = 0.0
     """Seconds of training and evaluation per run; 0: 300 of Hopper-v4, 600 of other tasks."""
     extra: str = ""
-    """Flags for every script, in one string, e.g. "--preset paper"; give them an --out of their own, rows are known by task, method and seed alone."""
+    """Flags for every script, in one string, e.g. "--preset paper", whose runs still end with the wall budget; give them an --out of their own, rows are known by task, method and seed alone."""
     out: Path = RESULTS / "baselines.csv"
     """CSV to append to; curves go to a folder of its name next to it."""
-    runs: Path = Path("runs")
+    runs: Path = Path("runs/comparison")
     """Directory for the run directories and the logs."""
     parallel: int = 2
     """Runs side by side on this machine, one core each."""
@@ -109,10 +109,10 @@ def keep(cell: Cell, files: dict[str, str], args: Args) -> str:
     return f"{cell.name}: {row['base_return']} -> {row['final_return']}, {float(row['wall_s']) / 60:.1f} min"
 
 
-def launch(todo: list[Cell], args):
-    """Runs the cells through Ray, as many side by side as there are cores, and keeps each result as it comes."""
+def launch(todo: list[Cell], args) -> int:
+    """Runs the cells through Ray, as many side by side as there are cores, and keeps each result as it comes; returns how many failed."""
     if not todo:
-        return
+        return 0
     try:
         import ray
     except ImportError as error:
@@ -130,17 +130,18 @@ def launch(todo: list[Cell], args):
         try:
             files = ray.get(done)
         except ray.exceptions.RayError as error:  # its node went away
-            files = {"error": f"was lost ({type(error).__name__})"}
+            files = {"error": f"was lost ({str(error).strip().splitlines()[-1]})"}
         failed += "error" in files
         print(keep(cell, files, args), flush=True)
     ray.shutdown()
     print(f"results in {shown(args.out)}" + (f", {failed} runs failed" if failed else ""))
+    return failed
 
 
 def main(args: Args):
     todo = cells(args)
     print(f"{len(todo)} of {len(args.methods) * len(args.tasks) * len(args.seeds)} runs to do", flush=True)
-    launch(todo, args)
+    sys.exit(1 if launch(todo, args) else 0)
 
 
 if __name__ == "__main__":

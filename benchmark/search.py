@@ -27,7 +27,6 @@ TRIES = {  # flags that replace a preset's, in the order in which they are numbe
     "dppo": (
         "--actor-lr 1e-4 --clip 0.01 --batch 5000", "--actor-lr 3e-4 --clip 0.01 --batch 5000", "--actor-lr 3e-4 --clip 0.02 --batch 2500",
         "--actor-lr 3e-4 --clip 0.02 --batch 2500 --sigma 0.15", "--actor-lr 3e-4 --clip 0.05 --batch 2500 --epochs 10",
-        "--actor-lr 3e-4 --clip 0.02 --batch 2500 --tuned-steps 4",
     ),
     "dppo-diffusion": (
         "--actor-lr 1e-4 --clip 0.01 --batch 5000", "--actor-lr 3e-4 --clip 0.01 --batch 5000", "--actor-lr 3e-4 --clip 0.02 --batch 2500",

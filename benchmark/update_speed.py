@@ -4,7 +4,8 @@
     python -m benchmark.update_speed                    # writes benchmark/results/update_speed.csv
 
 Every method runs its laptop preset for a few iterations; those after its warm-up are measured, evaluations are not. A gradient step
-is a call of an optimizer's step: of the actor, of the critic or value network, or of SAC's entropy coefficient.
+is a call of an optimizer's step: of the actor, of the critic or value network, or of SAC's entropy coefficient. A row replaces that of its
+task and method, others stay.
 """
 
 import importlib
@@ -18,15 +19,15 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from benchmark.run import METHODS
-from benchmark.tools import RESULTS, markdown, parse, provenance, write_csv
+from benchmark.tools import RESULTS, markdown, parse, provenance, read_csv, write_csv
 
 WARMUP = {"rldt_gym": 1, "baselines.qam_gym": 1, "baselines.best_of_n_gym": 1, "baselines.sac_gym": 1}  # iterations; none in the PPO family
 
 
 @dataclass
 class Args:
-    task: str = "Hopper-v4"
-    """Gymnasium task."""
+    tasks: tuple[str, ...] = ("Hopper-v4", "Walker2d-v4", "HalfCheetah-v4")
+    """Gymnasium tasks."""
     methods: tuple[str, ...] = tuple(METHODS)
     """Methods, of: rldt, rldt-delta, qam, reinflow, dppo, dppo-diffusion, fpo, fpo++, best-of-n, sac."""
     measured: int = 4
@@ -39,8 +40,8 @@ class Args:
     """CSV to write."""
 
 
-def measure(method: str, args: Args) -> dict:
-    """Runs a method for a few iterations in this process; its rates over the last `measured` of them."""
+def measure(task: str, method: str, args: Args) -> dict:
+    """Runs a method on a task for a few iterations in this process; its rates over the last `measured` of them."""
     name, flags = METHODS[method]
     module, warmup = importlib.import_module(name), WARMUP.get(name, 0)
     critic_only = ["--critic-iterations", "0"] if name == "baselines.sac_gym" else []
@@ -59,7 +60,7 @@ def measure(method: str, args: Args) -> dict:
     module.SummaryWriter = Recorder
     try:
         with tempfile.TemporaryDirectory() as folder:
-            flags = [*shlex.split(flags), "--env-id", args.task, "--seed", args.seed, "--runs", folder, "--threads", 1, *shlex.split(args.extra)]
+            flags = [*shlex.split(flags), "--env-id", task, "--seed", args.seed, "--runs", folder, "--threads", 1, *shlex.split(args.extra)]
             flags += ["--warmup-iterations", warmup, *critic_only, "--iterations", warmup + args.measured + 2, "--eval-every", 1000]
             module.main(module.parse_args([str(flag) for flag in [*flags, "--eval-episodes", 2, "--final-eval-episodes", 2]]))
     finally:
@@ -68,17 +69,24 @@ def measure(method: str, args: Args) -> dict:
     first, last = sorted(marks)[-1 - args.measured], max(marks)
     steps, seconds = marks[last][0] - marks[first][0], marks[last][1] - marks[first][1]
     return {
-        "task": args.task, "method": method, "iterations": args.measured, "env_steps_per_s": (last - first) / seconds, "gradient_steps_per_s": steps / seconds,
+        "task": task, "method": method, "iterations": args.measured, "env_steps_per_s": (last - first) / seconds, "gradient_steps_per_s": steps / seconds,
         "gradient_steps_per_1000_env_steps": 1000 * steps / (last - first), "iteration_s": seconds / args.measured, **provenance(),
     }  # fmt: skip
 
 
 def main(args: Args):
+    unknown = set(args.methods) - set(METHODS)
+    if unknown:
+        raise SystemExit(f"--methods: {', '.join(sorted(unknown))} is none of {', '.join(METHODS)}")
     torch.set_num_threads(1)
-    rows = [measure(method, args) for method in args.methods]
-    write_csv(args.out, rows)
+    rows = []
+    for task in args.tasks:
+        for method in args.methods:
+            rows.append(measure(task, method, args))
+            others = [row for row in read_csv(args.out) if (row["task"], row["method"]) != (task, method)]
+            write_csv(args.out, [*others, rows[-1]])
     print(markdown([{
-        "method": row["method"], "env steps/s": f"{row['env_steps_per_s']:.0f}", "gradient steps/s": f"{row['gradient_steps_per_s']:.1f}",
+        "task": row["task"], "method": row["method"], "env steps/s": f"{row['env_steps_per_s']:.0f}", "gradient steps/s": f"{row['gradient_steps_per_s']:.1f}",
         "gradient steps per 1000 env steps": f"{row['gradient_steps_per_1000_env_steps']:.1f}", "s per iteration": f"{row['iteration_s']:.1f}",
     } for row in rows]))  # fmt: skip
 

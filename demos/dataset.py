@@ -195,7 +195,8 @@ def make(args: Args) -> Path:
     if not weights.exists():
         raise DatasetError(f"No demonstrator for {args.env_id}: give your own data with --dataset, or train one with "
                            f"`python -m demos.train_demonstrator --env-id {args.env_id} --target-return R`.")  # fmt: skip
-    policy = Demonstrator.load(weights)
+    with torch.random.fork_rng(devices=[]):  # its layers draw weights before they are loaded; a run's own stream goes on as if the file had been there
+        policy = Demonstrator.load(weights)
     generator = torch.Generator().manual_seed(args.seed)
     envs = VectorEnv(args.env_id, args.num_envs, seed=args.seed)
     T = -(-args.steps // args.num_envs)

@@ -95,6 +95,23 @@ def test_paper_preset_has_the_official_step_counts_and_clipping(module):
     assert args.actor_lr == {dppo_gym: 1e-4, reinflow_gym: 4.5e-5}[module]
 
 
+def test_paper_presets_have_the_settings_of_the_paper_that_compares_them():
+    values = lambda module, *flags: module.resolve(module.parse_args(["--preset=paper", "--env-id=Hopper-v4", "--device=cpu", *flags]))
+    assert values(qam_gym).inv_temp == 0.3
+    fpo, fpopp = (values(fpo_gym, f"--form={form}") for form in ("fpo", "fpo++"))
+    assert (fpo.samples, fpo.clip, fpopp.samples, fpopp.clip, fpopp.loss_clamp) == (8, 0.05, 16, 0.01, 20)
+    assert values(fpo_gym, "--samples=5").samples == 5
+
+
+@pytest.mark.parametrize("preset", ["laptop", "paper"])
+def test_qam_learns_its_critic_from_the_same_rollouts_with_the_same_settings_as_rldt(preset):
+    ours, theirs = (vars(module.resolve(module.parse_args([f"--preset={preset}", "--device=cpu"]))) for module in (qam_gym, rldt_gym))
+    differ = {key for key in ours.keys() & theirs.keys() if ours[key] != theirs[key]}
+    assert differ <= {"exp_name", "actor_lr", "actor_steps", "actor_batch", "actor_warmup", "max_grad_norm"}
+    critic = {key for key in theirs if key.startswith(("critic_", "rollout_", "zero_", "warmup_", "td_", "buffer_", "num_", "exploration_", "segment"))}
+    assert len(critic) > 12 and critic <= ours.keys()
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_without_iterations_only_the_wall_budget_ends_a_run(name):
     iterations = lambda *flags: SCRIPTS[name].resolve(SCRIPTS[name].parse_args(["--env-id=Hopper-v4", *flags])).iterations
@@ -543,6 +560,35 @@ def test_reinflow_draws_its_chain_on_the_grid_on_which_it_computes_log_probabili
     np.testing.assert_allclose(rate.detach(), entropy / (5 * 6), rtol=1e-5)
 
 
+def test_reinflow_holds_the_limit_of_its_noise_and_lowers_it_along_a_cosine():
+    args = reinflow_gym.Args(device="cpu", sigma_min=0.08, sigma_max=0.16, sigma_hold=0.35, sigma_end=0.7)
+    limit = lambda spent: reinflow_gym.sigma_limit(spent, args)
+    assert limit(0) == limit(0.35) == pytest.approx(0.16)
+    assert limit(1) == limit(1.5) == pytest.approx(0.08 + 0.7 * 0.08)
+    assert limit(0.35 + 0.65 / 2) == pytest.approx((0.16 + 0.136) / 2)  # half way of a cosine
+    assert limit(0.35 + 0.65 / 3) == pytest.approx(0.16 - 0.024 / 4)  # (1 - cos 60 degrees) / 2
+    official = reinflow_gym.resolve(reinflow_gym.parse_args(["--preset=paper", "--env-id=Hopper-v4", "--device=cpu"]))
+    assert [round(reinflow_gym.sigma_limit(spent, official), 3) for spent in (0, 0.35, 1)] == [0.24, 0.24, 0.198]
+
+
+def test_log_probabilities_of_points_far_from_their_means_are_cut_off():
+    policy, noise_net, rollout, args = rolled_out("reinflow", rollout_chunks=1)
+    chain = rollout["chain"][0].clone()
+    chain[0, 2:] += 5  # beyond any noise
+    ours, _ = reinflow_gym.chain_log_prob(policy, noise_net, rollout["obs"][0], chain, 0.2, args)
+    assert ours[0] == -1 and ours[1] > -1
+    near, rollout, args = rolled_out("dppo", rollout_chunks=1)
+    batch = dppo_gym.make_batch(near, rollout, rollout["reward"], rollout["reward"], args)
+    mean = batch["x_next"] - 0.1 * torch.linspace(-4, 4, 6)  # so that the six numbers lie at -4 to 4 standard deviations
+    near.step = lambda network, x, k, obs: (mean, torch.full((len(x),), 0.01))
+    density = normal_log_density(0.1 * np.linspace(-4, 4, 6), 0, 0.1)
+    assert density.min() < -5
+    np.testing.assert_allclose(dppo_gym.step_log_prob(near, batch, args), np.full(len(mean), np.clip(density, -5, 2).mean()), rtol=1e-4)
+    near.step = lambda network, x, k, obs: (batch["x_next"], torch.full((len(x),), 0.01))
+    low = dataclasses.replace(args, sigma=0.01)  # whose greatest log-density is 3.7
+    np.testing.assert_allclose(dppo_gym.step_log_prob(near, batch, low), np.full(len(mean), 2.0))
+
+
 def test_dppo_draws_and_scores_the_last_steps_of_the_flow_around_the_tuned_and_the_first_along_the_frozen_network():
     policy, rollout, args = rolled_out("dppo", rollout_chunks=1, tuned_steps=3, sigma=0.2)
     with torch.no_grad():
@@ -750,6 +796,23 @@ def test_fpo_clips_and_fpo_plus_plus_pulls_the_ratio_back_where_the_advantage_is
 def test_fpo_takes_the_trust_region_of_its_form_unless_told_otherwise(form, preset, clip):
     assert fpo_gym.resolve(fpo_gym.Args(form=form, preset=preset, device="cpu")).clip == clip
     assert fpo_gym.resolve(fpo_gym.Args(form=form, clip=0.2, device="cpu")).clip == 0.2
+
+
+@pytest.mark.parametrize("form", ["fpo", "fpo++"])
+def test_fpo_update_takes_the_ratio_of_the_old_loss_over_the_new_one_and_bounds_it(form):
+    # losses fall from 3 to 2 on the first action and rise from 1 to 50 on the second
+    args = fpo_gym.Args(form=form, device="cpu", clip=0.5, log_ratio_clamp=4.0, max_grad_norm=1e9, bf16=False)
+    shift = torch.nn.Parameter(torch.zeros(()))
+    old, new = torch.tensor([[3.0, 3.0], [1.0, 1.0]]), torch.tensor([[2.0, 2.0], [50.0, 50.0]])
+    seen, original = [], fpo_gym.surrogate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fpo_gym, "cfm_losses", lambda velocity, batch, args: new + shift)
+        patch.setattr(fpo_gym, "surrogate", lambda ratio, *rest: seen.append(ratio.detach()) or original(ratio, *rest))
+        velocity = torch.nn.Module()
+        velocity.shift = shift
+        fpo_gym.update_actor(velocity, torch.optim.SGD([shift], 0.0), dict(old_losses=old, advantage=torch.tensor([1.0, -1.0])), args)
+    assert seen[0][0].flatten().tolist() == pytest.approx([math.e] * seen[0][0].numel())
+    assert seen[0][1].flatten().tolist() == pytest.approx([math.exp(-4)] * seen[0][1].numel())
 
 
 def test_fpo_compares_losses_at_the_same_pairs_and_bounds_them():

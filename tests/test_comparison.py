@@ -7,7 +7,7 @@ from conftest import ROOT
 
 from benchmark import plot, plot_baselines, returns, run, search, update_speed
 from benchmark.returns import COLUMNS
-from benchmark.tools import read_csv, write_csv
+from benchmark.tools import provenance, read_csv, write_csv
 
 TINY = ("--chunk 2 --euler-steps 4 --actor-width 16 --time-dim 8 --device cpu --num-envs 4 --rollout-chunks 12 --iterations 2 --eval-episodes 2 "
         "--final-eval-episodes 2 --batch 16 --epochs 1 --value-width 16")  # fmt: skip
@@ -105,6 +105,14 @@ def test_run_that_fails_is_reported_and_not_kept(tmp_path):
     assert not args.out.exists()
 
 
+def test_launcher_exits_with_an_error_where_a_run_failed(monkeypatch, tmp_path):
+    for failed, code in (0, 0), (2, 1):
+        monkeypatch.setattr(run, "launch", lambda todo, args, failed=failed: failed)
+        with pytest.raises(SystemExit) as stop:
+            run.main(run.Args(out=tmp_path / "b.csv"))
+        assert stop.value.code == code
+
+
 def row(task, method, seed, final):
     return dict(task=task, method=method, seed=str(seed), base_return="100", final_return=str(final), base_return_sampled="0", final_return_sampled="0")
 
@@ -136,9 +144,13 @@ def test_plotting_without_results_stops(tmp_path):
 
 
 def test_update_speed_counts_the_steps_of_the_optimizers(tiny_base, tmp_path):
-    args = update_speed.Args(methods=("fpo",), measured=2, extra=f"{TINY} --base {tiny_base}", out=tmp_path / "speed.csv")
+    args = update_speed.Args(methods=("fpo",), tasks=("Hopper-v4",), measured=2, extra=f"{TINY} --base {tiny_base}", out=tmp_path / "speed.csv")
+    columns = "task method iterations env_steps_per_s gradient_steps_per_s gradient_steps_per_1000_env_steps iteration_s".split()
+    held = dict.fromkeys([*columns, *provenance()], "1") | dict(task="Hopper-v4", method="qam")
+    write_csv(args.out, [held, held | dict(method="fpo")])
     update_speed.main(args)
-    (row,) = read_csv(args.out)
+    other, row = read_csv(args.out)
+    assert (other, row["method"]) == (held, "fpo")
     per_iteration = float(row["gradient_steps_per_s"]) * float(row["iteration_s"])
     assert per_iteration == pytest.approx(2 * 4 * 12 / 16, rel=1e-4)  # actor and value, minibatches of 16 of 4 x 12 chunks
     assert 0 < float(row["env_steps_per_s"]) * float(row["iteration_s"]) <= 4 * 12 * 2 + 1e-3

@@ -3,6 +3,7 @@ import pickle
 import h5py
 import numpy as np
 import pytest
+import torch
 from gymnasium import spaces
 from pickle_bomb import LOADED, Bomb
 
@@ -299,6 +300,14 @@ def test_recorded_demonstrations_are_the_same_for_the_same_seed(tmp_path):
         np.testing.assert_array_equal(first[key], second[key])
     assert np.abs(first["observations"] - other["observations"]).max() > 0
     assert np.abs(first["actions"] - other["actions"]).max() > 0
+
+
+def test_recording_leaves_the_random_stream_of_a_run_as_it_was(tmp_path):
+    torch.manual_seed(7)
+    expected = torch.randn(3)
+    torch.manual_seed(7)
+    make(tmp_path, "a.hdf5")
+    assert torch.equal(torch.randn(3), expected)
 
 
 def test_recorded_demonstrations_are_a_d4rl_file_of_as_many_steps_as_asked(tmp_path):
