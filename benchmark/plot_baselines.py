@@ -185,6 +185,9 @@ def main(args: Args):
     scores = final_scores(rows, args.column)
     if scores:
         plot_reliability(plt, scores, args)
+    for column in ("eval_return", "eval_return_sampled"):
+        middle = {NAMES[method]: iqm(values[..., None])[0] for method, values in final_scores(rows, column).items()}
+        print(f"{column}, 0 at the base and 1 at the best mean, IQM: " + ", ".join(f"{name} {value:.2f}" for name, value in middle.items()))
     print(table(rows, read_csv(args.results / "update_speed.csv"), args.reps))
 
 

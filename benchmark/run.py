@@ -71,11 +71,16 @@ class Cell(Job):
             return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
 
 
+def check_methods(methods: tuple[str, ...], known):
+    """Stops where one of the methods is not known."""
+    unknown = set(methods) - set(known)
+    if unknown:
+        raise SystemExit(f"--methods: {', '.join(sorted(unknown))} is none of {', '.join(known)}")
+
+
 def cells(args: Args) -> list[Cell]:
     """What is to be run: every method, task and seed that no CSV holds, seed by seed."""
-    unknown = set(args.methods) - set(METHODS)
-    if unknown:
-        raise SystemExit(f"--methods: {', '.join(sorted(unknown))} is none of {', '.join(METHODS)}")
+    check_methods(args.methods, METHODS)
     held = finished(args.out)
     budgets = {task: args.wall_budget_s or BUDGETS.get(task, 600.0) for task in args.tasks}
     chosen = [Cell(task, method, seed, f"{args.extra} --wall-budget-s {budgets[task]:g}".strip())
@@ -130,7 +135,7 @@ def launch(todo: list[Cell], args) -> int:
         try:
             files = ray.get(done)
         except ray.exceptions.RayError as error:  # its node went away
-            files = {"error": f"was lost ({str(error).strip().splitlines()[-1]})"}
+            files = {"error": f"was lost ({type(error).__name__}: {error})"}
         failed += "error" in files
         print(keep(cell, files, args), flush=True)
     ray.shutdown()

@@ -7,12 +7,13 @@ A try is scored by the mean of its final returns from x_0 = 0 and from noise. Wh
 added to TRIES. The settings that win become the presets by hand.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmark import run
 from benchmark.returns import finished
-from benchmark.run import Cell, launch
+from benchmark.run import Cell, check_methods, launch
 from benchmark.tools import RESULTS, group, markdown, parse, read_csv
 
 TRIES = {  # flags that replace a preset's, in the order in which they are numbered from 1
@@ -65,9 +66,7 @@ class Args(run.Args):
 
 def tries(args: Args) -> list[Cell]:
     """What is to be run: the tries that the CSV does not hold, named <method>#<number>; every method's first, then the second ones."""
-    unknown = set(args.methods) - set(TRIES)
-    if unknown:
-        raise SystemExit(f"--methods: {', '.join(sorted(unknown))} is none of {', '.join(TRIES)}")
+    check_methods(args.methods, TRIES)
     budget = f"--wall-budget-s {args.wall_budget_s:g}"
     chosen = [Cell(task, f"{method}#{number}", seed, " ".join(filter(None, (flags, budget, args.extra))))
               for number in range(1, 1 + max(map(len, TRIES.values()))) for task in args.tasks for seed in args.seeds
@@ -97,8 +96,10 @@ def table(rows: list[dict[str, str]]) -> str:
 def main(args: Args):
     todo = tries(args)
     print(f"{len(todo)} tries to do", flush=True)
-    launch(todo, args)
+    failed = launch(todo, args)
     print(table(read_csv(args.out)) if read_csv(args.out) else "no try finished")
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

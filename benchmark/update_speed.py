@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from benchmark.run import METHODS
+from benchmark.run import METHODS, check_methods
 from benchmark.tools import RESULTS, markdown, parse, provenance, read_csv, write_csv
 
 WARMUP = {"rldt_gym": 1, "baselines.qam_gym": 1, "baselines.best_of_n_gym": 1, "baselines.sac_gym": 1}  # iterations; none in the PPO family
@@ -75,9 +75,7 @@ def measure(task: str, method: str, args: Args) -> dict:
 
 
 def main(args: Args):
-    unknown = set(args.methods) - set(METHODS)
-    if unknown:
-        raise SystemExit(f"--methods: {', '.join(sorted(unknown))} is none of {', '.join(METHODS)}")
+    check_methods(args.methods, METHODS)
     torch.set_num_threads(1)
     rows = []
     for task in args.tasks:

@@ -33,6 +33,11 @@ def test_every_method_gets_the_same_time_on_a_task(tmp_path):
     assert {(cell.task, cell.extra) for cell in cells} == {("Hopper-v4", "--wall-budget-s 300"), ("Walker2d-v4", "--wall-budget-s 600"), ("HalfCheetah-v4", "--wall-budget-s 600")}
 
 
+def test_unknown_method_stops_before_its_speed_is_measured(tmp_path):
+    with pytest.raises(SystemExit, match="--methods: ppo is none of rldt, "):
+        update_speed.main(update_speed.Args(methods=("rldt", "ppo"), out=tmp_path / "s.csv"))
+
+
 def test_unknown_method_stops_with_the_known_ones():
     with pytest.raises(SystemExit, match=r"ppo is none of rldt, rldt-delta, qam, .*sac"):
         run.cells(run.Args(methods=("ppo", "qam")))
@@ -111,6 +116,10 @@ def test_launcher_exits_with_an_error_where_a_run_failed(monkeypatch, tmp_path):
         with pytest.raises(SystemExit) as stop:
             run.main(run.Args(out=tmp_path / "b.csv"))
         assert stop.value.code == code
+    monkeypatch.setattr(search, "launch", lambda todo, args: 2)
+    with pytest.raises(SystemExit) as stop:
+        search.main(search.Args(out=tmp_path / "s.csv"))
+    assert stop.value.code == 1
 
 
 def row(task, method, seed, final):

@@ -48,6 +48,9 @@ def test_figures_and_table_are_made_from_the_csvs(tmp_path, capsys):
     bounded = f"{np.mean(finals):.0f} [{min(finals):.0f}, {max(finals):.0f}]"  # of three seeds, 1 of 27 resamples is the lowest alone
     assert f"| B | QAM | 3 | 100 | {bounded} | {bounded} | 90 | {bounded} | 0.00 | 1.0 | 7.2 | 3.0 | other tasks |" in printed
     assert "|  |  | other tasks |" in next(line for line in printed.splitlines() if line.startswith("| A | QAM |"))  # whose speed was not measured
+    scores = sorted((row["final_return"] - 100) / (np.mean([r["final_return"] for r in rows if (r["task"], r["method"]) == (row["task"], "rldt")]) - 100)
+                    for row in rows if row["method"] == "qam")  # fmt: skip
+    assert f"eval_return, 0 at the base and 1 at the best mean, IQM: RLDT 1.00, QAM {np.mean(scores[1:-1]):.2f}\n" in printed  # a sixth off each end
     hopper = plot_baselines.table([row | {"task": "Hopper-v4", "method": "reinflow"} for row in rows[:2]], [], 50)
     assert hopper.endswith("|  |  | 1432 → 3205, 80 M steps |")  # a claim on this task goes before what holds for all
 
