@@ -724,7 +724,7 @@ def main(args: Args) -> dict | None:
     if world > 1:
         if rank == 0:
             dist.barrier()
-        torch.manual_seed(args.seed)  # all processes make the same networks, whatever pretraining drew
+    torch.manual_seed(args.seed)  # the same networks in all processes, however the base policy was come by
     base = copy.deepcopy(policy.velocity).requires_grad_(False)
     reference = copy.deepcopy(base)
     critic = Critic(envs.obs_dim, policy.action_size, args.critic_width, args.critic_depth, args.critic_layer_norm, args.critic_init)

@@ -1061,6 +1061,7 @@ def main(args: Args) -> dict | None:
     first = run_dir / "base_policy.pt"  # a resumed run keeps the base that it started from
     policy = load_policy(first, args.device) if args.resume and first.exists() else get_base(args, run_dir)
     save_policy(policy, first)
+    torch.manual_seed(args.seed)  # the same networks however the base policy was come by
     if args.encoder == "frozen" and policy.encoder is not None:
         policy.encoder.requires_grad_(False)
     base = copy.deepcopy(policy).requires_grad_(False)
@@ -1083,6 +1084,7 @@ def main(args: Args) -> dict | None:
     modules = dict(policy=policy, reference=reference, critic=critic, target=target,
                    actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer)  # fmt: skip
     checkpoint_path = run_dir / "checkpoint.pt"
+    torch.manual_seed(args.seed)
 
     def save_checkpoint(new_rollout: bool):
         if new_rollout:  # one file per rollout: what was saved before stays as it is

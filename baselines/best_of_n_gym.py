@@ -647,7 +647,7 @@ def main(args: Args) -> dict | None:
     if world > 1:
         if rank == 0:
             dist.barrier()
-        torch.manual_seed(args.seed)  # all processes make the same networks, whatever pretraining drew
+    torch.manual_seed(args.seed)  # the same networks in all processes, however the base policy was come by
     policy.velocity.requires_grad_(False)
     critic = policy.critic
     target = copy.deepcopy(critic).requires_grad_(False)

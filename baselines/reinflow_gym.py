@@ -700,7 +700,7 @@ def main(args: Args) -> dict | None:
     if world > 1:
         if rank == 0:
             dist.barrier()
-        torch.manual_seed(args.seed)  # all processes make the same networks, whatever pretraining drew
+    torch.manual_seed(args.seed)  # the same networks in all processes, however the base policy was come by
     base = copy.deepcopy(policy.velocity).requires_grad_(False)
     value = Value(envs.obs_dim, args.value_width, args.value_depth).to(args.device)
     reward_scale = RewardScale(args.num_envs, args.gamma).to(args.device)

@@ -344,6 +344,7 @@ def main(args: Args) -> dict | None:
     else:
         clone(args, policy, get_demonstrations(args, envs))
         best_policy = copy.deepcopy(policy.state_dict())
+        torch.manual_seed(args.seed)  # minibatches are those of the seed, however long the cloning took
 
     # logging
     writer = SummaryWriter(str(run_dir), purge_step=state["env_steps"] + 1 if args.resume else None)
