@@ -799,7 +799,7 @@ def main(args: Args) -> dict | None:
     row, base_seed = rows[-1] if rank == 0 and rows else {}, 1_000_000 * (args.seed + 1)
     for iteration in range(state["iteration"], args.iterations + 1):
         tick = time.perf_counter()
-        row, sums = {"iteration": iteration}, defaultdict(float)
+        row, sums = {"iteration": iteration}, defaultdict(list)
         spent = max(iteration / args.iterations, state["wall_s"] / args.wall_budget_s if args.wall_budget_s else 0.0)  # 1: the end
         if iteration % args.eval_every == 0 or spent >= 1:  # evaluation only
             final = iteration == 0 or spent >= 1
@@ -833,7 +833,7 @@ def main(args: Args) -> dict | None:
                 order = torch.cat([torch.randperm(len(y), device=y.device) for _ in range(-(-critic_steps * args.critic_batch // len(y)))])
                 for i in order[: critic_steps * args.critic_batch].split(args.critic_batch):
                     for key, value in update_critic(critic, target, critic_optimizer, obs[i], action[i], y[i], args).items():
-                        sums[key] += value / (args.rounds * critic_steps)
+                        sums[key].append(value)
                 row["critic_s"] += time.perf_counter() - start
                 start = time.perf_counter()
                 for _ in range(0 if warm else args.actor_steps):
@@ -846,14 +846,14 @@ def main(args: Args) -> dict | None:
                     decay = 1 + (args.actor_lr_end - 1) * spent
                     actor_optimizer.param_groups[0]["lr"] = args.actor_lr * decay * min(1.0, state["actor_step"] / args.actor_warmup)
                     for key, value in update_actor(policy.velocity, reference, critic, actor_optimizer, states, trajectory, args).items():
-                        sums[key] += value / (args.rounds * args.actor_steps)
+                        sums[key].append(value)
                 row["actor_s"] += time.perf_counter() - start
             state["trained"] += 1
             with torch.no_grad():  # how far the velocity has moved from the base, at a_0 ~ N(0, I), t = 0
                 states = obs[:512]
                 noise, zero = torch.randn(len(states), policy.action_size, device=obs.device), torch.zeros((), device=obs.device)
-                sums["diagnostics/base_distance"] = (policy.velocity(noise, zero, states) - base(noise, zero, states)).norm(dim=-1).mean()
-            row |= {key: value.item() for key, value in sums.items()} | {"diagnostics/reward_scale": state["reward_scale"]}
+                sums["diagnostics/base_distance"] = [(policy.velocity(noise, zero, states) - base(noise, zero, states)).norm(dim=-1).mean()]
+            row |= {key: torch.stack(value).mean().item() for key, value in sums.items()} | {"diagnostics/reward_scale": state["reward_scale"]}
             for key, value in row.items():
                 if isinstance(value, float) and not math.isfinite(value):
                     raise FloatingPointError(f"{key} became {value} in iteration {iteration}; the last good checkpoint is {checkpoint_path}")

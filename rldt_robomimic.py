@@ -1129,7 +1129,7 @@ def main(args: Args) -> dict | None:
     row, eval_seed = rows[-1] if rows else {}, 1_000_000 * (args.seed + 1)
     for iteration in range(state["iteration"], args.iterations + 1):
         tick, trained = time.perf_counter(), False
-        row, sums = {"iteration": iteration}, defaultdict(float)
+        row, sums = {"iteration": iteration}, defaultdict(list)
         if iteration % args.eval_every == 0 or iteration == args.iterations:  # evaluation only
             final = iteration in (0, args.iterations)
             scores = evaluate(policy, envs, args, args.final_eval_episodes if final else args.eval_episodes, eval_seed)
@@ -1158,7 +1158,7 @@ def main(args: Args) -> dict | None:
                 order = torch.cat([torch.randperm(len(y), device=y.device) for _ in range(-(-critic_steps * args.critic_batch // len(y)))])
                 for i in order[: critic_steps * args.critic_batch].split(args.critic_batch):
                     for key, value in update_critic(critic, target, policy, critic_optimizer, take(obs, i), action[i], y[i], args).items():
-                        sums[key] += value / (args.rounds * critic_steps)
+                        sums[key].append(value)
                 row["critic_s"] += time.perf_counter() - start
                 start = time.perf_counter()
                 for _ in range(0 if warm else args.actor_steps):
@@ -1167,15 +1167,15 @@ def main(args: Args) -> dict | None:
                     decay = 1 + (args.actor_lr_end - 1) * iteration / args.iterations
                     actor_optimizer.param_groups[0]["lr"] = args.actor_lr * decay * min(1.0, state["actor_step"] / args.actor_warmup)
                     for key, value in update_actor(policy, reference, critic, actor_optimizer, take(obs, i), args).items():
-                        sums[key] += value / (args.rounds * args.actor_steps)
+                        sums[key].append(value)
                 row["actor_s"] += time.perf_counter() - start
             state["trained"] += 1
             with torch.no_grad():  # how far the velocity has moved from the base, at a_0 ~ N(0, I), t = 0
                 few = take(obs, slice(256))
                 noise, zero = torch.randn(len(few["state"]), policy.action_size, device=args.device), torch.zeros((), device=args.device)
                 moved = policy.velocity(noise, zero, policy.encode(few)) - base.velocity(noise, zero, base.encode(few))
-                sums["diagnostics/base_distance"] = moved.norm(dim=-1).mean()
-            row |= {key: value.item() for key, value in sums.items()} | {"diagnostics/memory_gib": memory_gib()}
+                sums["diagnostics/base_distance"] = [moved.norm(dim=-1).mean()]
+            row |= {key: torch.stack(value).mean().item() for key, value in sums.items()} | {"diagnostics/memory_gib": memory_gib()}
             for key, value in row.items():
                 if isinstance(value, float) and not math.isfinite(value):
                     raise FloatingPointError(f"{key} became {value} in iteration {iteration}; the last good checkpoint is {checkpoint_path}")

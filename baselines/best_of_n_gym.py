@@ -718,7 +718,7 @@ def main(args: Args) -> dict | None:
     row, base_seed = rows[-1] if rank == 0 and rows else {}, 1_000_000 * (args.seed + 1)
     for iteration in range(state["iteration"], args.iterations + 1):
         tick = time.perf_counter()
-        row, sums = {"iteration": iteration}, defaultdict(float)
+        row, sums = {"iteration": iteration}, defaultdict(list)
         spent = max(iteration / args.iterations, state["wall_s"] / args.wall_budget_s if args.wall_budget_s else 0.0)  # 1: the end
         policy.candidates = args.candidates if state["trained"] >= args.warmup_iterations else 1  # the base itself, until the critic knows it
         if iteration % args.eval_every == 0 or spent >= 1:  # evaluation only
@@ -753,10 +753,10 @@ def main(args: Args) -> dict | None:
                 order = torch.cat([torch.randperm(len(y), device=y.device) for _ in range(-(-critic_steps * args.critic_batch // len(y)))])
                 for i in order[: critic_steps * args.critic_batch].split(args.critic_batch):
                     for key, value in update_critic(critic, target, critic_optimizer, obs[i], action[i], y[i], args).items():
-                        sums[key] += value / (args.rounds * critic_steps)
+                        sums[key].append(value)
                 row["critic_s"] += time.perf_counter() - start
             state["trained"] += 1
-            row |= {key: value.item() for key, value in sums.items()} | {"diagnostics/reward_scale": state["reward_scale"]}
+            row |= {key: torch.stack(value).mean().item() for key, value in sums.items()} | {"diagnostics/reward_scale": state["reward_scale"]}
             for key, value in row.items():
                 if isinstance(value, float) and not math.isfinite(value):
                     raise FloatingPointError(f"{key} became {value} in iteration {iteration}; the last good checkpoint is {checkpoint_path}")
