@@ -314,7 +314,7 @@ class FlowPolicy(nn.Module):
     def observe(self, obs: dict[str, np.ndarray]) -> Obs:
         """Raw observations -> tensors on the device, the state scaled to [-1, 1] on the range of the demonstrations."""
         obs = {name: torch.as_tensor(value, device=self.obs_min.device) for name, value in obs.items()}
-        obs["state"] = 2 * (obs["state"] - self.obs_min) / (self.obs_max - self.obs_min + 1e-6) - 1
+        obs["state"] = (2 * (obs["state"] - self.obs_min) / (self.obs_max - self.obs_min + 1e-6) - 1).clamp(-5, 5)
         return obs
 
     def encode(self, obs: Obs) -> torch.Tensor:

@@ -195,7 +195,7 @@ class FlowPolicy(nn.Module):
     def normalize(self, obs) -> torch.Tensor:
         """Raw observations (..., obs_dim), array or tensor -> [-1, 1] on the range of the demonstrations."""
         obs = torch.as_tensor(obs, device=self.obs_min.device)
-        return 2 * (obs - self.obs_min) / (self.obs_max - self.obs_min + 1e-6) - 1
+        return (2 * (obs - self.obs_min) / (self.obs_max - self.obs_min + 1e-6) - 1).clamp(-5, 5)
 
     def to_env(self, action: torch.Tensor) -> np.ndarray:
         """Flat normalised chunks (N, chunk * action_dim) -> raw actions (N, chunk, action_dim)."""
