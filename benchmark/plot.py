@@ -1,58 +1,77 @@
-"""Draws the results from the committed CSVs and prints them as a table.
+"""Draws every figure of the README and docs from the committed CSVs, and prints the tables in markdown.
 
-    python -m benchmark.plot                            # writes figures to docs/images
+    python -m benchmark.plot                            # writes docs/images/*.png, but for bandit.png
 
-Figures of the paper: 2 and the reliability of its claim (baselines*.png, by benchmark.plot_baselines, which needs baselines/requirements.txt),
-3 (success*.png), 4 (gradient_norms.png), 5 and 8 (kernels*.png), 6 and 7 (ablations.png).
+The figures baselines*.png need rliable (Agarwal et al. 2021): pip install -r baselines/requirements.txt
+
+Figures of the paper: 2 (baselines.png), 3 (success*.png), 4 (gradient_norms.png), 5 and 8
+(kernels*.png), 6 and 7 (ablations.png). Bands are the range over seeds. In baselines*.png lines and
+ticks are interquartile means, bands and bars 95 % stratified bootstrap intervals; of three seeds these
+are the mean and the range.
 """
 
+import importlib.util
 import itertools
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import tyro
 
-from benchmark.tools import (
-    COLORS,
-    IMAGES,
-    RESULTS,
-    group,
-    markdown,
-    mean_std,
-    pyplot,
-    read_csv,
-    save_figure,
-)
+from benchmark.tools import COLORS, IMAGES, RESULTS, group, markdown, pyplot, read_csv, save_figure
 
-SIMULATORS = {"mujoco": " (MuJoCo)", "isaac": " (Isaac Gym)"}  # backends of furniture
 STARTS = {  # column in the curves, label, base column, colour
     "eval_return": ("x₀ = 0", "base_return", COLORS["blue"]),
     "eval_return_sampled": ("sampled, x₀ ~ N(0, I)", "base_return_sampled", COLORS["orange"]),
 }
-DIAGNOSTICS = {"diagnostics/phi_norm": "mean |φ|", "losses/constraint": "constraint loss, eq. (15)"}
+AXES = {"env_steps": (1e6, "environment steps (millions)"), "wall_s": (60, "wall time (minutes)")}
+KERNELS = {
+    "rldt": ("RBF kernel", COLORS["green"]),
+    "rldt-delta": ("delta kernel", COLORS["purple"]),
+}
+DIAGNOSTICS = {"constraint": "constraint loss, eq. (15)", "phi_norm": "mean |φ|"}
+METHODS = {  # name and colour in the comparison, in its order
+    "rldt": ("RLDT", "#d6604d"),
+    "rldt-delta": ("RLDT-Delta", "#f4a582"),
+    "qam": ("QAM", "#2166ac"),
+    "reinflow": ("ReinFlow", "#1b7837"),
+    "dppo": ("DPPO (flow)", "#762a83"),
+    "dppo-diffusion": ("DPPO (diffusion)", "#c2a5cf"),
+    "fpo": ("FPO", "#e08214"),
+    "fpo++": ("FPO++", "#fdb863"),
+    "best-of-n": ("best of N", "#4d4d4d"),
+    "sac": ("SAC", "#969696"),
+}
+SAME_BASE = ("rldt", "qam", "dppo", "fpo", "fpo++")  # start from the same flow and sample it alike
+REPS = 2000  # bootstrap repetitions
 
 
 @dataclass
 class Args:
-    results: Path = RESULTS
-    """Directory with the CSVs and curves."""
-    images: Path = IMAGES
-    """Directory to write figures to."""
-    method: str = "rldt"
-    """Method of gym.csv to draw."""
+    results: Path = RESULTS  # directory with the CSVs
+    images: Path = IMAGES  # directory to write figures to
 
 
-def curves(folder: Path, rows: list[dict], x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
-    """Curves of runs, interpolated to common points: x (100,), y (runs, 100), as far as all of them go."""
-    found = []
-    for row in rows:
-        curve = read_csv(folder / f"{row['task']}__{row['method']}__{row['seed']}.csv")
-        points = [(float(point[x]), float(point[y])) for point in curve if point.get(y)]
-        if points:
-            found.append(np.array(points).T)
-    if not found:
-        return np.zeros(0), np.zeros((0, 0))
+# ------------------------------------------------------------------------------------------- helpers
+def load_curves(path: Path) -> dict[tuple[str, str, str, str], list[dict]]:
+    """The points of each run in curves.csv, by table, task, method and seed."""
+    curves = defaultdict(list)
+    for point in read_csv(path):
+        curves[point["table"], point["task"], point["method"], point["seed"]].append(point)
+    return curves
+
+
+def series(points: list[dict], x: str, y: str) -> np.ndarray:
+    """Columns x and y (2, n) of a run's points, where y was measured."""
+    measured = [(float(point[x]), float(point[y])) for point in points if point[y]]
+    return np.array(measured).reshape(-1, 2).T
+
+
+def interpolated(runs: list[list[dict]], x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
+    """Curves of runs at common points: x (100,), y (runs, 100), as far as all of them go."""
+    found = [series(points, x, y) for points in runs]
     grid = np.linspace(max(xs[0] for xs, _ in found), min(xs[-1] for xs, _ in found), 100)
     return grid, np.stack([np.interp(grid, xs, ys) for xs, ys in found])
 
@@ -63,135 +82,140 @@ def band(axis, grid: np.ndarray, values: np.ndarray, label: str, color: str):
     axis.fill_between(grid, values.min(0), values.max(0), color=color, alpha=0.18, lw=0)
 
 
-def plot_returns(plt, rows: list[dict], args: Args):
-    """Return against environment steps and wall time, one column per task."""
+def legend_below(figure, axes, columns: int):
+    """One legend below the panels, with each label once."""
+    entries = {}
+    for axis in np.ravel(axes):
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
+
+
+def mean(rows: list[dict], column: str) -> float:
+    return float(np.mean([float(row[column]) for row in rows]))
+
+
+def titled(row: dict) -> str:
+    """A run's task, and its simulator where there are two."""
+    simulators = {"mujoco": " (MuJoCo)", "isaac": " (Isaac Gym)"}
+    return row["task"] + simulators.get(row.get("backend"), "")
+
+
+def measured(row: dict) -> tuple[str, float | None]:
+    """What a task is measured by in the curves, and the most it can be."""
+    if "base_return" in row:
+        return "return", None
+    return ("stages", 2.0) if row["task"].startswith("lamp") else ("success", 1.0)
+
+
+# ---------------------------------------------------------------------------------------------- RLDT
+def plot_returns(plt, rows: list[dict], curves: dict, path: Path):
+    """Return against environment steps and wall time, a column per task."""
     tasks = group(rows, "task")
-    figure, axes = plt.subplots(2, len(tasks), figsize=(3.6 * len(tasks) + 0.4, 5.6), squeeze=False, sharey="col")
-    scales = {"env_steps": (1e6, "environment steps (millions)"), "wall_s": (60, "wall time (minutes)")}
-    for column, (task, runs) in enumerate(tasks.items()):
-        for axis, (x, (scale, label)) in zip(axes[:, column], scales.items(), strict=True):
+    size = (3.6 * len(tasks) + 0.4, 5.6)
+    figure, axes = plt.subplots(2, len(tasks), figsize=size, squeeze=False, sharey="col")
+    for column, (task, members) in enumerate(tasks.items()):
+        runs = [curves["gym", task, row["method"], row["seed"]] for row in members]
+        for axis, (x, (scale, label)) in zip(axes[:, column], AXES.items(), strict=True):
             for y, (name, base, color) in STARTS.items():
-                grid, values = curves(args.results / "curves", runs, x, y)
-                if len(grid):
-                    band(axis, grid / scale, values, name, color)
-                axis.axhline(np.mean([float(row[base]) for row in runs]), color=color, lw=1, ls="--")
+                grid, values = interpolated(runs, x, y)
+                band(axis, grid / scale, values, name, color)
+                axis.axhline(mean(members, base), color=color, lw=1, ls="--")
+            axis.axhline(np.nan, color=COLORS["grey"], lw=1, ls="--", label="base policy")
             axis.set_xlabel(label)
             axis.set_xlim(left=0)
-        seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
-        axes[0, column].set_title(f"{task} ({seeds})")
+        axes[0, column].set_title(f"{task} ({len(members)} seeds)")
     for axis in axes[:, 0]:
         axis.set_ylabel("return")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    handles.append(plt.Line2D([], [], color=COLORS["grey"], lw=1, ls="--"))
-    figure.legend(handles, [*labels, "base policy"], loc="outside lower center", ncols=3)
-    save_figure(figure, args.images / "returns.png")
+    legend_below(figure, axes[0, 0], 3)
+    save_figure(figure, path)
 
 
-def plot_ablations(plt, rows: list[dict], args: Args):
-    """Final returns per variant, and what the kernel does to the update."""
+def plot_ablations(plt, rows: list[dict], path: Path):
+    """Final returns per variant: dots are seeds, bars their mean."""
     variants = group(rows, "method")
-    ratios = [1.6] + [1] * len(DIAGNOSTICS)
-    height = 1.6 + 0.3 * len(variants)
-    figure, axes = plt.subplots(1, 1 + len(DIAGNOSTICS), figsize=(11, height), width_ratios=ratios)
-    columns = {"final_return": "eval_return", "final_return_sampled": "eval_return_sampled"}
-    for column, start in columns.items():
-        label, base, color = STARTS[start]
-        offset = -0.14 if column == "final_return" else 0.14
+    figure, axis = plt.subplots(figsize=(6, 1.6 + 0.3 * len(variants)))
+    for (start, (label, base, color)), offset in zip(STARTS.items(), (-0.14, 0.14), strict=True):
+        column = start.replace("eval", "final")
         for i, runs in enumerate(variants.values()):
             values = [float(row[column]) for row in runs]
-            axes[0].scatter(values, [i + offset] * len(values), s=14, color=color, alpha=0.5, linewidths=0)
-            mean = np.mean(values)
-            axes[0].plot([mean, mean], [i + offset - 0.13, i + offset + 0.13], color=color, lw=2.5)
-        axes[0].scatter([], [], s=14, color=color, label=label)
-        axes[0].axvline(np.mean([float(row[base]) for row in rows]), color=color, lw=1, ls="--", zorder=0)
-    axes[0].axvline(np.nan, color=COLORS["grey"], lw=1, ls="--", label="base policy")
-    axes[0].set(yticks=range(len(variants)), yticklabels=variants, xlabel="final return (dots: seeds, bars: mean)")
-    axes[0].set_title(rows[0]["task"])
-    axes[0].invert_yaxis()
-    axes[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.09), ncols=3, columnspacing=1, handletextpad=0.4)
-    kernels = {"rldt": ("RBF kernel", COLORS["green"]), "delta": ("delta kernel", COLORS["purple"])}
-    for axis, (column, title) in zip(axes[1:], DIAGNOSTICS.items(), strict=True):
-        for variant, (label, color) in kernels.items():
-            folder = args.results / "curves_ablations"
-            grid, values = curves(folder, variants.get(variant, []), "iteration", column)
-            if len(grid):
-                band(axis, grid, values, label, color)
-        axis.set(xlabel="iteration", title=title)
-        axis.set_ylim(bottom=0)
-        axis.legend()
-    save_figure(figure, args.images / "ablations.png")
+            axis.scatter(values, [i + offset] * len(values), s=14, color=color, alpha=0.5, lw=0)
+            ends = [i + offset - 0.13, i + offset + 0.13]
+            axis.plot([np.mean(values)] * 2, ends, color=color, lw=2.5)
+        axis.scatter([], [], s=14, color=color, label=label)
+        axis.axvline(mean(rows, base), color=color, lw=1, ls="--", zorder=0)
+    axis.axvline(np.nan, color=COLORS["grey"], lw=1, ls="--", label="base policy")
+    axis.set(yticks=range(len(variants)), yticklabels=variants, title=rows[0]["task"])
+    axis.set_xlabel("final return (dots: seeds, bars: mean)")
+    axis.invert_yaxis()
+    legend_below(figure, axis, 3)
+    save_figure(figure, path)
 
 
-def table(rows: list[dict], key: str) -> str:
-    """A markdown table of mean ± standard deviation over seeds, a line per task or variant."""
-    lines = []
-    for name, runs in group(rows, key).items():
-        cell = lambda column, scale=1, digits=0: mean_std([float(r[column]) / scale for r in runs], digits)
-        lines.append({
-            key: name, "seeds": len(runs), "base, x₀ = 0": cell("base_return"), "final, x₀ = 0": cell("final_return"),
-            "base, sampled": cell("base_return_sampled"), "final, sampled": cell("final_return_sampled"),
-            "best, x₀ = 0": cell("best_return"), "env steps (10⁶)": cell("env_steps", 1e6, 2),
-            "wall (min)": cell("wall_s", 60, 1),
-        })  # fmt: skip
-    return markdown(lines)
+def plot_success(plt, rows: list[dict], curves: dict, table: str, path: Path):
+    """Success rate, or pairs where a task assembles several, against wall time.
 
-
-def measured(task: str) -> tuple[str, int]:
-    """What a task with sparse rewards is measured by in the curves, and the most it can be."""
-    return ("stages", 2) if task.startswith("lamp") else ("success", 1)
-
-
-def plot_success(plt, rows: list[dict], args: Args, name: str):
-    """Success rate, or pairs where a task assembles several, against wall time, a panel per task, a line per method; dots are evaluations, faint lines rollouts."""
+    A panel per task, a colour per method; dots are evaluations, faint lines rollouts.
+    """
     tasks = group(rows, "task")
     figure, axes = plt.subplots(1, len(tasks), figsize=(3.6 * len(tasks) + 0.4, 3.4), squeeze=False)
-    colors = dict(zip(dict.fromkeys(row["method"] for row in rows), itertools.cycle(COLORS.values()), strict=False))
-    for axis, (task, runs) in zip(axes[0], tasks.items(), strict=True):
-        what, most = measured(task)
-        for row in runs:
-            curve = read_csv(args.results / "curves" / f"{row['task']}__{row['method']}__{row['seed']}.csv")
-            rollouts = [(float(p["wall_s"]) / 60, float(p[f"train_{what}"])) for p in curve if p.get(f"train_{what}")]
-            axis.plot(*zip(*rollouts, strict=True), color=colors[row["method"]], lw=0.6, alpha=0.3)
-            for key, style, start in ((f"eval_{what}", "o-", "x₀ = 0"), (f"eval_{what}_sampled", "o:", "sampled")):
-                points = [(float(p["wall_s"]) / 60, float(p[key])) for p in curve if p.get(key)]
-                axis.plot(*zip(*points, strict=True), style, ms=3, lw=1.2, color=colors[row["method"]], label=f"{row['method']}, {start}")
-        axis.set(title=task + SIMULATORS.get(runs[0].get("backend"), ""), xlabel="wall time (minutes)",
-                 ylabel="assembled pairs" if most > 1 else "success rate", ylim=(-0.02 * most, 1.02 * most))  # fmt: skip
-    entries = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=2)
-    save_figure(figure, args.images / name)
+    methods = dict.fromkeys(row["method"] for row in rows)
+    colors = dict(zip(methods, itertools.cycle(COLORS.values()), strict=False))
+    for axis, (task, members) in zip(axes[0], tasks.items(), strict=True):
+        what, most = measured(members[0])
+        lines = ((f"eval_{what}", "o-", "x₀ = 0"), (f"eval_{what}_sampled", "o:", "sampled"))
+        for row in members:
+            method, color = row["method"], colors[row["method"]]
+            points = curves[table, task, method, row["seed"]]
+            seconds, values = series(points, "wall_s", f"train_{what}")
+            axis.plot(seconds / 60, values, color=color, lw=0.6, alpha=0.3)
+            for column, style, start in lines:
+                seconds, values = series(points, "wall_s", column)
+                label = f"{method}, {start}"
+                axis.plot(seconds / 60, values, style, ms=3, lw=1.2, color=color, label=label)
+        axis.set(title=titled(row), xlabel="wall time (minutes)", ylim=(-0.02 * most, 1.02 * most))
+        axis.set_ylabel("assembled pairs" if what == "stages" else "success rate")
+    legend_below(figure, axes, 2)
+    save_figure(figure, path)
 
 
-def plot_kernels(plt, rows: list[dict], folder: Path, path: Path):
-    """RBF beside delta kernel (the paper's figures 5 and 8): return, success or pairs, constraint loss and |phi| against iterations, a line of panels per task."""
-    tasks = group(rows, "task")
+def plot_kernels(plt, rows: list[dict], curves: dict, table: str, path: Path):
+    """RBF beside delta kernel: scores, constraint loss and |phi| against iterations, a line per task."""
+    both = {row["task"] for row in rows if row["method"] == "rldt-delta"}
+    tasks = group([row for row in rows if row["task"] in both], "task")
     figure, axes = plt.subplots(len(tasks), 4, figsize=(12.8, 0.4 + 2.8 * len(tasks)), squeeze=False)
-    for line, (task, runs) in zip(axes, tasks.items(), strict=True):
-        measure, most = ("return", None) if "base_return" in runs[0] else measured(task)
-        name = "assembled pairs" if measure == "stages" else measure
-        panels = {f"eval_{measure}": f"{name}, x₀ = 0", f"eval_{measure}_sampled": f"{name}, sampled"} | {k: v for k, v in reversed(DIAGNOSTICS.items())}
-        for axis, (column, title) in zip(line, panels.items(), strict=True):
-            for method, (label, color) in {"rldt": ("RBF kernel", COLORS["green"]), "rldt-delta": ("delta kernel", COLORS["purple"])}.items():
-                for row in [row for row in runs if row["method"] == method]:
-                    curve = read_csv(folder / f"{task}__{method}__{row['seed']}.csv")
-                    points = [(int(p["iteration"]), float(p[column])) for p in curve if p.get(column)]
-                    axis.plot(*zip(*points, strict=True), color=color, lw=1.2, marker="o" if measure in column else None, ms=3, label=label)
-            axis.set(title=title, xlabel="iteration", ylim=(0, most if measure in column else None))
-        line[0].set_ylabel(task + SIMULATORS.get(runs[0].get("backend"), ""))
-    entries = {label: handle for handle, label in zip(*axes[0, 0].get_legend_handles_labels(), strict=True)}
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=2)
+    for line, (task, members) in zip(axes, tasks.items(), strict=True):
+        what, most = measured(members[0])
+        name = "assembled pairs" if what == "stages" else what
+        panels = {f"eval_{what}": f"{name}, x₀ = 0", f"eval_{what}_sampled": f"{name}, sampled"}
+        for axis, (column, title) in zip(line, (panels | DIAGNOSTICS).items(), strict=True):
+            for row in members:
+                label, color = KERNELS[row["method"]]
+                points = curves[table, task, row["method"], row["seed"]]
+                marker = "o" if column in panels else None
+                xs, ys = series(points, "iteration", column)
+                axis.plot(xs, ys, color=color, lw=1.2, marker=marker, ms=3, label=label)
+            axis.set(title=title, xlabel="iteration", ylim=(0, most if column in panels else None))
+        line[0].set_ylabel(titled(row))
+    legend_below(figure, axes[0, 0], 2)
     save_figure(figure, path)
 
 
 def plot_gradient_norms(plt, rows: list[dict], path: Path):
-    """Share of each ODE step in the norm of the actor's gradient (the paper's figure 4), a panel per loss; rows of gradient_norms.csv."""
-    titles = {"literal": "eq. (13) as printed: weight 1 - t", "authors": "authors' code: weight 1 / (1 - t)", "adjoint": "QAM: adjoint matching"}
+    """Share of each ODE step in the norm of the actor's gradient, a panel per loss."""
+    titles = {
+        "literal": "eq. (13) as printed: weight 1 - t",
+        "authors": "authors' code: weight 1 / (1 - t)",
+        "adjoint": "QAM: adjoint matching",
+    }
     losses = group([row for row in rows if row["term"] == "total"], "loss")
-    figure, axes = plt.subplots(1, len(losses), figsize=(0.6 + 4.2 * len(losses), 3.2), sharey=True, squeeze=False)
+    size = (0.6 + 4.2 * len(losses), 3.2)
+    figure, axes = plt.subplots(1, len(losses), figsize=size, sharey=True, squeeze=False)
+    looks = ((-0.2, COLORS["blue"]), (0.2, COLORS["orange"]))
     for axis, (loss, members) in zip(axes[0], losses.items(), strict=True):
-        stages = group(members, "stage")
-        for (stage, steps), offset, color in zip(stages.items(), (-0.2, 0.2), (COLORS["blue"], COLORS["orange"]), strict=True):
-            axis.bar([int(row["k"]) + offset for row in steps], [float(row["share"]) for row in steps], 0.38, color=color, label=stage)
+        for (stage, steps), (offset, color) in zip(group(members, "stage").items(), looks, strict=True):
+            ks = [int(row["k"]) + offset for row in steps]
+            axis.bar(ks, [float(row["share"]) for row in steps], 0.38, color=color, label=stage)
         axis.axhline(1 / len(steps), color=COLORS["grey"], lw=1, ls="--", label="even")
         axis.set(title=titles[loss], xlabel="ODE step k", xticks=range(len(steps)))
         axis.grid(axis="x", visible=False)
@@ -200,59 +224,226 @@ def plot_gradient_norms(plt, rows: list[dict], path: Path):
     save_figure(figure, path)
 
 
-def pairs(row: dict) -> dict[str, str]:
-    """Cells with the assembled pairs of a row of furniture, before and after, from x_0 = 0 / sampled."""
-    if "base_stages" not in row:
-        return {}
-    return {f"{when} pairs": f"{float(row[when + '_stages']):.2f} / {float(row[when + '_stages_sampled']):.2f}" for when in ("base", "final")}
+def plot_pretraining(plt, rows: list[dict], path: Path):
+    """Success of a clone from x_0 = 0, with its interval, against training steps."""
+    figure, axis = plt.subplots(figsize=(6, 4))
+    for task, members in group(rows, "task").items():
+        for variant, points in group(members, "variant").items():
+            columns = ("step", "success_zero", "success_zero_low", "success_zero_high")
+            x, y, low, high = ([float(point[column]) for point in points] for column in columns)
+            axis.plot(x, y, "o-", label=f"{task}, {variant}")
+            axis.fill_between(x, low, high, alpha=0.15)
+    axis.set(xlabel="training steps", ylabel="success rate from $x_0=0$ (MuJoCo)", ylim=(-0.02, 1.02))
+    axis.legend(loc="center right", fontsize=8)
+    save_figure(figure, path)
 
 
-def success_table(rows: list[dict]) -> str:
-    """A markdown table of success rates in percent with their 95 % intervals, a line per run, and of pairs where there are any."""
+# ----------------------------------------------------------------------------------------- comparison
+def interval(scores: dict[str, np.ndarray], func) -> tuple[dict, dict]:
+    """Estimates and 95 % intervals of func over runs and tasks, scores (runs, tasks, ...)."""
+    from rliable import library
+
+    np.random.seed(0)  # noqa: NPY002, rliable draws from numpy's global generator
+    return library.get_interval_estimates(scores, func, reps=REPS)
+
+
+def iqm(values: np.ndarray) -> np.ndarray:
+    """Interquartile means over runs and tasks of scores (runs, tasks, points), (points,)."""
+    from scipy.stats import trim_mean
+
+    return trim_mean(values.reshape(-1, values.shape[-1]), 0.25, axis=0)
+
+
+def plot_comparison(plt, rows: list[dict], curves: dict, path: Path):
+    """Return from x_0 = 0 against steps and wall time, a column per task, a line per method."""
+    tasks = group(rows, "task")
+    size = (3.6 * len(tasks) + 0.4, 6)
+    figure, axes = plt.subplots(2, len(tasks), figsize=size, squeeze=False, sharey="col")
+    for column, (task, members) in enumerate(tasks.items()):
+        for axis, (x, (scale, label)) in zip(axes[:, column], AXES.items(), strict=True):
+            for method, seeds in group(members, "method").items():
+                runs = [curves["baselines", task, method, row["seed"]] for row in seeds]
+                grid, values = interpolated(runs, x, "eval_return")
+                middle, limits = interval({method: values[:, None]}, iqm)
+                name, color = METHODS[method]
+                axis.plot(grid / scale, middle[method], color=color, label=name)
+                axis.fill_between(grid / scale, *limits[method], color=color, alpha=0.18, lw=0)
+            axis.set_xlabel(label)
+            axis.set_xlim(left=0)
+        axes[0, column].set_title(task)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("return, IQM over seeds")
+    legend_below(figure, axes, min(5, 2 * len(tasks)))
+    save_figure(figure, path)
+
+
+def final_scores(rows: list[dict], start: str = "") -> dict[str, np.ndarray]:
+    """Final returns (seeds, tasks) of each method, 0 at the base policy and 1 at a task's best mean.
+
+    `start` is empty for x_0 = 0, or `_sampled`. Methods that lack a task are left out, and so are seeds
+    that a method lacks on any task.
+    """
+    tasks, scores = list(group(rows, "task")), {}
+    for method, runs in group(rows, "method").items():
+        values = {(row["task"], row["seed"]): float(row[f"final_return{start}"]) for row in runs}
+        seeds = sorted({seed for _, seed in values}, key=int)
+        complete = [seed for seed in seeds if all((task, seed) in values for task in tasks)]
+        if complete:
+            scores[method] = np.array([[values[task, seed] for task in tasks] for seed in complete])
+    bases = group([row for row in rows if row["method"] in SAME_BASE], "task")
+    low = np.array([mean(bases[task], f"base_return{start}") for task in tasks])
+    high = np.max([values.mean(0) for values in scores.values()], 0)
+    return {method: (values - low) / (high - low) for method, values in scores.items()}
+
+
+def plot_bars(axis, methods: list[str], middle: dict, limits: dict):
+    """A bar from the lower to the upper limit of each method, with a tick at its estimate."""
+    for y, method in enumerate(methods):
+        low, high = limits[method][:, 0]
+        color = METHODS[method][1]
+        axis.barh(y, high - low, left=low, color=color, alpha=0.35, height=0.6)
+        axis.plot([middle[method][0]] * 2, [y - 0.3, y + 0.3], color=color, lw=2)
+    axis.set(yticks=range(len(methods)), yticklabels=[METHODS[method][0] for method in methods])
+
+
+def plot_reliability(plt, scores: dict[str, np.ndarray], path: Path):
+    """Interquartile means, performance profiles, and the probability that RLDT ends above each other."""
+    from rliable import library, metrics
+
+    size = (12, 0.9 + 0.35 * max(6, len(scores)))
+    figure, (means, profiles, chances) = plt.subplots(1, 3, figsize=size)
+    middle, limits = interval(scores, lambda x: np.array([metrics.aggregate_iqm(x)]))
+    order = sorted(scores, key=lambda method: middle[method][0])
+    plot_bars(means, order, middle, limits)
+    means.set(xlabel="normalised final return", title="IQM over tasks and seeds")
+
+    lowest = min(0, *(values.min() for values in scores.values()))
+    highest = max(values.max() for values in scores.values())
+    tau = np.linspace(lowest, highest, 101)
+    share, bounds = library.create_performance_profile(scores, tau, reps=REPS)
+    for method in reversed(order):
+        name, color = METHODS[method]
+        profiles.plot(tau, share[method], color=color, label=name)
+        profiles.fill_between(tau, *bounds[method], color=color, alpha=0.15, lw=0)
+    profiles.set(xlabel="normalised final return τ", ylabel="share of runs above τ")
+    profiles.set_title("performance profiles")
+
+    others = [method for method in order if method != "rldt"]
+    versus = {method: (scores["rldt"], scores[method]) for method in others}
+    middle, limits = interval(versus, lambda x, y: np.array([metrics.probability_of_improvement(x, y)]))
+    plot_bars(chances, others, middle, limits)
+    chances.axvline(0.5, color=COLORS["grey"], lw=1, ls="--")
+    chances.set(xlim=(0, 1), xlabel="P(RLDT > method)", title="probability of improvement")
+    legend_below(figure, profiles, 5)
+    save_figure(figure, path)
+
+
+# --------------------------------------------------------------------------------------------- tables
+def mean_std(values: np.ndarray) -> str:
+    """`mean ± std`, the population's standard deviation."""
+    return f"{values.mean():.0f} ± {values.std():.0f}"
+
+
+def mean_interval(values: np.ndarray) -> str:
+    """`mean [low, high]`, 95 % by bootstrap."""
+    middle, limits = interval({"": values[:, None]}, lambda x: np.array([x.mean()]))
+    low, high = limits[""][:, 0]
+    return f"{middle[''][0]:.0f} [{low:.0f}, {high:.0f}]"
+
+
+def returns_table(rows: list[dict], spread: Callable[[np.ndarray], str], throughput: list[dict]) -> str:
+    """Returns over seeds, a line per task and method, and how often it updates its networks."""
+    updates = [row for row in throughput if row["name"] == "training"]
+    speeds = {(row["task"], row["variant"], row["unit"]): row["value"] for row in updates}
+    columns = {
+        "base, x₀ = 0": "base_return",
+        "final, x₀ = 0": "final_return",
+        "best, x₀ = 0": "best_return",
+        "base, sampled": "base_return_sampled",
+        "final, sampled": "final_return_sampled",
+    }
     lines = []
-    for row in rows:
-        rate = lambda key, row=row: f"{100 * float(row[key]):.0f} [{100 * float(row[key + '_low']):.0f}, {100 * float(row[key + '_high']):.0f}]"
-        lines.append({
-            "task": row["task"], "method": row["method"], "seed": row["seed"], "base, x₀ = 0": rate("base_success"),
-            "final, x₀ = 0": rate("final_success"), "base, sampled": f"{100 * float(row['base_success_sampled']):.0f}",
-            "final, sampled": rate("final_success_sampled"), **pairs(row), "env steps (10³)": f"{float(row['env_steps']) / 1e3:.0f}",
-            "wall (min)": f"{float(row['wall_s']) / 60:.0f}",
-        })  # fmt: skip
+    for task, members in group(rows, "task").items():
+        for method, runs in group(members, "method").items():
+            name, _ = METHODS.get(method, (method, None))
+            line = {"task": task, "method": name, "seeds": len(runs)}
+            for title, column in columns.items():
+                line[title] = spread(np.array([float(row[column]) for row in runs]))
+            line["env steps (10⁶)"] = f"{mean(runs, 'env_steps') / 1e6:.2f}"
+            line["wall (min)"] = f"{mean(runs, 'wall_s') / 60:.1f}"
+            for unit in ("gradient steps/s", "gradient steps/1000 env steps") if throughput else ():
+                speed = speeds.get((task, method, unit), "")
+                line[unit] = f"{float(speed):.1f}" if speed else ""
+            lines.append(line)
     return markdown(lines)
 
 
-def main(args: Args):
-    plt = pyplot()
-    rows = [row for row in read_csv(args.results / "gym.csv") if row["method"] == args.method]
-    ablations = read_csv(args.results / "ablations_hopper.csv")
-    families = {name: read_csv(args.results / f"{name}.csv") for name in ("robomimic", "furniture")}
-    if not rows and not ablations and not any(families.values()):
-        raise SystemExit(f"{args.results}: no gym.csv, ablations_hopper.csv, robomimic.csv or furniture.csv; run benchmark.returns first.")
-    if rows:
-        plot_returns(plt, rows, args)
-        print(table(rows, "task"))
-    if ablations:
-        plot_ablations(plt, ablations, args)
-        print(table(ablations, "method"))
-    for family, runs in families.items():
-        if runs:
-            suffix = "" if family == "robomimic" else f"_{family}"
-            defaults = [row for row in runs if row["method"] in ("rldt", "rldt-delta")]
-            plot_success(plt, defaults if family == "furniture" and defaults else runs, args, f"success{suffix}.png")
-            both = {row["task"] for row in runs if row["method"] == "rldt-delta"}
-            if both:
-                plot_kernels(plt, [row for row in runs if row["task"] in both], args.results / "curves", args.images / f"kernels{suffix}.png")
-            print(success_table(runs))
-    norms = read_csv(args.results / "gradient_norms.csv")
-    if norms:
-        plot_gradient_norms(plt, norms, args.images / "gradient_norms.png")
-    if read_csv(args.results / "baselines.csv"):
-        from benchmark import plot_baselines
+def success_table(rows: list[dict]) -> str:
+    """Success in percent with 95 % intervals, a line per run, and assembled pairs if any."""
 
-        try:
-            plot_baselines.main(plot_baselines.Args(args.results, args.images))
-        except SystemExit as error:  # no rliable
-            print(error)
+    def rate(row: dict, key: str) -> str:
+        value, low, high = (100 * float(row[key + end]) for end in ("", "_low", "_high"))
+        return f"{value:.0f} [{low:.0f}, {high:.0f}]"
+
+    lines = []
+    for row in rows:
+        line = {key: row[key] for key in ("task", "method", "seed")}
+        line["base, x₀ = 0"] = rate(row, "base_success")
+        line["final, x₀ = 0"] = rate(row, "final_success")
+        line["base, sampled"] = f"{100 * float(row['base_success_sampled']):.0f}"
+        line["final, sampled"] = rate(row, "final_success_sampled")
+        for when in ("base", "final") if "base_stages" in row else ():
+            zero, sampled = float(row[f"{when}_stages"]), float(row[f"{when}_stages_sampled"])
+            line[f"{when} pairs"] = f"{zero:.2f} / {sampled:.2f}"
+        line["env steps (10³)"] = f"{float(row['env_steps']) / 1e3:.0f}"
+        line["wall (min)"] = f"{float(row['wall_s']) / 60:.0f}"
+        lines.append(line)
+    return markdown(lines)
+
+
+# ----------------------------------------------------------------------------------------------- main
+def draw_comparison(plt, rows: list[dict], curves: dict, args: Args):
+    order = list(METHODS)
+    rows = sorted(rows, key=lambda row: order.index(row["method"]))
+    plot_comparison(plt, rows, curves, args.images / "baselines.png")
+    plot_reliability(plt, final_scores(rows), args.images / "baselines_reliability.png")
+    for label, start in {"x₀ = 0": "", "sampled": "_sampled"}.items():
+        scores = final_scores(rows, start)
+        middle = {METHODS[method][0]: iqm(values[..., None])[0] for method, values in scores.items()}
+        cells = ", ".join(f"{name} {value:.2f}" for name, value in middle.items())
+        print(f"{label}, 0 at the base and 1 at the best mean, IQM: {cells}")
+    print(returns_table(rows, mean_interval, read_csv(args.results / "throughput.csv")))
+
+
+def main(args: Args):
+    plt, curves = pyplot(), load_curves(args.results / "curves.csv")
+    names = "gym ablations robomimic furniture baselines gradient_norms pretraining_furniture"
+    rows = {name: read_csv(args.results / f"{name}.csv") for name in names.split()}
+    if not any(rows.values()):
+        raise SystemExit(f"{args.results}: no results; run benchmark.run first.")
+    if rows["gym"]:
+        plot_returns(plt, rows["gym"], curves, args.images / "returns.png")
+        print(returns_table(rows["gym"], mean_std, []))
+    if rows["ablations"]:
+        plot_ablations(plt, rows["ablations"], args.images / "ablations.png")
+        print(returns_table(rows["ablations"], mean_std, []))
+    for table, suffix in {"robomimic": "", "furniture": "_furniture", "baselines": "_gym"}.items():
+        kernels = [row for row in rows[table] if row["method"] in KERNELS]
+        if kernels and table != "baselines":
+            plot_success(plt, kernels, curves, table, args.images / f"success{suffix}.png")
+            print(success_table(rows[table]))
+        if any(row["method"] == "rldt-delta" for row in kernels):
+            plot_kernels(plt, kernels, curves, table, args.images / f"kernels{suffix}.png")
+    if rows["gradient_norms"]:
+        plot_gradient_norms(plt, rows["gradient_norms"], args.images / "gradient_norms.png")
+    if rows["pretraining_furniture"]:
+        path = args.images / "pretraining_furniture.png"
+        plot_pretraining(plt, rows["pretraining_furniture"], path)
+    if rows["baselines"]:
+        if importlib.util.find_spec("rliable"):
+            draw_comparison(plt, rows["baselines"], curves, args)
+        else:
+            print("baselines*.png need rliable: pip install -r baselines/requirements.txt")
 
 
 if __name__ == "__main__":
