@@ -1,6 +1,7 @@
-"""Skills of the scripted assemblers: an arm that moves to poses, grasps, regrasps and screws, reading the simulator's state.
+"""Skills of the scripted assemblers: an arm that moves to poses, grasps, regrasps and screws.
 
-A skill is a generator of actions. It reads the state anew for each, so that the action fits the state it is recorded with.
+A skill is a generator of actions. It reads the simulator's state anew for each, so that the action fits
+the state it is recorded with.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from envs.furniture_mujoco import FurnitureEnv, rotation, rotation_6d, rotation_
 
 OPEN, CLOSED = -1.0, 1.0
 Pose = tuple[np.ndarray, np.ndarray]  # position (3,), rotation (3, 3)
+Skill = Iterator[np.ndarray]  # of actions (10,)
 DOWN = rotation(np.pi, 0, 0)  # the gripper points down, its fingers close along y
 TURN_STEP = 0.16  # rad per step of a screwing stroke
 
@@ -19,9 +21,22 @@ class Lost(Exception):
     """A part is not where the skill needs it; the assembler starts over from an earlier skill."""
 
 
+def guarded(skill: Skill, holds: Callable[[], bool], patience: int = 2) -> Skill:
+    """A skill that needs a condition; raises Lost when, after `patience` steps, it is not met."""
+    for k, action in enumerate(skill):
+        if k >= patience and not holds():
+            raise Lost
+        yield action
+
+
 def wrap(angle: float, period: float = 2 * np.pi) -> float:
     """The angle (rad) plus the multiple of `period` that brings it closest to 0."""
     return (angle + period / 2) % period - period / 2
+
+
+def square_yaw(matrix: np.ndarray) -> float:
+    """Yaw (rad) of the face of an upright square part that is closest to the robot's own."""
+    return wrap(np.arctan2(matrix[1, 0], matrix[0, 0]), np.pi / 2)
 
 
 def facing_down(yaw: float) -> np.ndarray:
@@ -42,8 +57,17 @@ def tilt(matrix: np.ndarray, axis: np.ndarray) -> float:
     return float(np.arccos(np.clip(matrix[:, 1] @ axis, -1, 1)))
 
 
+def align(matrix: np.ndarray, axis: np.ndarray) -> np.ndarray:
+    """Smallest rotation (3, 3) that brings the y axis of a rotation to another axis (3,)."""
+    cross = np.cross(matrix[:, 1], axis)
+    return from_rotation_vector(cross / max(np.linalg.norm(cross), 1e-9) * tilt(matrix, axis))
+
+
 class Arm:
-    """The robot as the assemblers see it. `rough` is set while it moves freely, where noise on its actions does no harm."""
+    """The robot as the assemblers see it.
+
+    `rough` is set while it moves freely, where noise on its actions does no harm.
+    """
 
     def __init__(self, env: FurnitureEnv, rng: np.random.Generator):
         self.env, self.rng, self.gripper, self.rough = env, rng, OPEN, False
@@ -59,21 +83,34 @@ class Arm:
     def width(self) -> float:
         return self.env.gripper_width()
 
+    def shifted(self, offset: np.ndarray) -> Pose:
+        """The gripper's pose, moved by `offset` (3,)."""
+        position, matrix = self.pose
+        return position + offset, matrix
+
+    def bringing(self, index: int, goal: np.ndarray, turn: np.ndarray) -> Pose:
+        """The gripper's pose that brings a held part to `goal` (3,) and turns it by `turn` (3, 3)."""
+        position, matrix = self.pose
+        return goal + turn @ (position - self.part(index)[0]), turn @ matrix
+
     def act(self, target: Pose, reach: float = 0.10, turn: float = 0.6) -> np.ndarray:
-        """The action (10,) toward a pose, at most `reach` (m) and `turn` (rad) from the present one."""
+        """The action (10,) toward a pose, at most `reach` (m) and `turn` (rad) from where it is."""
         (position, matrix), (goal, goal_matrix) = self.pose, target
         move, spin = goal - position, rotation_vector(goal_matrix @ matrix.T)
         move *= min(1, self.speed * reach / max(np.linalg.norm(move), 1e-9))
         spin *= min(1, turn / max(np.linalg.norm(spin), 1e-9))
-        return np.concatenate([position + move, rotation_6d(from_rotation_vector(spin) @ matrix), [self.gripper]])
+        rows = rotation_6d(from_rotation_vector(spin) @ matrix)
+        return np.concatenate([position + move, rows, [self.gripper]])
 
     def at(self, target: Pose, near: float, turned: float) -> bool:
         """Whether the gripper is within `near` (m) and `turned` (rad) of a pose."""
         position, matrix = self.pose
-        return np.linalg.norm(target[0] - position) < near and np.linalg.norm(rotation_vector(target[1] @ matrix.T)) < turned
+        angle = np.linalg.norm(rotation_vector(target[1] @ matrix.T))
+        return np.linalg.norm(target[0] - position) < near and angle < turned
 
-    def go(self, target: Pose | Callable[[], Pose], steps: int, near: float = 0.0, turned: float = np.inf, reach: float = 0.10, turn: float = 0.6,
-           rough: bool = False, until: Callable[[], bool] | None = None) -> Iterator[np.ndarray]:  # fmt: skip
+    def go(self, target: Pose | Callable[[], Pose], steps: int, near: float = 0.0,
+           turned: float = np.inf, reach: float = 0.10, turn: float = 0.6, rough: bool = False,
+           until: Callable[[], bool] | None = None) -> Skill:  # fmt: skip
         """Moves to a pose, or to one that is read in every step, for at most `steps`; at least one.
 
         Stops within `near` and `turned` of it, or, where `until` is given, as soon as that is true.
@@ -86,60 +123,53 @@ class Arm:
                 break
         self.rough = False
 
-    def close(self, target: Pose, width: float, least: int = 3, most: int = 12) -> Iterator[np.ndarray]:
+    def close(self, target: Pose, width: float, least: int = 3, most: int = 12) -> Skill:
         """Closes the fingers at a pose until they are `width` (m) apart."""
-        self.gripper, taken = CLOSED, 0
+        self.gripper = CLOSED
+        for taken in range(most):
+            if taken >= least and self.width() < width:
+                break
+            yield self.act(target)
 
-        def held() -> bool:
-            nonlocal taken
-            taken += 1
-            return taken >= least and self.width() < width
-
-        yield from self.go(target, most, until=held)
-
-    def open(self, width: float, most: int = 10) -> Iterator[np.ndarray]:
+    def open(self, width: float, most: int = 10) -> Skill:
         """Opens the fingers in place until they are `width` (m) apart."""
         self.gripper = OPEN
         yield from self.go(self.pose, most, until=lambda: self.width() > width)
 
-    def rise(self, height: float, steps: int = 30) -> Iterator[np.ndarray]:
+    def rise(self, height: float, steps: int = 30) -> Skill:
         """Opens the fingers and moves straight up to z = `height` (m)."""
         self.gripper = OPEN
         position, matrix = self.pose
         yield from self.go((np.array([*position[:2], height]), matrix), steps, 0.02, 0.4, rough=True)
 
-    def screw_in(self, index: int, grasp: float, width: float, upright: Callable[[], bool], strokes: int = 20) -> Iterator[np.ndarray]:
+    def screw_in(self, index: int, grasp: float, width: float, upright: Callable[[], bool]) -> Skill:
         """Turns an upright part with a square cross-section clockwise, regrasping it after every stroke.
 
-        The fingers close `grasp` (m) above the part's origin, to `width` (m). Raises Lost where `upright` turns false.
+        The fingers close `grasp` (m) above its origin, to `width` (m). Raises Lost unless `upright`.
         """
 
-        def face() -> float:
-            """Yaw of the part's face that is closest to the robot's own."""
-            matrix = self.part(index)[1]
-            return wrap(np.arctan2(matrix[1, 0], matrix[0, 0]), np.pi / 2)
+        def above(height: float) -> Pose:
+            position, matrix = self.part(index)
+            return position + [0, 0, height], facing_down(square_yaw(matrix))
 
-        def above(height: float) -> Callable[[], Pose]:
-            return lambda: (self.part(index)[0] + [0, 0, height], facing_down(face()))
-
-        def guarded(skill: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-            for action in skill:
-                if not upright():
-                    raise Lost
-                yield action
-
-        for stroke in range(strokes):
-            if stroke == 0:
-                position, part = self.pose[0], self.part(index)[0]
-                if position[2] < part[2] + 0.06 and np.hypot(*(position - part)[:2]) > 0.02:  # beside it: rise first
-                    yield from self.go((np.array([*position[:2], part[2] + 0.10]), facing_down(face())), 15, 0.03, 0.5, rough=True)
-                yield from guarded(self.go(above(0.10), 45, 0.012, 0.1, rough=True))
-            yield from guarded(self.go(above(grasp), 45, 0.004, 0.1))
-            yield from guarded(self.close(above(grasp)(), width, most=10))
-            yaw, (position, _) = face(), self.pose
+        def stroke() -> Skill:
+            yaw, (x, y, _) = square_yaw(self.part(index)[1]), self.pose[0]
             for k in range(1, 16):
                 angle = max(-np.radians(100), -TURN_STEP * k)
-                yield self.act((np.array([*position[:2], self.pose[0][2] - 0.004]), facing_down(yaw + angle)), turn=1.25)
-            yield from guarded(self.open(0.045, 6))
+                down = np.array([x, y, self.pose[0][2] - 0.004])
+                yield self.act((down, facing_down(yaw + angle)), turn=1.25)
+
+        position, part = self.pose[0], self.part(index)[0]
+        beside = np.hypot(*(position - part)[:2]) > 0.02
+        if beside and position[2] < part[2] + 0.06:  # rise first
+            over = np.array([*position[:2], part[2] + 0.10])
+            yield from self.go((over, above(0)[1]), 15, 0.03, 0.5, rough=True)
+        yield from guarded(self.go(lambda: above(0.10), 45, 0.012, 0.1, rough=True), upright, 0)
+        for _ in range(20):
+            yield from guarded(self.go(lambda: above(grasp), 45, 0.004, 0.1), upright, 0)
+            yield from guarded(self.close(above(grasp), width, most=10), upright, 0)
+            yield from stroke()
+            yield from guarded(self.open(0.045, 6), upright, 0)
             turned = self.pose[1]
-            yield from guarded(self.go(lambda: (self.part(index)[0] + [0, 0, 0.05], turned), 8, 0.012, 0.2))
+            higher = lambda: (self.part(index)[0] + [0, 0, 0.05], turned)
+            yield from guarded(self.go(higher, 8, 0.012, 0.2), upright, 0)
