@@ -1,11 +1,16 @@
-"""Flow-matching policy: velocity network, loss, Euler sampler and expected target."""
+"""Flow-matching policy: velocity network, loss, Euler sampler, expected target, scaling and file."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 ACTIVATIONS = {"relu": nn.ReLU, "mish": nn.Mish, "silu": nn.SiLU, "gelu": nn.GELU}
 
@@ -57,8 +62,6 @@ class VelocityMLP(nn.Module):
         super().__init__()
         if depth < 3 or depth % 2 == 0:
             raise ValueError(f"depth must be odd and at least 3 (blocks have two layers), got {depth}")
-        self.config = dict(action_size=action_size, cond_dim=cond_dim, width=width, depth=depth, time_dim=time_dim,
-                           activation=activation, layer_norm=layer_norm, cond_mlp=tuple(cond_mlp))  # fmt: skip
         self.action_size, self.time_dim = action_size, time_dim
         self.time_mlp = nn.Sequential(nn.Linear(time_dim, 2 * time_dim), nn.Mish(), nn.Linear(2 * time_dim, time_dim))
         layers, size = [], cond_dim
@@ -96,7 +99,7 @@ def flow_matching_loss(velocity: Velocity, action: torch.Tensor, cond: torch.Ten
 
 
 @torch.no_grad()
-def sample(velocity: Velocity, cond: torch.Tensor, x0: torch.Tensor, steps: int, trajectory: bool = False) -> torch.Tensor:
+def sample(velocity: Velocity, cond: torch.Tensor, x0: torch.Tensor, steps: int, trajectory=False) -> torch.Tensor:
     """Euler integration x_{k+1} = x_k + v(x_k, k/K, s) / K from x0 (..., D) at t = 0 to the action at t = 1.
 
     Returns the action (..., D), or with `trajectory` all points x_0 .. x_K, (K + 1, ..., D).
@@ -112,3 +115,64 @@ def sample(velocity: Velocity, cond: torch.Tensor, x0: torch.Tensor, steps: int,
 def expected_target(x: torch.Tensor, t: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Where the straight path through x at time t ends: a_dagger = x + (1 - t) v, eq. (8); t (...)."""
     return x + (1 - t[..., None]) * v
+
+
+class FlowPolicy(nn.Module):
+    """A velocity network with the scaling of its demonstrations, which stays as it is after pretraining.
+
+    Args:
+        obs_dim, action_dim: sizes of a raw observation and of a raw action.
+        chunk: actions per decision, executed open loop.
+        euler_steps: K, Euler steps from noise to action.
+        feature_dim: size of features that the velocity is conditioned on besides the observation.
+        network: width, depth, time_dim and more of VelocityMLP.
+    """
+
+    def __init__(self, obs_dim: int, action_dim: int, chunk: int, euler_steps: int, feature_dim=0, **network):
+        super().__init__()
+        self.config = dict(obs_dim=obs_dim, action_dim=action_dim, chunk=chunk, euler_steps=euler_steps, **network)
+        self.obs_dim, self.action_dim, self.chunk, self.euler_steps = obs_dim, action_dim, chunk, euler_steps
+        self.action_size, self.cond_dim = chunk * action_dim, obs_dim + feature_dim
+        self.velocity = VelocityMLP(self.action_size, self.cond_dim, **network)
+        for name, dim in ("obs", obs_dim), ("action", action_dim):
+            self.register_buffer(f"{name}_min", -torch.ones(dim))
+            self.register_buffer(f"{name}_max", torch.ones(dim))
+
+    def normalize(self, obs) -> torch.Tensor:
+        """Raw observations (..., obs_dim), array or tensor; the demonstrations' limits become -1 and 1."""
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.obs_min.device)
+        return (2 * (obs - self.obs_min) / (self.obs_max - self.obs_min + 1e-6) - 1).clamp(-5, 5)
+
+    def from_env(self, action) -> torch.Tensor:
+        """Raw actions (N, chunk, action_dim) -> flat normalised chunks (N, D)."""
+        action = torch.as_tensor(action, device=self.action_min.device)
+        return (2 * (action - self.action_min) / (self.action_max - self.action_min + 1e-6) - 1).flatten(1)
+
+    def to_env(self, action: torch.Tensor) -> np.ndarray:
+        """Flat normalised chunks (N, D) -> raw actions (N, chunk, action_dim)."""
+        action = action.float().view(len(action), self.chunk, -1)
+        return ((action + 1) / 2 * (self.action_max - self.action_min + 1e-6) + self.action_min).cpu().numpy()
+
+    def sample(self, cond: torch.Tensor, x0: torch.Tensor | None = None, trajectory=False) -> torch.Tensor:
+        """Action chunks (..., D) for cond (..., cond_dim), from x0 or from noise; see `sample` above."""
+        if x0 is None:
+            x0 = torch.randn(*cond.shape[:-1], self.action_size, device=cond.device)
+        return sample(self.velocity, cond, x0, self.euler_steps, trajectory)
+
+    def save(self, path: Path, **info):
+        """Writes weights and scaling as safetensors, with the sizes and `info`, what else is to be known."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(self.state_dict(), path, metadata={"config": json.dumps(self.config), "info": json.dumps(info)})
+
+    @classmethod
+    def load(cls, path: Path) -> "FlowPolicy":
+        """Reads what `save` wrote, its `info` too. Raises SystemExit on any other file."""
+        try:
+            with safe_open(path, "pt") as file:
+                policy = cls(**json.loads(file.metadata()["config"]))
+                policy.load_state_dict({key: file.get_tensor(key).float() for key in file.keys()})
+                policy.info = json.loads(file.metadata()["info"])
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise SystemExit(f"{path}: not a {cls.__name__} written by this project ({reason})") from error
+        return policy

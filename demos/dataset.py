@@ -149,7 +149,7 @@ def load(source: str | Path) -> Demonstrations:
     if path.suffix == ".npz":
         return load_dppo(path)
     if path.is_file():
-        raise DatasetError(f"{path}: unknown format; not a .hdf5, .npz or Minari's id or folder")
+        raise DatasetError(f"{path}: unknown format; give a D4RL .hdf5, a DPPO .npz or a Minari dataset")
     return load_minari(str(source))
 
 
@@ -176,18 +176,18 @@ def make(args: Args) -> Path:
     with torch.random.fork_rng(devices=[]):  # its layers draw weights: keep a run's own stream as it was
         policy = Demonstrator.load(weights)
     generator = torch.Generator().manual_seed(args.seed)
-    envs = VectorEnv(args.env_id, args.num_envs, seed=args.seed)
+    envs = VectorEnv(args.env_id, args.num_envs)
     T = -(-args.steps // args.num_envs)
     columns = {key: [] for key in KEYS}
-    obs = envs.reset()
+    envs.reset(args.seed)
     low, high = envs.action_space.low, envs.action_space.high
     for t in range(T):
-        action = np.clip(policy.act(obs, args.noise, generator).numpy(), low, high)
-        _, reward, terminated, truncated, _ = envs.step(action[:, None])
-        timeout = (truncated | (t == T - 1)) & ~terminated  # the recording ends every episode
-        for key, value in zip(KEYS, (obs, action, reward, terminated, timeout), strict=True):
-            columns[key].append(value)
         obs = envs.obs
+        action = np.clip(policy.act(obs, args.noise, generator).numpy(), low, high)
+        step = envs.step(action[:, None])
+        timeout = (step.truncated | (t == T - 1)) & ~step.terminated  # the recording ends every episode
+        for key, value in zip(KEYS, (obs, action, step.reward, step.terminated, timeout), strict=True):
+            columns[key].append(value)
     envs.close()
     out = args.out or DEMOS / args.env_id / "medium.hdf5"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -201,6 +201,22 @@ def make(args: Args) -> Path:
         file.attrs["info"] = json.dumps({"env_id": args.env_id, "seed": args.seed, "noise": args.noise})
     partial.replace(out)
     return out
+
+
+def get(env_id: str, source: str | None, envs: VectorEnv) -> Demonstrations:
+    """The given dataset, or that of the shipped demonstrator, recorded when first needed, for these environments.
+
+    Raises DatasetError where observations or actions have other sizes than the environments'.
+    """
+    path = source or DEMOS / env_id / "medium.hdf5"
+    if source is None and not path.exists():
+        print(f"Recording demonstrations of {env_id} to {path} ...")
+        make(Args(env_id=env_id))
+    data = load(path)
+    sizes, wanted = (data.observations.shape[1], data.actions.shape[1]), (envs.obs_dim, envs.action_dim)
+    if sizes != wanted:
+        raise DatasetError(f"{path}: observation and action sizes {sizes} are not {env_id}'s {wanted}.")
+    return data
 
 
 if __name__ == "__main__":

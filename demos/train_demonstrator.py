@@ -24,40 +24,22 @@ from safetensors.torch import save_file
 from envs.vector import VectorEnv
 
 TARGET_RETURN = {"Hopper-v4": 1422.0, "Walker2d-v4": 2852.0, "HalfCheetah-v4": 4770.0}  # D4RL medium-v2
+ROLLOUT, EPOCHS, MINIBATCH = 64, 10, 512  # steps per environment between updates; passes over them
+LEARNING_RATE = 3e-4  # of Adam, annealed linearly to 0 at max_steps
+GAMMA, LAMBDA = 0.99, 0.95  # discount per step; of generalised advantage estimation
+CLIP = 0.2  # range of the probability ratio
 
 
 @dataclass
 class Args:
-    env_id: str = "Hopper-v4"
-    """Gymnasium task id."""
-    target_return: float | None = None
-    """Mean sampled return at which to stop; default: D4RL medium-v2's for the three tasks."""
-    max_steps: int = 3_000_000
-    """Environment steps after which to give up."""
-    num_envs: int = 64
-    """Parallel environments."""
-    rollout_steps: int = 64
-    """Steps per environment between updates."""
-    epochs: int = 10
-    """Passes over each rollout."""
-    minibatch: int = 512
-    """Transitions per gradient step."""
-    learning_rate: float = 3e-4
-    """Adam step size, annealed linearly to 0 at max_steps."""
-    init_log_std: float = -0.5
-    """Initial log standard deviation of the Gaussian policy, in units of the action space."""
-    gamma: float = 0.99
-    """Discount per step."""
-    gae_lambda: float = 0.95
-    """Lambda of generalised advantage estimation."""
-    clip: float = 0.2
-    """Clipping range of the probability ratio."""
-    seed: int = 0
-    """Seed of weights, minibatches and environments."""
-    threads: int = 1
-    """CPU threads of torch and EnvPool."""
-    out: Path | None = None
-    """Output file; default demos/<env_id>/demonstrator.safetensors."""
+    env_id: str = "Hopper-v4"  # Gymnasium task id
+    target_return: float | None = None  # mean sampled return to stop at; default: D4RL medium-v2's
+    max_steps: int = 3_000_000  # environment steps after which to give up
+    num_envs: int = 64  # parallel environments
+    init_log_std: float = -0.5  # initial log standard deviation, in units of the action space
+    seed: int = 0  # of weights, minibatches and environments
+    threads: int = 1  # CPU threads of torch and EnvPool
+    out: Path | None = None  # output file; default demos/<env_id>/demonstrator.safetensors
 
 
 def mlp(inputs: int, outputs: int, last_gain: float) -> nn.Sequential:
@@ -100,10 +82,14 @@ class Demonstrator(nn.Module):
         self.mean = mlp(obs_dim, action_dim, 0.01)
         self.log_std = nn.Parameter(torch.full((action_dim,), init_log_std))
 
-    def act(self, obs: np.ndarray, noise: float = 1.0, generator: torch.Generator | None = None) -> torch.Tensor:
+    def act(self, obs: np.ndarray, noise: float = 1.0, generator: torch.Generator | None = None):
         """Actions (N, action_dim) for raw observations (N, obs_dim); noise=0 gives the mean."""
         mean = self.mean(self.stats.normalize(obs))
         return mean + noise * self.log_std.exp() * torch.randn(mean.shape, generator=generator)
+
+    def log_prob(self, action: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+        """Log density (N,) of actions (N, action_dim), up to a constant."""
+        return (-0.5 * ((action - mean) / self.log_std.exp()) ** 2 - self.log_std).sum(-1)
 
     @classmethod
     def load(cls, path: Path) -> "Demonstrator":
@@ -117,14 +103,40 @@ class Demonstrator(nn.Module):
 @torch.no_grad()
 def evaluate(policy: Demonstrator, env_id: str, episodes: int, noise: float, seed: int) -> np.ndarray:
     """Undiscounted returns (episodes,) of the first episode of each environment."""
-    envs = VectorEnv(env_id, episodes, seed=seed)
-    obs, returns, alive = envs.reset(), np.zeros(episodes), np.ones(episodes, bool)
+    envs = VectorEnv(env_id, episodes)
+    envs.reset(seed)
+    returns, alive = np.zeros(episodes), np.ones(episodes, bool)
     while alive.any():
-        _, reward, terminated, truncated, _ = envs.step(policy.act(obs, noise).numpy()[:, None])
-        returns += reward * alive
-        alive &= ~(terminated | truncated)
-        obs = envs.obs
+        step = envs.step(policy.act(envs.obs, noise).numpy()[:, None])
+        done = alive & (step.terminated | step.truncated)
+        returns[done] = step.score[done]
+        alive &= ~done
     return returns
+
+
+def advantages(value, reward, next_value, terminated, done) -> torch.Tensor:
+    """Generalised advantages (T, N) of steps (T, N) (Schulman et al. 2016)."""
+    result, gae = torch.zeros_like(value), torch.zeros_like(value[0])
+    for t in reversed(range(len(result))):
+        delta = reward[t] + GAMMA * (1 - terminated[t]) * next_value[t] - value[t]
+        gae = delta + GAMMA * LAMBDA * (1 - done[t]) * gae
+        result[t] = gae
+    return result
+
+
+def update(policy: Demonstrator, value: nn.Module, optimizer, o, a, log_prob, advantage, target):
+    """PPO's epochs over one rollout of B steps: o (B, obs_dim), a (B, action_dim), the others (B,)."""
+    parameters = optimizer.param_groups[0]["params"]
+    for _ in range(EPOCHS):
+        for i in torch.randperm(len(o)).split(MINIBATCH):
+            ratio = (policy.log_prob(a[i], policy.mean(o[i])) - log_prob[i]).exp()
+            adv = (advantage[i] - advantage[i].mean()) / (advantage[i].std() + 1e-8)
+            policy_loss = -torch.min(ratio * adv, ratio.clamp(1 - CLIP, 1 + CLIP) * adv).mean()
+            loss = policy_loss + 0.5 * (value(o[i])[:, 0] - target[i]).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 0.5)
+            optimizer.step()
 
 
 def main(args: Args):
@@ -134,77 +146,60 @@ def main(args: Args):
     if target is None:
         raise SystemExit(f"No default target return for {args.env_id}; pass --target-return.")
     out = args.out or Path(__file__).parent / args.env_id / "demonstrator.safetensors"
-    N, T = args.num_envs, args.rollout_steps
-    envs = VectorEnv(args.env_id, N, seed=args.seed, threads=args.threads)
+    N, T = args.num_envs, ROLLOUT
+    envs = VectorEnv(args.env_id, N, args.threads)
+    envs.reset(args.seed)
     policy = Demonstrator(envs.obs_dim, envs.action_dim, args.init_log_std)
     value = mlp(envs.obs_dim, 1, 1.0)
     parameters = [*policy.parameters(), *value.parameters()]
-    optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=1e-5, fused=True)
+    optimizer = torch.optim.Adam(parameters, LEARNING_RATE, eps=1e-5, fused=True)
     reward_stats, discounted = RunningStats(1), np.zeros(N)
-    obs, episode_return, recent = envs.reset(), np.zeros(N), deque(maxlen=100)
+    obs, recent = envs.obs, deque(maxlen=100)
     policy.stats.update(obs)
     start = time.time()
     for step in range(0, args.max_steps, N * T):
-        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - step / args.max_steps)
-        observed, A, L, V, NV = [], [], [], [], []
-        R, term_, done_ = torch.zeros(T, N), torch.zeros(T, N), torch.zeros(T, N)
-        for t in range(T):
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / args.max_steps)
+        steps = []
+        for _ in range(T):
             o = policy.stats.normalize(obs)  # (N, obs_dim)
             with torch.no_grad():
                 mean = policy.mean(o)
                 a = mean + policy.log_std.exp() * torch.randn_like(mean)
-                log_prob = (-0.5 * ((a - mean) / policy.log_std.exp()) ** 2 - policy.log_std).sum(-1)
-                next_obs, reward, terminated, truncated, _ = envs.step(a.numpy()[:, None])
-                V.append(value(o)[:, 0])
-                NV.append(value(policy.stats.normalize(next_obs))[:, 0])  # bootstraps through time limits
-            obs, done = envs.obs, terminated | truncated
+                log_prob = policy.log_prob(a, mean)
+                now = envs.step(a.numpy()[:, None])
+                envs.tape.clear()  # nothing resumes this
+                v = value(o)[:, 0]
+                next_v = value(policy.stats.normalize(now.next_obs))[:, 0]  # bootstraps through time limits
+            obs, done = envs.obs, now.terminated | now.truncated
             policy.stats.update(obs)
-            episode_return += reward
-            discounted = discounted * args.gamma + reward
+            discounted = discounted * GAMMA + now.reward
             reward_stats.update(discounted[:, None])
             discounted[done] = 0
-            recent.extend(episode_return[done])
-            episode_return[done] = 0
-            observed.append(o), A.append(a), L.append(log_prob)
-            scale = float(reward_stats.var.sqrt()) + 1e-8
-            R[t] = torch.as_tensor(reward / scale).clamp(-10, 10)
-            term_[t], done_[t] = torch.as_tensor(terminated), torch.as_tensor(done)
-        advantage, gae = torch.zeros(T, N), torch.zeros(N)
-        for t in reversed(range(T)):
-            delta = R[t] + args.gamma * (1 - term_[t]) * NV[t] - V[t]
-            gae = delta + args.gamma * args.gae_lambda * (1 - done_[t]) * gae
-            advantage[t] = gae
-        target_value = (advantage + torch.stack(V)).flatten()
-        observed, A, L, advantage = torch.cat(observed), torch.cat(A), torch.cat(L), advantage.flatten()
-        for _ in range(args.epochs):
-            for i in torch.randperm(N * T).split(args.minibatch):
-                mean = policy.mean(observed[i])
-                log_prob = (-0.5 * ((A[i] - mean) / policy.log_std.exp()) ** 2 - policy.log_std).sum(-1)
-                ratio = (log_prob - L[i]).exp()
-                adv = (advantage[i] - advantage[i].mean()) / (advantage[i].std() + 1e-8)
-                policy_loss = -torch.min(ratio * adv, ratio.clamp(1 - args.clip, 1 + args.clip) * adv).mean()
-                loss = policy_loss + 0.5 * (value(observed[i])[:, 0] - target_value[i]).square().mean()
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(parameters, 0.5)
-                optimizer.step()
+            recent.extend(now.score[done])
+            r = torch.as_tensor(now.reward / (float(reward_stats.var.sqrt()) + 1e-8)).clamp(-10, 10).float()
+            ended, done = (torch.as_tensor(x, dtype=torch.float32) for x in (now.terminated, done))
+            steps.append((o, a, log_prob, v, r, next_v, ended, done))
+        o, a, log_prob, v, *rest = map(torch.stack, zip(*steps, strict=True))  # (T, N, ...)
+        advantage = advantages(v, *rest)
+        batch = [x.flatten(0, 1) for x in (o, a, log_prob, advantage, advantage + v)]
+        update(policy, value, optimizer, *batch)
         if (step // (N * T) + 1) % 10 == 0:
             level = np.mean(recent)  # lags behind the policy, so fresh episodes decide
             if level >= 0.5 * target:
                 level = evaluate(policy, args.env_id, 100, 1.0, seed=args.seed + 2).mean()
-            print(f"{args.env_id} step {step + N * T:8d}  return {level:7.0f}  std {policy.log_std.exp().mean():.3f}  {time.time() - start:.0f} s", flush=True)
+            text = f"step {step + N * T:8d}  return {level:7.0f}  std {policy.log_std.exp().mean():.3f}"
+            print(f"{args.env_id} {text}  {time.time() - start:.0f} s", flush=True)
             if level >= 0.95 * target:
                 break
     else:
-        raise SystemExit(f"{args.env_id}: return {level:.0f} after {args.max_steps} steps, short of {target:.0f}; nothing was written.")
+        raise SystemExit(f"{args.env_id}: return {level:.0f} after {args.max_steps} steps, "
+                         f"short of {target:.0f}; nothing was written.")  # fmt: skip
     sampled = evaluate(policy, args.env_id, 100, 1.0, seed=args.seed + 1)
     mean = evaluate(policy, args.env_id, 100, 0.0, seed=args.seed + 1)
-    info = {
-        "env_id": args.env_id, "algorithm": "PPO", "seed": args.seed, "env_steps": step + N * T,
-        "sampled_return": [round(sampled.mean(), 1), round(sampled.std(), 1)],
-        "mean_action_return": [round(mean.mean(), 1), round(mean.std(), 1)],
-        "wall_s": round(time.time() - start, 1),
-    }
+    info = {"env_id": args.env_id, "algorithm": "PPO", "seed": args.seed, "env_steps": step + N * T}
+    info["sampled_return"] = [round(sampled.mean(), 1), round(sampled.std(), 1)]
+    info["mean_action_return"] = [round(mean.mean(), 1), round(mean.std(), 1)]
+    info["wall_s"] = round(time.time() - start, 1)
     out.parent.mkdir(parents=True, exist_ok=True)
     save_file(policy.state_dict(), out, metadata={"demonstrator": json.dumps(info)})
     print(json.dumps(info), "->", out)
