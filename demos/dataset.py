@@ -204,7 +204,7 @@ def make(args: Args) -> Path:
 
 
 def get(env_id: str, source: str | None, envs: VectorEnv) -> Demonstrations:
-    """The given dataset, or that of the shipped demonstrator, recorded when first needed, for these environments.
+    """The given dataset, or that of the shipped demonstrator, recorded when it is first needed.
 
     Raises DatasetError where observations or actions have other sizes than the environments'.
     """

@@ -1,17 +1,21 @@
 """Makes robomimic demonstrations with scripted experts, and renders their images.
 
-    python -m demos.make_robomimic_demos --task square --episodes 100              # writes demos/square/low_dim.hdf5
-    python -m demos.make_robomimic_demos --images-from demos/square/low_dim.hdf5   # writes demos/square/image.hdf5
+    python -m demos.make_robomimic_demos --task square             # writes demos/square/low_dim.hdf5
+    python -m demos.make_robomimic_demos --images-from demos/square/low_dim.hdf5      # and image.hdf5
 
-The experts read positions from the simulator and act through the same actions as a policy: per arm the gripper's displacement
-in units of 5 cm, its rotation in units of 0.5 rad, and -1 to open or 1 to close it. Files follow robomimic (Mandlekar et al. 2021).
+The experts read positions from the simulator and act through the same actions as a policy: per arm the
+gripper's displacement in units of 5 cm, its rotation in units of 0.5 rad, and -1 to open, 1 to close it.
+Files follow robomimic (Mandlekar et al. 2021).
 """
 
+import functools
 import itertools
 import json
+from collections.abc import Callable
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import h5py
@@ -20,35 +24,29 @@ import tyro
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
-from demos.robomimic import DatasetError
-from envs.robomimic import MODEL_SEED, TASKS, choose_renderer, control_step, make_robosuite, metadata, render_fast
+from demos.hdf5 import DatasetError, reading
+from envs.robomimic import MODEL_SEED, TASKS, control_step, make_robosuite, metadata, render_fast
 
 DEMOS = Path(__file__).parent
 OPEN, CLOSED = -1.0, 1.0
 UP = np.array([0.0, 0.0, 1.0])
+FOREVER = 10**9  # steps
 STEPS_AFTER_SUCCESS = 5  # environment steps, so that the last state is surely a solved one
-RESOLUTION = 2.0**-22  # 2.4e-7 m, rad, m/s or rad/s, to which observations and states are rounded: halves the file
-FRAMES_PER_CHUNK = 16  # of images in the file: gzip then reaches back one frame, and the static background costs next to nothing
+RESOLUTION = 2.0**-22  # 2.4e-7 m, rad, m/s or rad/s, to which records are rounded: halves the file
+GZIP = dict(compression="gzip", compression_opts=9)
+FRAMES_PER_CHUNK = 16  # of images: gzip reaches back one frame, so the background costs little
 
 
 @dataclass
 class Args:
-    task: Literal["lift", "can", "square", "transport"] = "square"
-    """Task to demonstrate; with --images-from it is that of the file."""
-    episodes: int = 100
-    """Successful episodes to record; failures are dropped (robomimic's files hold 200)."""
-    seed: int = 0
-    """Seed of the first attempt; the others follow one by one."""
-    noise: float = 0.05
-    """Standard deviation of the noise on the arms' actions, relative to the action, so that cloning sees off-nominal states; 0: none."""
-    valid_fraction: float = 0.1
-    """Share of the episodes in mask/valid instead of mask/train (robomimic: 0.1)."""
-    images_from: Path | None = None
-    """Render the images of this file's states instead of recording."""
-    fast_render: bool = True
-    """Render without multisampling, shadows and reflections: 3 to 4 times as fast without a GPU. Use the same when training."""
-    out: Path | None = None
-    """Output; default demos/<task>/low_dim.hdf5, or demos/<task>/image.hdf5 with --images-from."""
+    task: Literal["lift", "can", "square", "transport"] = "square"  # with --images-from it is the file's
+    episodes: int = 100  # successes to record; failures are dropped (robomimic's files hold 200)
+    seed: int = 0  # seed of the first attempt; the others follow one by one
+    noise: float = 0.05  # standard deviation of the actions' noise, relative to the action; 0: none
+    valid_fraction: float = 0.1  # share of the episodes in mask/valid, not mask/train (robomimic: 0.1)
+    images_from: Path | None = None  # render the images of this file's states instead of recording
+    fast_render: bool = True  # without multisampling and shadows: 3 times as fast; train with the same
+    out: Path | None = None  # output; default demos/<task>/low_dim.hdf5, with --images-from image.hdf5
 
 
 # ------------------------------------------------------------------------------------- control
@@ -73,23 +71,25 @@ def body_axes(env, index: int) -> np.ndarray:
 
 
 class Arm:
-    """One arm that moves its gripper to poses (positions in m) and points it down, at a yaw that is 0 as the episode starts.
+    """One arm whose gripper points down and moves to poses (m; the yaw is 0 as the episode starts).
 
-    Gain and speed are drawn per episode, so that demonstrations differ. Methods that yield are steps of an expert.
+    Gain and speed are drawn per episode, so that demonstrations differ. Methods yield actions.
     """
 
     def __init__(self, env, index: int, rng: np.random.Generator, noise: float):
         self.sim, self.robot = env.sim, env.robots[index]
         self.rng, self.noise = rng, noise
-        self.gain, self.speed = rng.uniform(1.5, 2.0), rng.uniform(0.7, 1.0)  # per step; share of the largest action
+        self.gain = rng.uniform(1.5, 2.0)  # per step
+        self.speed = rng.uniform(0.7, 1.0)  # share of the largest action
         self.turn_speed = 0.5  # share of the largest action
         self.integral = np.zeros(3)  # of the position error: the controller alone stops 1 to 2 cm short
         forward = self.rotation[:, 0] * [1, 1, 0]
         forward /= np.linalg.norm(forward)
-        self.level = np.stack([forward, np.cross(-UP, forward), -UP], 1)  # the first rotation, made to point down exactly
-        prefix = self.robot.gripper.naming_prefix
-        pads = [self.sim.data.geom_xpos[self.sim.model.geom_name2id(f"{prefix}finger{i}_pad_collision")] for i in (1, 2)]
-        self.closing_yaw = np.arctan2(*(pads[1] - pads[0])[1::-1])  # direction in which the fingers close at yaw 0
+        self.level = np.stack([forward, np.cross(-UP, forward), -UP], 1)  # pointing down
+        names = (f"{self.robot.gripper.naming_prefix}finger{i}_pad_collision" for i in (1, 2))
+        first, second = (self.sim.data.geom_xpos[self.sim.model.geom_name2id(name)] for name in names)
+        x, y, _ = second - first
+        self.closing_yaw = np.arctan2(y, x)  # direction in which the fingers close at yaw 0
 
     @property
     def position(self) -> np.ndarray:
@@ -105,12 +105,13 @@ class Arm:
         """Pointing down, turned by yaw (rad): a rotation, (3, 3)."""
         return Rotation.from_euler("z", yaw).as_matrix() @ self.level
 
+    def across(self, axis: np.ndarray) -> np.ndarray:
+        """Pointing down, with fingers that close across a horizontal axis: a rotation, (3, 3)."""
+        return self.facing(np.arctan2(-axis[0], axis[1]))
+
     def yaw(self) -> float:
         turned = self.rotation @ self.level.T
         return np.arctan2(turned[1, 0] - turned[0, 1], turned[0, 0] + turned[1, 1])
-
-    def distance(self, target: np.ndarray) -> float:
-        return np.linalg.norm(target - self.position)
 
     def angle(self, rotation: np.ndarray) -> float:
         return np.linalg.norm(Rotation.from_matrix(rotation @ self.rotation.T).as_rotvec())
@@ -119,10 +120,11 @@ class Arm:
         """Opening of the fingers (m)."""
         return sum(abs(self.sim.data.get_joint_qpos(joint)) for joint in self.robot.gripper.joints)
 
-    def act(self, target: np.ndarray, rotation: np.ndarray, gripper: float, speed: float | None = None) -> np.ndarray:
+    def act(self, target: np.ndarray, rotation: np.ndarray, gripper: float, speed=None) -> np.ndarray:
         """The action (7,) that moves toward a pose, with noise."""
         error = target - self.position
-        self.integral = np.where(np.abs(error) < 0.03, np.clip(self.integral + 0.15 * error, -0.03, 0.03), 0)
+        integral = np.clip(self.integral + 0.15 * error, -0.03, 0.03)
+        self.integral = np.where(np.abs(error) < 0.03, integral, 0)
         move = (self.gain * error + self.integral) / 0.05
         move *= min(1, (speed or self.speed) / max(np.abs(move).max(), 1e-9))
         turn = Rotation.from_matrix(rotation @ self.rotation.T).as_rotvec() / 0.5
@@ -131,14 +133,16 @@ class Arm:
         motion += self.noise * (np.abs(motion).max() + 0.05) * self.rng.standard_normal(6)
         return np.clip(np.r_[motion, gripper], -1, 1)
 
-    def go(self, target, rotation, gripper: float, steps: int, near: float = 0.0, turned: float = np.inf, speed=None, until=None):
+    def go(self, target, rotation, gripper: float, steps: int, near: float = 0.0, turned: float = np.inf,
+           speed=None, until=None):  # fmt: skip
         """Moves to `target`, an array or a function that is read in every step, for at most `steps`.
 
-        Stops within `near` (m) of it and `turned` (rad) of the rotation, or, where `until` is given, as soon as that is true.
+        Stops within `near` (m) of it and `turned` (rad) of the rotation, or as soon as `until` is true.
         """
         for _ in range(steps):
             goal = target() if callable(target) else target
-            if until() if until else self.distance(goal) < near and self.angle(rotation) < turned:
+            distance = np.linalg.norm(goal - self.position)
+            if until() if until else distance < near and self.angle(rotation) < turned:
                 return
             yield self.act(goal, rotation, gripper, speed)
 
@@ -180,34 +184,40 @@ def can(env, arms, rng):
     yield from arm.go(lambda: can() + 0.12 * UP, rotation, OPEN, 80, near=0.02)
     yield from arm.go(lambda: can() + grasp, rotation, OPEN, 60, near=0.01, speed=0.5)
     yield from arm.close(rotation)
-    yield from arm.go(np.r_[arm.position[:2], 1.10], rotation, CLOSED, 60, until=lambda: arm.position[2] > 1.06)
-    yield from arm.go(over, rotation, CLOSED, 80, until=lambda: np.linalg.norm((over - arm.position)[:2]) < 0.03)
+    up = np.r_[arm.position[:2], 1.10]
+    above = lambda: np.linalg.norm((over - arm.position)[:2]) < 0.03
+    yield from arm.go(up, rotation, CLOSED, 60, until=lambda: arm.position[2] > 1.06)
+    yield from arm.go(over, rotation, CLOSED, 80, until=above)
     yield from arm.go(down, rotation, CLOSED, 40, until=lambda: arm.position[2] < down[2] + 0.03)
     yield from arm.go(down, rotation, OPEN, 5)
     yield from arm.go(over, rotation, OPEN, 40)
 
 
+def square_grasp(arm, nut_yaw: float) -> tuple[float, float] | None:
+    """The gripper's yaw to take the nut and the nut's on the peg (rad); None if the wrist cannot."""
+    options = []
+    for half_turn in (0, np.pi):  # either way round, the fingers close across the handle
+        grasp_yaw = wrap(nut_yaw - arm.closing_yaw + np.pi / 2 + half_turn)
+        for last in (np.pi, np.pi / 2, -np.pi / 2):  # handle toward the robot or sideways
+            turn = wrap(last - nut_yaw)
+            if max(abs(grasp_yaw), abs(grasp_yaw + turn)) < 1.8:
+                strain = abs(turn) + 0.5 * abs(grasp_yaw) + 0.5 * abs(grasp_yaw + turn)
+                options.append((strain - 0.2 * (last == np.pi), grasp_yaw, last))
+    return min(options)[1:] if options else None
+
+
 def square(env, arms, rng):
-    """Takes the nut by its handle, lifts it, turns and centres it over the peg, lowers it and lets go."""
+    """Takes the nut by its handle, turns and centres it over the peg, lowers it and lets go."""
     (arm,) = arms
     index, site = env.obj_body_id["SquareNut"], env.object_site_ids[env.nut_to_id["square"]]
     nut = lambda: body(env, index)
     nut_yaw = lambda: yaw_of(body_axes(env, index))
-    handle = lambda: env.sim.data.site_xpos[site] + 0.010 * body_axes(env, index)[:, 0]  # its outer part, clear of the ring
+    handle = lambda: env.sim.data.site_xpos[site] + 0.010 * body_axes(env, index)[:, 0]  # its outer part
     peg = body(env, env.peg1_body_id)
-
-    first, options = nut_yaw(), []
-    for half_turn in (0, np.pi):  # either way round, the fingers close across the handle
-        grasp_yaw = wrap(first - arm.closing_yaw + np.pi / 2 + half_turn)
-        for last in (np.pi, np.pi / 2, -np.pi / 2):  # handle toward the robot or sideways; away from it is out of reach
-            turn = wrap(last - first)
-            if max(abs(grasp_yaw), abs(grasp_yaw + turn)) < 1.8:  # what the wrist can do
-                cost = abs(turn) + 0.5 * abs(grasp_yaw) + 0.5 * abs(grasp_yaw + turn) - 0.2 * (last == np.pi)
-                options.append((cost, grasp_yaw, last))
-    if not options:
+    grasp = square_grasp(arm, nut_yaw())
+    if grasp is None:
         return
-    _, grasp_yaw, last = min(options)
-
+    grasp_yaw, last = grasp
     rotation = arm.facing(grasp_yaw)
     height = 0.83 + rng.uniform(0.05, 0.09)
     above = lambda: np.r_[handle()[:2], height]
@@ -221,7 +231,8 @@ def square(env, arms, rng):
     yield from arm.go(lambda: handle() + offset, rotation, OPEN, 50, near=0.006, speed=0.6)
     yield from arm.close(rotation)
     carry = rng.uniform(0.985, 1.01)  # height of the nut, m
-    yield from arm.go(np.r_[arm.position[:2], carry + 0.03], rotation, CLOSED, 60, until=lambda: nut()[2] > carry - 0.02)
+    lifted = np.r_[arm.position[:2], carry + 0.03]
+    yield from arm.go(lifted, rotation, CLOSED, 60, until=lambda: nut()[2] > carry - 0.02)
 
     arm.turn_speed = 0.35
     for _ in range(120):  # over the peg, by where the nut is, not the gripper
@@ -242,112 +253,94 @@ def square(env, arms, rng):
     yield from arm.go(here + 0.06 * UP, rotation, OPEN, 40)
 
 
-@dataclass
-class Handover:
-    """What the two arms of Transport tell each other."""
-
-    place: np.ndarray
-    """Where the hammer changes hands (m), (3,)."""
-    offered: bool = False
-    taken: bool = False
-    released: bool = False
-
-
 def hammer_axis(env) -> np.ndarray:
     """Unit vector along the hammer's handle, toward the second arm, (3,)."""
     axis = body_axes(env, env.transport.payload_body_id)[:, 2]
     return axis if axis[1] > 0 else -axis
 
 
-def across(axis: np.ndarray) -> float:
-    """Yaw (rad) at which the fingers close across a horizontal axis."""
-    return np.arctan2(-axis[0], axis[1])
+def fetch(arm, spot: Callable[[], np.ndarray], rotation):
+    """Goes over a spot (3,) and down to it, and closes the gripper."""
+    go = functools.partial(arm.go, turned=0.15)
+    yield from go(lambda: np.r_[spot()[:2], 1.05], rotation, OPEN, 120, near=0.03)
+    yield from go(lambda: np.r_[spot()[:2], 0.90], rotation, OPEN, 60, near=0.015)
+    yield from go(spot, rotation, OPEN, 50, near=0.008, speed=0.6)
+    yield from arm.close(rotation)
 
 
 def transport_first_arm(env, arm, rng, handover):
     """Takes the lid off, fetches the hammer and hands it over."""
-    scene, level = env.transport, arm.facing(0)
+    scene, level, go = env.transport, arm.facing(0), functools.partial(arm.go, turned=0.15)
     lid, hammer = lambda: np.array(scene.lid_handle_pos), lambda: np.array(scene.payload_pos)
-    yield from arm.go(lambda: lid() + 0.08 * UP, level, OPEN, 120, near=0.02, turned=0.15)
-    yield from arm.go(lambda: lid() + 0.003 * UP, level, OPEN, 40, near=0.008, turned=0.15, speed=0.6)
+    yield from go(lambda: lid() + 0.08 * UP, level, OPEN, 120, near=0.02)
+    yield from go(lambda: lid() + 0.003 * UP, level, OPEN, 40, near=0.008, speed=0.6)
     yield from arm.close(level)
     grasp = arm.position
-    yield from arm.go(grasp + rng.uniform(0.06, 0.09) * UP, level, CLOSED, 120, near=0.03, turned=0.15)
+    yield from go(grasp + rng.uniform(0.06, 0.09) * UP, level, CLOSED, 120, near=0.03)
     aside = np.array([rng.uniform(-0.24, -0.18), rng.uniform(-0.47, -0.43), 0])
-    yield from arm.go(aside + (grasp[2] + 0.07) * UP, level, CLOSED, 120, near=0.04, turned=0.15)
-    yield from arm.go(aside + 0.86 * UP, level, CLOSED, 50, near=0.02, turned=0.15)
+    yield from go(aside + (grasp[2] + 0.07) * UP, level, CLOSED, 120, near=0.04)
+    yield from go(aside + 0.86 * UP, level, CLOSED, 50, near=0.02)
     yield from arm.hold(level, OPEN, 7)
 
-    head = rng.uniform(-0.055, -0.045)  # near the hammer's head, so that it does not sag and its tail is free for the other arm
+    head = rng.uniform(-0.055, -0.045)  # near the head: it does not sag, and the tail stays free
     grip = lambda: hammer() + head * hammer_axis(env)
-    yield from arm.go(aside + [0.02, 0, 1.08], level, OPEN, 120, near=0.06, turned=0.15)
-    rotation = arm.facing(across(hammer_axis(env)))
-    yield from arm.go(lambda: np.r_[grip()[:2], 1.05], rotation, OPEN, 120, near=0.03, turned=0.15)
-    yield from arm.go(lambda: np.r_[grip()[:2], 0.90], rotation, OPEN, 60, near=0.015, turned=0.15)
-    yield from arm.go(lambda: np.r_[grip()[:2], hammer()[2] + 0.008], rotation, OPEN, 50, near=0.008, turned=0.15, speed=0.6)
-    yield from arm.close(rotation)
-    yield from arm.go(arm.position + 0.24 * UP, rotation, CLOSED, 120, near=0.04, turned=0.15)
-    yield from arm.go(handover.place + [0, -0.08, 0.03], level, CLOSED, 120, near=0.03, turned=0.15)
-    yield from arm.go(handover.place, level, CLOSED, 60, near=0.012, turned=0.15, speed=0.5)
+    yield from go(aside + [0.02, 0, 1.08], level, OPEN, 120, near=0.06)
+    rotation = arm.across(hammer_axis(env))
+    yield from fetch(arm, lambda: np.r_[grip()[:2], hammer()[2] + 0.008], rotation)
+    yield from go(arm.position + 0.24 * UP, rotation, CLOSED, 120, near=0.04)
+    yield from go(handover.place + [0, -0.08, 0.03], level, CLOSED, 120, near=0.03)
+    yield from go(handover.place, level, CLOSED, 60, near=0.012, speed=0.5)
 
     handover.offered, here = True, arm.position
-    while not handover.taken:
-        yield arm.act(here, level, CLOSED)
-    yield from arm.go(here, level, OPEN, 6)
+    yield from go(here, level, CLOSED, FOREVER, until=lambda: handover.taken)
+    yield from go(here, level, OPEN, 6)
     handover.released = True
-    yield from arm.go(here + 0.10 * UP, level, OPEN, 30, near=0.03, turned=0.15)
-    yield from arm.go(here + [0, -0.2, 0.10], level, OPEN, 40, near=0.03, turned=0.15)
-    here = arm.position
-    while True:
-        yield arm.act(here, level, OPEN)
+    yield from go(here + 0.10 * UP, level, OPEN, 30, near=0.03)
+    yield from go(here + [0, -0.2, 0.10], level, OPEN, 40, near=0.03)
+    yield from arm.hold(level, OPEN, FOREVER)
 
 
 def transport_second_arm(env, arm, rng, handover):
     """Throws the trash away, takes the hammer and puts it into the target bin."""
-    scene, level = env.transport, arm.facing(0)
+    scene, level, go = env.transport, arm.facing(0), functools.partial(arm.go, turned=0.15)
     trash, hammer = lambda: np.array(scene.trash_pos), lambda: np.array(scene.payload_pos)
     rotation = arm.facing(wrap(yaw_of(body_axes(env, scene.trash_body_id)) - arm.closing_yaw, np.pi / 2))
-    yield from arm.go(lambda: np.r_[trash()[:2], 1.05], rotation, OPEN, 120, near=0.03, turned=0.15)
-    yield from arm.go(lambda: np.r_[trash()[:2], 0.90], rotation, OPEN, 60, near=0.015, turned=0.15)
-    yield from arm.go(lambda: trash() + 0.006 * UP, rotation, OPEN, 50, near=0.008, turned=0.15, speed=0.6)
-    yield from arm.close(rotation)
-    yield from arm.go(arm.position + 0.22 * UP, rotation, CLOSED, 120, near=0.04, turned=0.15)
+    yield from fetch(arm, lambda: trash() + 0.006 * UP, rotation)
+    yield from go(arm.position + 0.22 * UP, rotation, CLOSED, 120, near=0.04)
     trash_bin = np.array(scene.trash_bin_pos)[:2]
-    yield from arm.go(np.r_[trash_bin + rng.uniform(-0.02, 0.02, 2), 1.05], level, CLOSED, 120, near=0.04, turned=0.15)
-    yield from arm.go(np.r_[trash_bin, rng.uniform(0.93, 0.97)], level, CLOSED, 40, near=0.03, turned=0.15)
+    yield from go(np.r_[trash_bin + rng.uniform(-0.02, 0.02, 2), 1.05], level, CLOSED, 120, near=0.04)
+    yield from go(np.r_[trash_bin, rng.uniform(0.93, 0.97)], level, CLOSED, 40, near=0.03)
     yield from arm.hold(level, OPEN, 8)
 
     waiting = handover.place + [0, 0.25, 0.10]
-    yield from arm.go(np.r_[trash_bin, 1.08], level, OPEN, 120, near=0.05, turned=0.15)
-    yield from arm.go(waiting, level, OPEN, 120, near=0.03, turned=0.15)
-    while not handover.offered:
-        yield arm.act(waiting, level, OPEN)
+    yield from go(np.r_[trash_bin, 1.08], level, OPEN, 120, near=0.05)
+    yield from go(waiting, level, OPEN, 120, near=0.03)
+    yield from go(waiting, level, OPEN, FOREVER, until=lambda: handover.offered)
     tail = rng.uniform(0.084, 0.090)
     grip = lambda: hammer() + tail * hammer_axis(env)
-    rotation = arm.facing(across(hammer_axis(env)))
-    yield from arm.go(lambda: grip() + [0, 0.01, 0.08], rotation, OPEN, 60, near=0.015, turned=0.15)
-    yield from arm.go(lambda: grip() + 0.002 * UP, rotation, OPEN, 60, near=0.008, turned=0.15, speed=0.5)
+    rotation = arm.across(hammer_axis(env))
+    yield from go(lambda: grip() + [0, 0.01, 0.08], rotation, OPEN, 60, near=0.015)
+    yield from go(lambda: grip() + 0.002 * UP, rotation, OPEN, 60, near=0.008, speed=0.5)
     yield from arm.close(rotation)
     handover.taken, here = True, arm.position
-    while not handover.released:
-        yield arm.act(here, rotation, CLOSED)
-    yield from arm.go(here + 0.02 * UP, rotation, CLOSED, 4)
-    yield from arm.go(here + [0, 0.15, 0.06], rotation, CLOSED, 120, near=0.04, turned=0.15)
+    yield from go(here, rotation, CLOSED, FOREVER, until=lambda: handover.released)
+    yield from go(here + 0.02 * UP, rotation, CLOSED, 4)
+    yield from go(here + [0, 0.15, 0.06], rotation, CLOSED, 120, near=0.04)
 
     target_bin = np.array(scene.target_bin_pos)[:2]
-    above = lambda height: np.r_[target_bin + (arm.position - hammer())[:2] * [1, 0.8], height]  # the hammer hangs beside the gripper
-    yield from arm.go(lambda: above(1.12), level, CLOSED, 120, near=0.03, turned=0.15)
-    yield from arm.go(lambda: above(0.95), level, CLOSED, 40, near=0.03, turned=0.15, speed=0.7)
-    yield from arm.go(lambda: arm.position, level, OPEN, 8, until=lambda: False)
-    here = arm.position
-    while True:
-        yield arm.act(here + 0.1 * UP, level, OPEN)
+    beside = lambda: (arm.position - hammer())[:2] * [1, 0.8]  # the hammer hangs beside the gripper
+    yield from go(lambda: np.r_[target_bin + beside(), 1.12], level, CLOSED, 120, near=0.03)
+    yield from go(lambda: np.r_[target_bin + beside(), 0.95], level, CLOSED, 40, near=0.03, speed=0.7)
+    yield from go(lambda: arm.position, level, OPEN, 8, until=lambda: False)
+    yield from go(arm.position + 0.1 * UP, level, OPEN, FOREVER)
 
 
 def transport(env, arms, rng):
-    """The second arm clears the target bin while the first opens the other bin; then the hammer goes from hand to hand."""
-    handover = Handover(np.array([rng.uniform(-0.03, 0.03), rng.uniform(-0.065, -0.055), rng.uniform(1.03, 1.07)]))
-    first, second = transport_first_arm(env, arms[0], rng, handover), transport_second_arm(env, arms[1], rng, handover)
+    """The second arm clears the target bin, the first opens the other; then the hammer changes hands."""
+    place = rng.uniform((-0.03, -0.065, 1.03), (0.03, -0.055, 1.07))  # of the handover (m)
+    handover = SimpleNamespace(place=place, offered=False, taken=False, released=False)
+    first = transport_first_arm(env, arms[0], rng, handover)
+    second = transport_second_arm(env, arms[1], rng, handover)
     while True:
         yield np.r_[next(first), next(second)]
 
@@ -363,17 +356,19 @@ def build(task: str, images: bool = False, **kwargs):
 
 
 def run_episode(env, task: str, seed: int, horizon: int = 0, noise: float = 0.05) -> dict:
-    """The expert's episode from a reset with `seed`, of at most `horizon` steps (0: the task's) and a few beyond success.
+    """The expert's episode from a reset with `seed`, of at most `horizon` steps (0: the task's).
 
-    Returns actions (T, action_dim) float32, rewards (T,) float32, 0 or 1, states (T, n) float64, the simulator's before each
-    action, and obs and next_obs, {key: (T, dim)} float32. The episode succeeded if its last reward is 1.
+    Returns actions (T, action_dim) float32, rewards (T,) float32, 0 or 1, states (T, n) float64, the
+    simulator's before each action, and obs and next_obs, {key: (T, dim)} float32. It ends a few steps
+    after success; the last reward is then 1.
     """
     np.random.seed(seed)  # noqa: NPY002
     rng = np.random.default_rng(seed)
     obs, sim = [env.reset()], env.env
     actions, rewards, states = [], [], []
     arms = [Arm(sim, i, rng, noise) for i in range(TASKS[task].robots)]
-    for action in itertools.islice(EXPERTS[task](sim, arms, rng), horizon or TASKS[task].horizon):
+    horizon = horizon or TASKS[task].horizon
+    for action in itertools.islice(EXPERTS[task](sim, arms, rng), horizon):
         actions.append(action.astype(np.float32))
         states.append(sim.sim.get_state().flatten())
         rewards.append(control_step(sim, actions[-1], observe=True))
@@ -382,19 +377,23 @@ def run_episode(env, task: str, seed: int, horizon: int = 0, noise: float = 0.05
             break
     columns = {key: np.array([o[key] for o in obs], np.float32) for key in TASKS[task].state_keys(False)}
     return {
-        "actions": np.array(actions), "rewards": np.array(rewards, np.float32), "states": np.array(states),
-        "obs": {key: value[:-1] for key, value in columns.items()}, "next_obs": {key: value[1:] for key, value in columns.items()},
-    }  # fmt: skip
+        "actions": np.array(actions),
+        "rewards": np.array(rewards, np.float32),
+        "states": np.array(states),
+        "obs": {key: value[:-1] for key, value in columns.items()},
+        "next_obs": {key: value[1:] for key, value in columns.items()},
+    }
 
 
 @contextmanager
 def replacing(path: Path):
-    """An HDF5 file to write, in memory (a full disk would crash HDF5), which reaches the disk and takes its name when it is complete."""
+    """An HDF5 file to write; it is in memory (a full disk would crash HDF5) until it is complete."""
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as disk:
-            with h5py.File(partial, "w", driver="core", backing_store=False, libver=("v110", "v110")) as file:
+            memory = dict(driver="core", backing_store=False)
+            with h5py.File(partial, "w", libver=("v110", "v110"), **memory) as file:
                 yield file
                 file.flush()
                 image = file.id.get_file_image()
@@ -407,42 +406,63 @@ def replacing(path: Path):
             partial.unlink(missing_ok=True)
 
 
+def write_arrays(group: h5py.Group, arrays: dict[str, np.ndarray]):
+    """Writes an episode's arrays {name: (T, ...)}, compressed."""
+    for name, value in arrays.items():
+        group.create_dataset(name, data=value, chunks=value.shape, shuffle=True, **GZIP)
+    group.attrs["num_samples"] = len(arrays["actions"])
+
+
 def write_demo(group: h5py.Group, episode: dict):
-    """Writes one episode as robomimic does; all but the first state, from which to replay it, is rounded to RESOLUTION."""
+    """Writes one episode as robomimic does; rounds all but the first state, to replay it from."""
     coarse = lambda value: (np.round(value / RESOLUTION) * RESOLUTION).astype(value.dtype)
     steps, states = len(episode["actions"]), episode["states"]
-    columns = {"actions": episode["actions"], "rewards": episode["rewards"], "states": np.r_[states[:1], coarse(states[1:])]}
-    columns["dones"] = np.eye(1, steps, steps - 1, dtype=np.int64)[0]  # 1 in the last step
+    arrays = {name: episode[name] for name in ("actions", "rewards")}
+    arrays["states"] = np.r_[states[:1], coarse(states[1:])]
+    arrays["dones"] = np.eye(1, steps, steps - 1, dtype=np.int64)[0]  # 1 in the last step
     for name in ("obs", "next_obs"):
-        columns |= {f"{name}/{key}": coarse(value) for key, value in episode[name].items()}
-    for name, value in columns.items():
-        group.create_dataset(name, data=value, chunks=value.shape, compression="gzip", compression_opts=9, shuffle=True)
-    group.attrs["num_samples"] = steps
+        arrays |= {f"{name}/{key}": coarse(value) for key, value in episode[name].items()}
+    write_arrays(group, arrays)
 
 
-def make(args: Args) -> Path:
-    """Lets the expert act until `args.episodes` have succeeded and writes them; returns the file's path."""
-    if args.episodes < 1 or not 0 <= args.valid_fraction < 1 or args.noise < 0:
-        raise SystemExit("--episodes must be at least 1, --valid-fraction in [0, 1) and --noise at least 0.")
-    out = args.out or DEMOS / args.task / "low_dim.hdf5"
-    env = build(args.task)
+def record(data: h5py.Group, args, name: str, attempt: Callable[[int], dict | None], write: Callable):
+    """Lets `write` add demo_i for each `attempt(seed)` that succeeds (is not None), until all are there.
+
+    Returns the lengths of the episodes, and the number of attempts. Exits where too few succeed.
+    """
     lengths = []
-    with replacing(out) as file, tqdm(total=args.episodes, desc=args.task, unit="demo") as progress:
-        data = file.create_group("data")
-        for attempt in itertools.count():
-            seed = args.seed + attempt
-            episode = run_episode(env, args.task, seed, noise=args.noise)
-            if len(episode["rewards"]) and episode["rewards"][-1] == 1:
+    with tqdm(total=args.episodes, desc=name, unit="demo") as progress:
+        for attempts in itertools.count(1):
+            seed = args.seed + attempts - 1
+            episode = attempt(seed)
+            if episode is not None:
                 group = data.create_group(f"demo_{len(lengths)}")
-                write_demo(group, episode)
+                write(group, episode)
                 group.attrs["seed"] = seed
                 lengths.append(len(episode["actions"]))
                 progress.update()
-            progress.set_postfix_str(f"{len(lengths)}/{attempt + 1} succeeded")
+            share = f"{len(lengths)} of {attempts} attempts succeeded"
+            progress.set_postfix_str(share)
             if len(lengths) == args.episodes:
-                break
-            if attempt >= 20 and len(lengths) < 0.1 * attempt:
-                raise SystemExit(f"Only {len(lengths)} of {attempt + 1} attempts succeeded: gave up, wrote nothing. Try less --noise.")
+                return lengths, attempts
+            if attempts > 20 and len(lengths) < 0.1 * (attempts - 1):
+                raise SystemExit(f"Only {share}: gave up, wrote nothing. Try less --noise.")
+
+
+def make(args: Args) -> Path:
+    """Lets the expert act until `args.episodes` have succeeded; returns the path of their file."""
+    if args.episodes < 1 or not 0 <= args.valid_fraction < 1 or args.noise < 0:
+        raise SystemExit("--episodes must be at least 1, --noise at least 0, --valid-fraction in [0, 1)")
+    out = args.out or DEMOS / args.task / "low_dim.hdf5"
+    env = build(args.task)
+
+    def attempt(seed: int) -> dict | None:
+        episode = run_episode(env, args.task, seed, noise=args.noise)
+        return episode if len(episode["rewards"]) and episode["rewards"][-1] == 1 else None
+
+    with replacing(out) as file:
+        data = file.create_group("data")
+        lengths, attempts = record(data, args, args.task, attempt, write_demo)
         data.attrs["env_args"] = json.dumps(metadata(args.task, images=False))
         data.attrs["total"] = sum(lengths)
         valid = min(round(args.valid_fraction * args.episodes), args.episodes - 1)
@@ -450,37 +470,35 @@ def make(args: Args) -> Path:
         file["mask/train"] = names[: len(names) - valid]
         if valid:
             file["mask/valid"] = names[len(names) - valid :]
-    rate = len(lengths) / (attempt + 1)
-    print(f"{args.task}: {len(lengths)} of {attempt + 1} attempts succeeded ({rate:.0%}), {np.mean(lengths):.0f} steps on average")
+    share = f"{len(lengths)} of {attempts} attempts succeeded ({len(lengths) / attempts:.0%})"
+    print(f"{args.task}: {share}, {np.mean(lengths):.0f} steps on average")
     return out
 
 
 # ----------------------------------------------------------------------------------- rendering
 def render_images(source: Path, out: Path | None = None, fast_render: bool = True) -> Path:
-    """Copies a file of states and adds obs/<camera>_image, (T, 96, 96, 3) uint8, rendered from them; returns the copy's path.
+    """Copies a file of states and adds obs/<camera>_image, (T, 96, 96, 3) uint8; returns its path.
 
-    A file with its own models (robomimic's published ones) is rendered with those. Run `choose_renderer` first.
-    Raises DatasetError where `source` cannot be read.
+    A file with its own models (robomimic's published ones) is rendered with those. Run `choose_renderer`
+    first. Raises DatasetError where `source` cannot be read.
     """
-    try:
-        original = h5py.File(source, "r")
+    with reading(source) as original:
         meta = json.loads(original["data"].attrs["env_args"])
         demos = {name: demo["states"][()] for name, demo in original["data"].items()}  # {name: (T, n)}
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
-        raise DatasetError(f"{source}: cannot be read as a robomimic file with states ({error})") from error
-    task = next((name for name, spec in TASKS.items() if spec.env_name == meta.get("env_name")), None)
-    if task is None:
-        raise DatasetError(f"{source}: holds {meta.get('env_name')}; known are {', '.join(spec.env_name for spec in TASKS.values())}")
+    tasks = {spec.env_name: name for name, spec in TASKS.items()}
+    if meta.get("env_name") not in tasks:
+        raise DatasetError(f"{source}: holds {meta.get('env_name')}; known are {', '.join(tasks)}")
+    task = tasks[meta["env_name"]]
     out = out or DEMOS / task / "image.hdf5"
     if out.exists() and out.samefile(source):
         raise SystemExit(f"{out}: is the file that is read; choose another --out.")
-    meta["env_kwargs"] |= {
-        key: value for key, value in metadata(task, images=True)["env_kwargs"].items() if "camera" in key or "render" in key
-    }
+    for key, value in metadata(task, images=True)["env_kwargs"].items():
+        if "camera" in key or "render" in key:
+            meta["env_kwargs"][key] = value
     env = build(task, images=True, meta=meta, fast_render=fast_render)
     env.reset()
-    steps = sum(map(len, demos.values()))
-    with closing(env.env), original, replacing(out) as file, tqdm(total=steps, desc=f"{task} images", unit="step") as progress:
+    progress = tqdm(total=sum(map(len, demos.values())), desc=f"{task} images", unit="step")
+    with closing(env.env), h5py.File(source, "r") as original, replacing(out) as file, progress:
         data = file.create_group("data")
         for name, states in demos.items():
             original.copy(f"data/{name}", data)
@@ -497,7 +515,7 @@ def render_images(source: Path, out: Path | None = None, fast_render: bool = Tru
             for key, frames in images.items():
                 data[name].pop(f"obs/{key}", None)
                 chunks = (min(FRAMES_PER_CHUNK, len(frames)), *frames[0].shape)
-                data[name].create_dataset(f"obs/{key}", data=np.array(frames), chunks=chunks, compression="gzip", compression_opts=9)
+                data[name].create_dataset(f"obs/{key}", data=np.array(frames), chunks=chunks, **GZIP)
         for key, value in original["data"].attrs.items():
             data.attrs[key] = value
         data.attrs["env_args"], data.attrs["fast_render"] = json.dumps(meta), fast_render
@@ -508,10 +526,14 @@ def render_images(source: Path, out: Path | None = None, fast_render: bool = Tru
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    if args.images_from:
-        choose_renderer()
     try:
-        path = render_images(args.images_from, args.out, args.fast_render) if args.images_from else make(args)
+        if args.images_from:
+            from envs.robomimic import choose_renderer
+
+            choose_renderer()
+            path = render_images(args.images_from, args.out, args.fast_render)
+        else:
+            path = make(args)
     except KeyboardInterrupt:
         raise SystemExit("Interrupted: nothing was written.") from None
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")

@@ -169,14 +169,15 @@ def main(args: Args):
                 now = envs.step(a.numpy()[:, None])
                 envs.tape.clear()  # nothing resumes this
                 v = value(o)[:, 0]
-                next_v = value(policy.stats.normalize(now.next_obs))[:, 0]  # bootstraps through time limits
+                next_v = value(policy.stats.normalize(now.next_obs))[:, 0]  # also at time limits
             obs, done = envs.obs, now.terminated | now.truncated
             policy.stats.update(obs)
             discounted = discounted * GAMMA + now.reward
             reward_stats.update(discounted[:, None])
             discounted[done] = 0
             recent.extend(now.score[done])
-            r = torch.as_tensor(now.reward / (float(reward_stats.var.sqrt()) + 1e-8)).clamp(-10, 10).float()
+            scale = float(reward_stats.var.sqrt()) + 1e-8
+            r = torch.as_tensor(now.reward / scale).clamp(-10, 10).float()
             ended, done = (torch.as_tensor(x, dtype=torch.float32) for x in (now.terminated, done))
             steps.append((o, a, log_prob, v, r, next_v, ended, done))
         o, a, log_prob, v, *rest = map(torch.stack, zip(*steps, strict=True))  # (T, N, ...)
