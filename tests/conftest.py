@@ -1,4 +1,5 @@
 import copy
+import csv
 import json
 import os
 import signal
@@ -13,13 +14,26 @@ import torch
 from hypothesis import settings
 
 import rldt_gym
+from common import runs
+from common.flow import FlowPolicy
 
 ROOT = Path(__file__).resolve().parents[1]
-DEVICE = os.environ.get("TEST_DEVICE", "cpu")  # of the small runs of rldt_gym.py and rldt_furniture.py
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")  # of small runs
 WALL_COLUMNS = ("wall_s", "rollout_s", "critic_s", "actor_s")
 
 settings.register_profile("rldt", deadline=None, derandomize=True, database=None, max_examples=40)
 settings.load_profile("rldt")
+
+
+def parse(script, argv):
+    """What a script makes of a command line."""
+    return runs.parse_args(script.Args, script.PRESETS, script.__doc__, [str(word) for word in argv])
+
+
+def metrics(run):
+    """The rows of metrics.csv without the columns of wall time."""
+    rows = list(csv.DictReader((run / "metrics.csv").open()))
+    return [{key: value for key, value in row.items() if key not in WALL_COLUMNS} for row in rows]
 
 
 @pytest.fixture(autouse=True)
@@ -39,9 +53,9 @@ def tiny_base(tmp_path_factory):
     """A small random Hopper policy, chunk 2 and K = 4, in a file."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        policy = rldt_gym.FlowPolicy(11, 3, chunk=2, euler_steps=4, width=16, depth=3, time_dim=8)
+        policy = FlowPolicy(11, 3, chunk=2, euler_steps=4, width=16, depth=3, time_dim=8)
     path = tmp_path_factory.mktemp("base") / "base.safetensors"
-    rldt_gym.save_base(policy, path, env_id="Hopper-v4")
+    policy.save(path, env_id="Hopper-v4")
     return path
 
 
@@ -49,11 +63,10 @@ def tiny_base(tmp_path_factory):
 def tiny_flags(tiny_base):
     """Flags of a Hopper run of six iterations that takes about a second."""
     flags = dict(
-        env_id="Hopper-v4", base=tiny_base, chunk=2, euler_steps=4, actor_width=16, time_dim=8, device=DEVICE, seed=3,
-        iterations=6, num_envs=4, rollout_chunks=12, buffer_iterations=2, eval_every=4, eval_episodes=2,
-        final_eval_episodes=3, rounds=2, critic_steps=2, critic_batch=16, critic_width=16, segments=8, segment_chunks=4,
-        warmup_iterations=1, warmup_factor=1, actor_steps=1, actor_batch=8, n_particles=3, actor_lr=1e-3,
-        actor_warmup=2,
+        env_id="Hopper-v4", base=tiny_base, device=DEVICE, seed=3, iterations=6, num_envs=4,
+        rollout_chunks=12, buffer_iterations=2, eval_every=4, eval_episodes=2, final_eval_episodes=3,
+        rounds=2, critic_steps=2, critic_batch=16, segments=8, warmup_iterations=1, actor_steps=1,
+        actor_batch=8, n_particles=3, actor_lr=1e-3,
     )  # fmt: skip
     return [f"--{key.replace('_', '-')}={value}" for key, value in flags.items()]
 
@@ -63,7 +76,7 @@ def tiny_args(tiny_flags, tmp_path):
     """Makes the arguments of a tiny run below tmp_path; keywords change fields."""
 
     def make(**changes):
-        args = rldt_gym.parse_args([*tiny_flags, f"--runs={tmp_path / 'runs'}"])
+        args = parse(rldt_gym, [*tiny_flags, f"--runs={tmp_path / 'runs'}"])
         for key, value in changes.items():
             assert hasattr(args, key)
             setattr(args, key, value)
@@ -86,12 +99,12 @@ def only_run(tmp_path):
 @pytest.fixture(scope="session")
 def finished_run(tiny_flags, tmp_path_factory):
     """The directory and the returned result of one complete tiny run; read it, do not write to it."""
-    runs = tmp_path_factory.mktemp("finished")
+    parent = tmp_path_factory.mktemp("finished")
     handler, threads = signal.getsignal(signal.SIGINT), torch.get_num_threads()
-    result = rldt_gym.main(rldt_gym.parse_args([*tiny_flags, f"--runs={runs}"]))
+    result = rldt_gym.main(parse(rldt_gym, [*tiny_flags, f"--runs={parent}"]))
     signal.signal(signal.SIGINT, handler)
     torch.set_num_threads(threads)
-    (run,) = runs.iterdir()
+    (run,) = parent.iterdir()
     return run, result
 
 
@@ -112,16 +125,23 @@ def d4rl_arrays():
 
 @pytest.fixture
 def scripted_evaluations(monkeypatch):
-    """Replaces a script's `evaluate` by one that gives these returns in turn; the seeds of its episodes and its policies are recorded."""
+    """Replaces a script's `evaluate` by one that gives these scores in turn, under `column`.
 
-    def replace(module, returns):
-        episodes_of, policies, returns = [], [], iter(returns)
+    The seeds of its episodes and its policies are recorded.
+    """
 
-        def evaluate(policy, args, episodes, seed):
+    def replace(module, scores, column="eval_return"):
+        episodes_of, policies, scores = [], [], iter(scores)
+
+        def evaluate(policy, *rest):
+            *_, episodes, seed = rest
             episodes_of.append(set(range(seed, seed + 2 * episodes)))  # environment i has seed + i
             policies.append(copy.deepcopy(policy))
-            value = next(returns)
-            return {"zero": np.full(episodes, value), "noise": np.full(episodes, value - 1)}
+            value = next(scores)
+            return {
+                column: value, f"{column}_std": 0.5,
+                f"{column}_sampled": value - 1, f"{column}_sampled_std": 0.25,
+            }  # fmt: skip
 
         monkeypatch.setattr(module, "evaluate", evaluate)
         return episodes_of, policies
@@ -130,10 +150,10 @@ def scripted_evaluations(monkeypatch):
 
 
 def check_resumed_run_keeps_its_base(script, run):
-    """Resumes a finished run whose base policy is no longer where its arguments say, and checks that it goes on from the one it kept."""
-    stored = run / "args.json"
-    stored.write_text(json.dumps(json.loads(stored.read_text()) | {"base": str(run / "gone.safetensors")}))
-    before = script.load_policy(run / "base_policy.pt", "cpu").state_dict()
-    script.main(script.parse_args(["--resume", str(run)]))
-    for key, value in script.load_policy(run / "base_policy.pt", "cpu").state_dict().items():
-        assert torch.equal(value, before[key]), key
+    """Resumes a finished run whose base policy is gone from where its arguments say."""
+    stored, kept = run / "args.json", run / "base.safetensors"
+    arguments = json.loads(stored.read_text()) | {"base": str(run / "gone.safetensors")}
+    stored.write_text(json.dumps(arguments))
+    before = kept.read_bytes()
+    script.main(parse(script, ["--resume", run]))
+    assert kept.read_bytes() == before
