@@ -14,8 +14,8 @@ import torch
 from hypothesis import settings
 
 import rldt_gym
-from common import runs
 from common.flow import FlowPolicy
+from common.settings import parse_args
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = os.environ.get("TEST_DEVICE", "cpu")  # of small runs
@@ -27,7 +27,7 @@ settings.load_profile("rldt")
 
 def parse(script, argv):
     """What a script makes of a command line."""
-    return runs.parse_args(script.Args, script.PRESETS, script.__doc__, [str(word) for word in argv])
+    return parse_args(script.Args, script.PRESETS, script.__doc__, [str(word) for word in argv])
 
 
 def metrics(run):
