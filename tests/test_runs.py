@@ -1,0 +1,605 @@
+"""common/settings.py and common/runs.py: a toy script runs, is interrupted everywhere, and goes on."""
+
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from conftest import metrics
+from hypothesis import given
+from hypothesis import strategies as st
+from pickle_bomb import LOADED, Bomb
+from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from common import runs
+from common.runs import Ring, Run, load_parts, save_parts, write_atomically
+from common.settings import Count, Share, Size, Weight, parse_args
+
+
+@dataclass
+class Args:
+    # the run
+    preset: Literal["small", "large"] = "small"  # defaults
+    seed: Size = 1  # of the noise
+    iterations: Size = 7  # of training
+    wall_budget_s: Weight = 0.0  # seconds
+    runs: Path = Path("runs")  # directory
+    device: str = "cpu"  # cpu or cuda
+    threads: Count = 1  # of torch
+    bf16: bool = True  # or float32
+    track: bool = False  # log elsewhere
+    resume: Path | None = None  # run to continue
+    evaluate: Path | None = None  # run to evaluate
+
+    # learning
+    data: str | None = None  # where from
+    rate: Weight = 0.1  # step size
+    decay: Share = 0.5  # of something
+
+
+PRESETS = {"large": dict(iterations=70, rate=0.2, bf16=False)}
+
+
+def parse(*argv):
+    return parse_args(Args, PRESETS, "A toy.\n", [str(word) for word in argv])
+
+
+class Toy(torch.nn.Linear):
+    """A policy of three numbers."""
+
+    def save(self, path):
+        save_file(self.state_dict(), path)
+
+
+def train(args, during=lambda iteration, row: None, measure=lambda policy: {"eval_score": 0.0}):
+    """A script in miniature: iterations 0, 3, 6 and the last evaluate, the others train on a ring."""
+    runs.set_up(args)
+    run = Run(args, "toy")
+    policy = Toy(3, 1)
+    optimizer = torch.optim.Adam(policy.parameters(), args.rate)
+    ring, state = Ring({"x": torch.zeros(2, 4, 3)}), dict(env_steps=0)
+    run.checkpoints(state, policy, optimizer=optimizer, ring=ring)
+    for iteration, spent in run.iterations():
+        row = {}
+        if iteration % 3 == 0 or spent == 1:
+            row["eval_score"] = policy.weight.sum().item()
+            run.keep_best(row["eval_score"])
+        else:
+            ring.next()["x"].normal_()
+            state["env_steps"] += 4
+            with run.timer(row, "critic_s"):
+                for slot in range(ring.filled):
+                    loss = (policy(ring.slots["x"][slot]) - 1).square().mean()
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    run.add({"losses/toy": loss.detach()})
+        during(iteration, row)
+        run.log(row, state["env_steps"])
+        run.save()
+    return run.finish("eval_score", measure, task="toy") if run.rank == 0 else None
+
+
+@pytest.fixture
+def args(tmp_path):
+    return Args(runs=tmp_path / "runs")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Directory and result of a toy run that nobody disturbed."""
+    parent = tmp_path_factory.mktemp("whole")
+    result = train(Args(runs=parent))
+    return next(parent.iterdir()), result
+
+
+def assert_same(run, result, whole):
+    assert metrics(run) == metrics(whole[0])
+    for key in whole[1].keys() - {"date", "wall_s", "args", "commit"}:
+        assert result[key] == whole[1][key], key
+    for key, value in load_file(whole[0] / "policy.safetensors").items():
+        assert torch.equal(load_file(run / "policy.safetensors")[key], value)
+
+
+class FakeTime:
+    """Stands for the module `time`; a second passes with each look at the clock."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.strftime = time.strftime
+
+    def perf_counter(self):
+        self.now += 1
+        return self.now
+
+
+# ---------------------------------------------------------------------------------- arguments
+def test_a_preset_sets_the_defaults_and_flags_win():
+    assert parse() == Args()
+    for argv in ["--preset=large", "--rate=0.3"], ["--rate", "0.3", "--preset", "large"]:
+        assert parse(*argv) == Args(preset="large", iterations=70, rate=0.3, bf16=False)
+    assert parse("--preset=large", "--bf16").bf16
+
+
+@pytest.mark.parametrize("name, low, high", [
+    ("threads", 1, None), ("seed", 0, None), ("rate", 0.0, None), ("decay", 0.0, 1.0),
+])  # fmt: skip
+def test_values_out_of_bounds_stop_with_the_flag(name, low, high):
+    assert getattr(parse(f"--{name}={low}"), name) == low
+    with pytest.raises(SystemExit, match=rf"--{name} {low - 1}: must lie between {int(low)} and"):
+        parse(f"--{name}={low - 1}")
+    if high is not None:
+        assert getattr(parse(f"--{name}={high}"), name) == high
+        with pytest.raises(SystemExit, match=f"--{name} 1.001: must lie between 0 and 1"):
+            parse(f"--{name}=1.001")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_numbers_that_are_none_are_out_of_bounds(value):
+    with pytest.raises(SystemExit, match=f"--wall-budget-s {value}: must lie between"):
+        parse(f"--wall-budget-s={value}")
+
+
+def store(folder, **fields):
+    args = Args(**{"preset": "large", "iterations": 9, "bf16": False, "data": "my data --x=1", **fields})
+    (folder / "args.json").write_text(json.dumps(vars(args), default=str))
+    return args
+
+
+def test_resume_takes_the_stored_arguments_all_but_device_and_threads(tmp_path):
+    stored = store(tmp_path, device="cuda:3", threads=2, rate=0.7)
+    args = parse("--resume", tmp_path, "--seed=99", "--threads=4", "--rate=0.1")
+    expected = vars(stored) | dict(resume=tmp_path, device="auto", threads=4)
+    assert vars(args) == expected
+
+
+def test_evaluate_takes_the_stored_arguments_and_flags_win(tmp_path):
+    stored = store(tmp_path, decay=0.25, device="cuda:3")
+    args = parse("--evaluate", tmp_path, "--seed=99", "--bf16")
+    assert vars(args) == vars(stored) | dict(evaluate=tmp_path, device="auto", seed=99, bf16=True)
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
+@pytest.mark.parametrize("content", [None, "", '{"seed": 3'])
+def test_a_directory_without_readable_arguments_is_no_run(tmp_path, flag, content):
+    if content is not None:
+        (tmp_path / "args.json").write_text(content)
+    with pytest.raises(SystemExit, match=f"{tmp_path}: not a run directory"):
+        parse(flag, tmp_path)
+
+
+def test_stored_values_out_of_bounds_stop_too(tmp_path):
+    store(tmp_path, decay=7.0)
+    with pytest.raises(SystemExit, match=r"--decay 7\.0: must lie between 0 and 1"):
+        parse("--resume", tmp_path)
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_prints_each_setting_below_its_section(capsys, flag):
+    with pytest.raises(SystemExit) as stop:
+        parse("--seed=2", flag)
+    assert not stop.value.code
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "A toy."
+    words = [line.split() for line in lines]
+    assert ["--wall-budget-s", "0.0", "seconds"] in words
+    flags = [line[0] for line in words if line and line[0].startswith("--")]
+    assert flags == [f"--{name.replace('_', '-')}" for name in vars(Args())]
+    assert lines.index("the run") < words.index(["--seed", "1", "of", "the", "noise"])
+    assert lines.index("learning") == words.index(["--data", "None", "where", "from"]) - 1
+
+
+# ---------------------------------------------------------------------------------- processes
+def test_set_up_seeds_torch_and_sets_the_threads():
+    draws = []
+    for seed in (1, 1, 2):
+        runs.set_up(Args(seed=seed, threads=2))
+        draws.append(torch.rand(3).tolist())
+    assert draws[0] == draws[1] != draws[2]
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_cuda_without_a_cuda_device_stops(monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="sees no CUDA device"):
+        runs.set_up(Args(device=device))
+    args = Args(device="auto")
+    runs.set_up(args)
+    assert args.device == "cpu"
+
+
+@pytest.mark.parametrize("device, alone, together", [
+    ("auto", "cuda:0", "cuda:1"), ("cuda:3", "cuda:3", "cuda:1"), ("cpu", "cpu", "cpu"),
+])  # fmt: skip
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch, device, alone, together):
+    backends = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: None)  # which would start CUDA
+    monkeypatch.setattr(runs.dist, "init_process_group", backends.append)
+    args = [Args(device=device), Args(device=device)]
+    runs.set_up(args[0])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    runs.set_up(args[1])
+    assert [a.device for a in args] == [alone, together]
+    assert backends == ["gloo" if device == "cpu" else "nccl"]
+
+
+# -------------------------------------------------------------------------------------- files
+@pytest.mark.parametrize("error", [OSError("disk"), RuntimeError("PytorchStreamWriter failed")])
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, error):
+    path = tmp_path / "file"
+    write_atomically(path, lambda p: p.write_text("old"))
+
+    def fail(partial):
+        partial.write_text("half")
+        raise error
+
+    with pytest.raises(SystemExit, match=f"Cannot write {path}.*The last good file is kept"):
+        write_atomically(path, fail)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def full_disk(path):
+    """What is written to path now finds no space."""
+    path.with_name(path.name + ".partial").symlink_to("/dev/full")
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "checkpoint.ring0", "metrics.csv"])
+def test_full_disk_stops_the_run_which_then_goes_on(args, only_run, whole, name):
+    def fill(iteration, row):
+        if iteration == 4:
+            full_disk(only_run() / name)
+
+    with pytest.raises(SystemExit, match=f"Cannot write .*{name}"):
+        train(args, fill)
+    run = only_run()
+    assert not list(run.glob("*.partial"))
+    assert torch.load(run / "checkpoint.pt", weights_only=True)["progress"]["iteration"] == 4
+    assert_same(run, train(Args(resume=run)), whole)
+
+
+def test_a_directory_that_cannot_be_written_stops():
+    with pytest.raises(OSError, match="/proc/rldt"):  # where even root may not write
+        train(Args(runs=Path("/proc/rldt")))
+    for write in lambda path: path.write_text("text"), lambda path: torch.save({}, path):
+        with pytest.raises(SystemExit, match="Cannot write /proc/rldt"):
+            write_atomically(Path("/proc/rldt"), write)
+
+
+def parts(seed):
+    """One of each kind of part, filled with numbers of a seed."""
+    torch.manual_seed(seed)
+    module, ring = torch.nn.Linear(2, 2), Ring({"x": torch.zeros(3, 2), "y": torch.zeros(3)})
+    optimizer = torch.optim.Adam(module.parameters(), 0.1)
+    for _ in range(seed):
+        module(torch.randn(5, 2)).square().sum().backward()
+        optimizer.step()
+    plain = dict(steps=seed, rows=[dict(a=seed / 3)], best=-math.inf)
+    return dict(settings=dict(world=1), plain=plain, module=module, optimizer=optimizer, ring=ring)
+
+
+def numbers(part):
+    """All that a part consists of, as plain numbers."""
+    if isinstance(part, Ring):
+        return [part.added, {key: value[: part.filled].tolist() for key, value in part.slots.items()}]
+    if isinstance(part, torch.Tensor):
+        return part.tolist()
+    if isinstance(part, dict):
+        return {key: numbers(value) for key, value in part.items()}
+    return numbers(part.state_dict()) if hasattr(part, "state_dict") else part
+
+
+@pytest.mark.parametrize("added", [0, 1, 3, 5])
+def test_parts_come_back_in_place_as_they_were_saved(tmp_path, added):
+    saved, loaded = parts(4), parts(1)
+    save_parts(tmp_path / "c.pt", saved)
+    for i in range(added):
+        saved["ring"].next()["x"].fill_(i)
+        saved["ring"].newest()["y"].fill_(-i)
+        save_parts(tmp_path / "c.pt", saved)
+    expected, draws = numbers(saved), torch.rand(3)
+    weight = loaded["module"].weight.data_ptr()
+    load_parts(tmp_path / "c.pt", loaded, "cpu")
+    assert torch.equal(torch.rand(3), draws)
+    assert numbers(loaded) == expected
+    assert loaded["module"].weight.data_ptr() == weight
+    inputs = torch.randn(5, 2)
+    for side in saved, loaded:  # the optimizer moves this module as the old one would its own
+        side["optimizer"].zero_grad()
+        side["module"](inputs).sum().backward()
+        side["optimizer"].step()
+    assert numbers(loaded) == numbers(saved)
+
+
+def test_saving_writes_only_the_newest_slot_of_a_ring(tmp_path):
+    saved = parts(1)
+    for i in range(5):
+        saved["ring"].next()["x"].fill_(i)
+        save_parts(tmp_path / "c.pt", saved)
+        held = torch.load(tmp_path / f"c.ring{i % 3}", weights_only=True)["x"]
+        assert held.tolist() == [i, i]
+        assert held.untyped_storage().nbytes() == 2 * 4  # a view would drag the whole ring along
+        saved["ring"].slots["x"][(i + 1) % 3] = 99  # not the newest: must not reach the disk
+    assert [torch.load(tmp_path / f"c.ring{slot}")["x"][0].item() for slot in range(3)] == [3, 4, 2]
+
+
+@given(capacity=st.integers(1, 5), added=st.integers(0, 12))
+def test_a_ring_keeps_what_a_list_of_the_newest_would(capacity, added):
+    ring, kept = Ring({"x": torch.full((capacity, 2), -1.0)}), []
+    for i in range(added):
+        ring.next()["x"].copy_(torch.tensor([i, 2.0 * i]))
+        kept = [*kept, [i, 2.0 * i]][-capacity:]
+        assert ring.newest()["x"].tolist() == kept[-1] == ring.slots["x"][ring.slot].tolist()
+        assert ring.filled == len(kept)
+        assert sorted(ring.slots["x"][: ring.filled].tolist()) == kept
+    assert ring.filled == len(kept)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle")
+@pytest.mark.parametrize("content", [b"", b"garbage", "half", "bomb", None])
+@pytest.mark.parametrize("name", ["checkpoint.pt", "checkpoint.ring1"])
+def test_a_damaged_or_missing_file_cannot_be_resumed_and_says_so(tmp_path, whole, name, content):
+    run = shutil.copytree(whole[0], tmp_path / "copy")
+    if content == "half":
+        content = (run / name).read_bytes()[:300]
+    if content == "bomb":
+        content = pickle.dumps(Bomb())
+    (run / name).unlink() if content is None else (run / name).write_bytes(content)
+    if (name, content) == ("checkpoint.pt", None):
+        return assert_same(run, train(Args(resume=run)), whole)  # killed before the first save: anew
+    with pytest.raises(SystemExit, match=r"checkpoint\.pt: cannot be resumed"):
+        train(Args(resume=run))
+    assert LOADED == []
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    saved = parts(1)
+    save_parts(tmp_path / "c.pt", saved)
+    saved["settings"] = dict(world=2)
+    with pytest.raises(SystemExit, match="made with other settings"):
+        load_parts(tmp_path / "c.pt", saved, "cpu")
+
+
+# --------------------------------------------------------------------------------------- runs
+def test_runs_never_share_a_directory_and_keep_their_arguments(args):
+    paths = [Run(args, "toy__1").path for _ in range(3)]  # within one second
+    assert len({*paths}) == 3
+    for path in paths:
+        assert path.parent == args.runs
+        assert path.name.startswith("toy__1__")
+        assert json.loads((path / "args.json").read_text())["runs"] == str(args.runs)
+
+
+def budgets(args, seconds):
+    """(iteration, spent) of a run whose iterations take these seconds."""
+    clock, run, seen = SimpleNamespace(now=0.0), Run(args, "toy"), []
+    run.checkpoints(dict(env_steps=0), Toy(1, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+        for iteration, spent in run.iterations():
+            clock.now += seconds
+            run.log({}, 0)
+            seen.append((iteration, spent))
+            clock.now += 100  # between iterations: does not count
+    return seen
+
+
+@pytest.mark.parametrize("iterations, budget, shares", [
+    (4, 0.0, [0, 0.25, 0.5, 0.75, 1]),
+    (0, 8.0, [0, 0.375, 0.75, 1]),
+    (4, 100.0, [0, 0.25, 0.5, 0.75, 1]),
+    (4, 8.0, [0, 0.375, 0.75, 1]),
+])  # fmt: skip
+def test_the_budget_that_ends_first_ends_the_run_and_is_spent_once(args, iterations, budget, shares):
+    args.iterations, args.wall_budget_s = iterations, budget
+    assert budgets(args, 3.0) == [*enumerate(shares)]
+
+
+def test_wall_time_is_counted_on_after_a_resume(args, only_run, monkeypatch):
+    def stop(iteration, row):
+        if iteration == 2:
+            raise InterruptedError
+
+    args.iterations, args.wall_budget_s = 0, 9.0
+    monkeypatch.setattr(runs, "time", FakeTime())
+    with pytest.raises(InterruptedError):
+        train(args, stop)
+    train(Args(iterations=0, wall_budget_s=9.0, resume=only_run()))
+    rows = (only_run() / "metrics.csv").read_text().splitlines()
+    walls = [float(row.split(",")[2]) for row in rows[1:]]
+    assert walls == [1, 4, 7, 8, 11, 12]  # a second to evaluate, three to train
+
+
+def test_log_averages_what_was_added_and_sums_what_was_timed(args, monkeypatch):
+    monkeypatch.setattr(runs, "time", FakeTime())
+    run = Run(args, "toy")
+    run.checkpoints(dict(env_steps=0), Toy(1, 1))
+    loop = run.iterations()
+    for value in 0.0, 10.0:
+        next(loop)
+        row = {"first": value}
+        for i in range(3):
+            with run.timer(row, "part_s"):
+                run.add({"a": torch.tensor(value + i), "b": torch.tensor(1.0)})
+        run.log(row, 5)
+    first, second = metrics(run.path)
+    assert [float(row["a"]) for row in (first, second)] == [1, 11]
+    assert [float(row["part_s"]) for row in (first, second)] == [3, 3]
+    assert [float(row["first"]) for row in (first, second)] == [0, 10]
+    assert float(second["b"]) == 1
+    assert second["env_steps"] == "5"
+
+
+def test_columns_that_come_later_are_empty_above(args):
+    run = Run(args, "toy")
+    run.checkpoints(dict(env_steps=0), Toy(1, 1))
+    for (iteration, _), name in zip(run.iterations(), "abca", strict=False):
+        run.log({name: iteration}, 0)
+    assert [[row[name] for name in "abc"] for row in metrics(run.path)] == [
+        ["0.0", "", ""], ["", "1.0", ""], ["", "", "2.0"], ["3.0", "", ""],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_number_that_is_not_finite_stops_with_its_name(args, only_run, whole, value):
+    with pytest.raises(FloatingPointError, match=f"other became {value}.*checkpoint.pt"):
+        train(args, lambda iteration, row: row.update(other=value) if iteration == 4 else None)
+    run = only_run()
+    assert metrics(run) == metrics(whole[0])[:4]
+    assert_same(run, train(Args(resume=run)), whole)
+
+
+def test_tensorboard_holds_the_rows(whole):
+    events = EventAccumulator(str(whole[0]))
+    events.Reload()
+    assert {"charts/eval_score", "charts/wall_s", "losses/toy"} <= set(events.Tags()["scalars"])
+    rows = [row for row in metrics(whole[0]) if row["losses/toy"]]
+    expected = [(int(row["env_steps"]), pytest.approx(float(row["losses/toy"]))) for row in rows]
+    assert [(event.step, event.value) for event in events.Scalars("losses/toy")] == expected
+
+
+# --------------------------------------------------------------------------- results
+def script_scores(args, scores, measured):
+    """A run whose evaluations give these scores, and its best policy `measured` when measured again."""
+    policies, scores = [], iter(scores)
+    run = Run(args, "toy")
+    policy = Toy(1, 1)
+    run.checkpoints(dict(env_steps=0), policy)
+    for iteration, _ in run.iterations():
+        torch.nn.init.constant_(policy.weight, iteration)
+        score = next(scores)
+        run.keep_best(score)
+        run.log({"eval_score": score, "eval_other": -score}, iteration)
+
+    def measure(policy):
+        policies.append(policy.weight.item())
+        return {"eval_score": measured, "eval_other": -measured}
+
+    return run.path, policies, run.finish("eval_score", measure, task="toy")
+
+
+def test_the_best_policy_is_kept_and_measured_again(args):
+    args.iterations = 3
+    run, measured, result = script_scores(args, [1.0, 9.0, 9.0, 5.0], 8.0)
+    assert measured == [1.0]  # the first of the best
+    for name, score in ("base", 1.0), ("final", 5.0), ("best", 8.0):
+        assert (result[f"{name}_score"], result[f"{name}_other"]) == (score, -score)
+    assert load_file(run / "best_policy.safetensors")["weight"].item() == 1
+    assert load_file(run / "policy.safetensors")["weight"].item() == 3
+    assert json.loads((run / "result.json").read_text()) == result
+    assert result["task"] == "toy" and result["args"]["iterations"] == 3
+    assert re.fullmatch(r"[0-9a-f]{7,}(-dirty)?|unknown", result["commit"])
+    assert result["versions"]["torch"] == torch.__version__
+    assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_last_policy_is_the_best_where_none_does_better(args):
+    args.iterations = 2
+    run, measured, result = script_scores(args, [1.0, 4.0, 4.0], 8.0)
+    assert measured == [] and result["best_score"] == result["final_score"] == 4
+    assert not (run / "best_policy.safetensors").exists()
+    _, measured, result = script_scores(args, [1.0, 9.0, 5.0], 4.5)  # it was luck
+    assert measured == [1.0] and result["best_score"] == 5
+
+
+# ------------------------------------------------------------------------- interrupted, continued
+class Killed(BaseException):
+    """What stands for SIGKILL in this process: nothing catches it."""
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_run_killed_at_any_write_and_resumed_equals_one_never_killed(
+    args, monkeypatch, tmp_path, whole, renamed
+):
+    replace, count, last = Path.replace, SimpleNamespace(writes=0), -1
+
+    def counted(partial, path):
+        count.writes += 1
+        if renamed or count.writes != last:
+            replace(partial, path)
+        if count.writes == last:
+            raise Killed
+
+    monkeypatch.setattr(Path, "replace", counted)
+    monkeypatch.setattr(plt, "savefig", lambda path: None)  # takes longer than the run
+    train(args)
+    total = count.writes
+    assert total > 20  # arguments, rows, slots, checkpoints, the result
+    for last in range(2 - renamed, total + 1):
+        args.runs, count.writes = tmp_path / str(last), 0
+        with pytest.raises(Killed):
+            train(args)
+        (run,) = args.runs.iterdir()
+        assert_same(run, train(Args(resume=run)), whole)
+
+
+def test_resuming_a_finished_run_writes_its_result_again(tmp_path, whole):
+    run = shutil.copytree(whole[0], tmp_path / "copy")
+    for name in "result.json", "policy.safetensors", "curve.png":
+        (run / name).unlink()
+    assert_same(run, train(Args(resume=run)), whole)
+    assert {path.name for path in whole[0].iterdir()} - {path.name for path in run.iterdir()} == set()
+
+
+def test_ctrl_c_finishes_the_iteration_saves_and_says_how_to_go_on(args, only_run, whole):
+    def press(iteration, row):
+        if iteration == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(SystemExit) as stop:
+        train(args, press)
+    run = only_run()
+    assert str(stop.value).endswith(f"Continue with --resume {run}")
+    assert torch.load(run / "checkpoint.pt", weights_only=True)["progress"]["iteration"] == 5
+    assert_same(run, train(Args(resume=run)), whole)
+    events = EventAccumulator(str(run))  # of both processes
+    events.Reload()
+    assert len(events.Scalars("losses/toy")) == 4
+
+
+def test_a_second_ctrl_c_stops_at_once(args, only_run):
+    seen = []
+
+    def press(iteration, row):
+        if iteration == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+            seen.append("once")
+            os.kill(os.getpid(), signal.SIGINT)
+            seen.append("twice")
+
+    with pytest.raises(KeyboardInterrupt):
+        train(args, press)
+    assert seen == ["once"]
+    assert torch.load(only_run() / "checkpoint.pt", weights_only=True)["progress"]["iteration"] == 4
+
+
+def test_a_row_logged_twice_stands_in_tensorboard_once(args, only_run, monkeypatch):
+    def killed(self):
+        if self.progress["iteration"] == 5:  # logged, not saved
+            self.writer.flush()
+            raise Killed
+        save_parts(self.checkpoint, self.parts)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Run, "save", killed)
+        train(args)
+    train(Args(resume=only_run()))
+    events = EventAccumulator(str(only_run()))
+    events.Reload()
+    assert [event.step for event in events.Scalars("losses/toy")] == [4, 8, 12, 16]
