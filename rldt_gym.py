@@ -19,9 +19,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import runs
 from common.flow import FlowPolicy, expected_target, flow_matching_loss, interpolate
-from common.runs import Count, Ring, Run, Share, Size, Weight, autocast, average, average_gradients
+from common.runs import Ring, Run, autocast, average, average_gradients, set_up
+from common.settings import Count, Share, Size, Weight, parse_args
 from common.svgd import transport_field
 from demos import dataset
 from envs.vector import VectorEnv, record_video
@@ -34,85 +34,87 @@ class TaskArgs:
 
     # the run
     env_id: str = "Hopper-v4"  # Gymnasium task with flat Box observations and actions
-    preset: Literal["laptop", "paper"] = "laptop"  # defaults for two CPU cores, or the paper's; flags win
-    exp_name: str = "rldt"  # name of the method or experiment, part of the run directory's name
+    preset: Literal["laptop", "paper"] = "laptop"  # defaults: laptop, for two cores, or paper; flags win
+    exp_name: str = "rldt"  # name of the experiment, part of the run directory's name
     seed: Size = 1  # of networks, minibatches, noise and environments
-    iterations: Size = 0  # training iterations, those that only evaluate included (paper: 70); 0: the task's
-    wall_budget_s: Weight = 0.0  # seconds after which a run makes its last evaluation and ends; 0: no limit
+    iterations: Size = 0  # training iterations, evaluations included (paper: 70); 0: the task's
+    wall_budget_s: Weight = 0.0  # seconds after which a run evaluates and ends; 0: no limit
     runs: Path = Path("runs")  # directory in which run directories are made
     device: str = "auto"  # torch device: cpu, cuda, cuda:0, ...; auto: CUDA where there is one
-    threads: Count = 1  # CPU threads of torch and EnvPool; more are faster and not reproducible bit for bit
+    threads: Count = 1  # CPU threads of torch and EnvPool; one is reproducible bit for bit
     bf16: bool = True  # bfloat16 matrix products (autocast); weights and Euler states stay float32
     resume: Path | None = None  # run directory to continue from its last checkpoint, with its arguments
-    evaluate: Path | None = None  # run directory whose final policy to evaluate, nothing else
+    evaluate: Path | None = None  # run directory whose final policy to evaluate
     track: bool = False  # also log to Weights & Biases (pip install wandb)
     capture_video: bool = False  # film an episode of the final policy (needs a MuJoCo GL backend)
 
     # base policy
-    base: Path | None = None  # base policy (.safetensors); default: demos/<env_id>, or one pretrained here
-    pretrain: bool = False  # pretrain a base policy even where there is one
-    dataset: str | None = None  # D4RL .hdf5, DPPO train.npz, Minari id or folder; default: the demonstrator's
+    base: Path | None = None  # base policy (.safetensors); default: the shipped one, or pretrained here
+    pretrain: bool = False  # pretrain a base policy even where one is shipped
+    dataset: str | None = None  # to pretrain on: D4RL .hdf5, DPPO train.npz, Minari id or folder
 
     # rollouts and evaluation
     num_envs: Count = 100  # parallel environments, per process under torchrun (paper: 100)
     rollout_chunks: Count = 125  # chunks of actions per environment and iteration (paper: 500)
-    zero_fraction: Share = 0.25  # share of environments and particles with x_0 = 0, as evaluated (authors: 0)
-    eval_every: Count = 6  # every n-th iteration only evaluates, and resets the environments (authors: 5)
-    eval_episodes: Count = 20  # episodes from x_0 = 0, and again from noise, during training (authors: 100)
-    final_eval_episodes: Count = 100  # the same for the base, the final and the best policy (authors: 100)
+    zero_fraction: Share = 0.25  # share of environments and particles with x_0 = 0 (authors: 0)
+    eval_every: Count = 6  # every n-th iteration evaluates and resets the environments (authors: 5)
+    eval_episodes: Count = 20  # from x_0 = 0, and again from noise, during training (authors: 100)
+    final_eval_episodes: Count = 100  # of the base, the final and the best policy (authors: 100)
 
 
 @dataclass
 class Args(TaskArgs):
     """Settings of RLDT. Where a default differs from the paper's, docs/rldt_gym.md says why."""
 
-    exploration_steps: Size = 2  # noise |a - a_dagger_k| N(0, I), k of this many last Euler steps (authors: 2)
+    # exploration and replay
+    exploration_steps: Size = 2  # noise |a - a_dagger_k|, k of this many last Euler steps (authors: 2)
     buffer_iterations: Count = 10  # rollouts kept in the replay (paper: 20)
+    segments: Count = 128  # of SEGMENT chunks, drawn from the replay per round (authors: 100 of 500)
 
     # critic
     gamma: Share = 0.97  # discount per chunk (paper: 0.99)
     td_lambda: Share = 0.5  # lambda of TD(lambda) (authors: 0)
-    target_momentum: Share = 0.99  # Polyak momentum of the target critics per critic step (paper: 0.998)
-    rounds: Count = 16  # per iteration; each draws segments, then critic steps, then actor steps (authors: 16)
+    target_momentum: Share = 0.99  # Polyak momentum of the targets per critic step (paper: 0.998)
+    rounds: Count = 16  # per iteration: draw segments, critic steps, actor steps (authors: 16)
     critic_steps: Count = 32  # per round (paper: 64)
     critic_batch: Count = 256  # chunks per critic step (authors: 50 000, all that were drawn)
     critic_lr: Weight = 5e-4  # Adam step size (paper: 1e-3 or 5e-4)
-    critic_layer_norm: bool = True  # LayerNorm and small initial weights; without: N(0, 0.1^2) (authors)
-    segments: Count = 128  # replay segments drawn per round (authors: 100)
-    warmup_iterations: Size = 3  # training iterations before the actor starts (authors: 0)
+    critic_layer_norm: bool = True  # without: no LayerNorm, and weights from N(0, 0.1^2) (authors)
+    warmup_iterations: Size = 3  # training iterations before the actor starts (authors: none on Gym)
 
     # actor
     actor_steps: Size = 8  # per round (authors: 2)
-    actor_batch: Count = 128  # states per actor step, each with n_particles particles (authors: 6250)
+    actor_batch: Count = 128  # states per actor step, n_particles particles in each (authors: 6250)
     n_particles: Count = 4  # P, particles per state (paper: 8, and 4 are enough)
-    kernel: Literal["rbf", "delta"] = "rbf"  # of the transport field; delta: the ablation RLDT-Delta
-    alpha: Weight = 1e-3  # temperature: weight of the repulsion, relative to |grad Q| (paper: 1e-3)
-    transport_loss: Literal["literal", "authors"] = "authors"  # weight 1 - t in eq. (13), or 1 / (1 - t)
+    kernel: Literal["rbf", "delta"] = "rbf"  # of the field: rbf, or delta (RLDT-Delta)
+    alpha: Weight = 1e-3  # temperature, the weight of the repulsion relative to |grad Q| (paper: 1e-3)
+    transport_loss: Literal["literal", "authors"] = "authors"  # literal: eq. (13)
     consistency_weight: Weight = 0.5  # of eq. (14) (paper: 0.5)
     constraint_weight: Weight = 0.2  # of eq. (15) (paper: 0.2)
-    reference_every: Size = 1  # iterations between updates of the constraint's policy (authors: 1); 0: none
+    reference_every: Size = 1  # iterations until the constraint's policy follows (authors: 1); 0: never
     actor_lr: Weight = 1e-4  # Adam step size (paper: 2e-5)
-    actor_lr_end: Weight = 0.1  # factor on actor_lr that is reached linearly at the end (authors: 1)
+    actor_lr_end: Weight = 0.1  # factor on actor_lr, reached linearly at the end (authors: 1)
 
 
 PRESETS = {
     "paper": dict(
-        rollout_chunks=500, iterations=70, eval_every=5, buffer_iterations=20, eval_episodes=100, gamma=0.99,
-        td_lambda=0.0, target_momentum=0.998, critic_steps=64, critic_batch=50_000, critic_lr=1e-3,
-        critic_layer_norm=False, segments=3125, warmup_iterations=2, actor_lr_end=1.0, actor_steps=2,
-        actor_batch=6250, n_particles=8, zero_fraction=0.0, actor_lr=2e-5, bf16=False,
+        iterations=70, bf16=False, rollout_chunks=500, zero_fraction=0.0, eval_every=5,
+        eval_episodes=100, buffer_iterations=20, segments=3125, gamma=0.99, td_lambda=0.0,
+        target_momentum=0.998, critic_steps=64, critic_batch=50_000, critic_lr=1e-3,
+        critic_layer_norm=False, warmup_iterations=2, actor_steps=2, actor_batch=6250, n_particles=8,
+        actor_lr=2e-5, actor_lr_end=1.0,
     )
 }  # fmt: skip
-
-
+NETWORK = dict(chunk=4, euler_steps=8, width=512, depth=3, time_dim=16)  # paper
 PRETRAINING = {  # of a base policy that is made here; pretrain_fm.py has these as flags
-    "laptop": dict(epochs=40, batch=512, lr=1e-3, chunk=4, euler_steps=8, width=512, depth=3, time_dim=16),
-    "paper": dict(epochs=200, batch=128, lr=1e-3, chunk=4, euler_steps=8, width=512, depth=3, time_dim=16),
+    "laptop": dict(epochs=40, batch=512, lr=1e-3) | NETWORK,
+    "paper": dict(epochs=200, batch=128, lr=1e-3) | NETWORK,
 }
 SEGMENT = 16  # chunks of a replay segment (authors: the whole rollout, 500)
 FRESH = 0.33  # least share of the segments that comes from the newest rollout (authors)
 REWARD_RATE = 0.01  # of the average of |reward|, by which rewards are divided (authors)
-WARMUP_LAMBDA, WARMUP_FACTOR = 0.95, 3  # lambda, and factor on the critic's steps, before the actor starts
+WARMUP_LAMBDA = 0.95  # lambda before the actor starts, so that values reach their scale first
+WARMUP_FACTOR = 3  # on the critic's steps before the actor starts
 ACTOR_WARMUP = 32  # actor steps over which its step size rises linearly (paper)
 
 
@@ -120,7 +122,7 @@ ACTOR_WARMUP = 32  # actor steps over which its step size rises linearly (paper)
 class Critic(nn.Module):
     """Two Q networks on (normalised observation, action chunk), evaluated as one batched product."""
 
-    def __init__(self, obs_dim: int, action_size: int, layer_norm: bool, width: int = 256, depth: int = 3):
+    def __init__(self, obs_dim: int, action_size: int, layer_norm: bool, width=256, depth=3):
         super().__init__()
         self.layer_norm = layer_norm
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
@@ -142,28 +144,19 @@ class Critic(nn.Module):
         for w, b in hidden:
             x = torch.baddbmm(b, x, w)
             x = F.silu(F.layer_norm(x, x.shape[-1:]) if self.layer_norm else x)
-        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round Q = 100 to steps of 0.5
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 rounds Q = 100 to steps of 0.5
             return torch.baddbmm(bias, x.float(), weight)[..., 0]
 
 
 # -------------------------------------------------------------------------------- base policy
-def pretrain(args: TaskArgs, data: dataset.Demonstrations, epochs: int, batch: int, lr: float, **sizes) -> FlowPolicy:
-    """Flow matching on demonstrations, eq. (1)-(2); returns the policy, of these sizes, with averaged weights."""
-    starts, chunk = np.r_[0, data.episode_ends[:-1]], sizes["chunk"]
-    ranges = [np.arange(start, end - chunk + 1) for start, end in zip(starts, data.episode_ends, strict=True)]
-    first = np.concatenate(ranges)  # where chunks begin, (n,)
-    if len(first) < 20:
-        raise SystemExit(f"{len(first)} chunks of {chunk} steps are too few to clone; 20 are the least.")
+def pretrain(args: TaskArgs, data: dataset.Demonstrations, epochs: int, batch: int, lr: float, **sizes):
+    """Flow matching on demonstrations, eq. (1)-(2): a policy of these sizes, its weights averaged."""
     policy = FlowPolicy(data.observations.shape[1], data.actions.shape[1], **sizes)
-    limits = data.normalization or {
-        "obs_min": data.observations.min(0), "obs_max": data.observations.max(0),
-        "action_min": data.actions.min(0), "action_max": data.actions.max(0),
-    }  # fmt: skip
-    for name, value in limits.items():
-        getattr(policy, name).copy_(torch.as_tensor(value))
+    policy.set_limits(**data.limits())
     policy.to(args.device)
+    first = dataset.chunk_starts(data.episode_ends, policy.chunk)  # (n,)
     obs = policy.normalize(data.observations[first])  # (n, obs_dim)
-    action = policy.from_env(data.actions[first[:, None] + np.arange(chunk)])  # (n, D)
+    action = policy.from_env(data.actions[first[:, None] + np.arange(policy.chunk)])  # (n, D)
     held_out, train = torch.randperm(len(obs), device=args.device).tensor_split([len(obs) // 20])
     averaged = copy.deepcopy(policy)
     optimizer = torch.optim.AdamW(policy.velocity.parameters(), lr, weight_decay=1e-6, fused=True)
@@ -196,13 +189,14 @@ def get_base(args: TaskArgs, run: Run, envs: VectorEnv) -> FlowPolicy:
         elif shipped.exists() and not (args.pretrain or args.dataset):
             policy = FlowPolicy.load(shipped)
         else:
-            policy = pretrain(args, dataset.get(args.env_id, args.dataset, envs), **PRETRAINING[args.preset])
+            data = dataset.get(args.env_id, args.dataset, envs)
+            policy = pretrain(args, data, **PRETRAINING[args.preset])
         policy.save(kept, **policy.info)
     run.barrier()
     policy = FlowPolicy.load(kept).to(args.device)
     if (policy.obs_dim, policy.action_dim) != (envs.obs_dim, envs.action_dim):
-        raise SystemExit(f"{args.base}: a policy for other sizes of observation or action than {args.env_id}'s.")
-    torch.manual_seed(args.seed)  # the networks to come are the same, however the base policy was come by
+        raise SystemExit(f"{args.base}: observations or actions have other sizes than {args.env_id}'s.")
+    torch.manual_seed(args.seed)  # the networks to come are the same, wherever the base policy is from
     return policy
 
 
@@ -212,11 +206,13 @@ class Replay(Ring):
 
     def __init__(self, args: Args, obs_dim: int, action_size: int):
         shape = args.buffer_iterations, args.rollout_chunks, args.num_envs
-        sizes = dict(obs=(obs_dim,), action=(action_size,), reward=(), terminated=(), truncated=(), next_obs=(obs_dim,))
-        super().__init__({name: torch.zeros(*shape, *size, device=args.device) for name, size in sizes.items()})
+        slots = {name: torch.zeros(shape) for name in ("reward", "terminated", "truncated")}
+        for name, size in ("obs", obs_dim), ("action", action_size), ("next_obs", obs_dim):
+            slots[name] = torch.zeros(*shape, size)
+        super().__init__({name: value.to(args.device) for name, value in slots.items()})
 
     def draw(self, segments: int) -> dict[str, torch.Tensor]:
-        """Random segments, time first: values (SEGMENT, segments, ...); a share of them from the newest rollout."""
+        """Random segments, (SEGMENT, segments, ...), some of them from the newest rollout."""
         _, T, N = self.slots["reward"].shape
         device, length = self.slots["reward"].device, min(SEGMENT, T)
         slot = torch.randint(self.filled, (segments,), device=device)
@@ -233,7 +229,7 @@ def make_envs(args: TaskArgs, num_envs: int) -> VectorEnv:
 
 
 def explore(trajectory: torch.Tensor, args: Args) -> torch.Tensor:
-    """The action of a trajectory (K + 1, N, D) with noise |a - a_dagger_k| N(0, I), k one of its last steps."""
+    """The action of a trajectory (K + 1, N, D), with noise |a - a_dagger_k| N(0, I), k a late step."""
     action = trajectory[-1]
     if args.exploration_steps == 0:
         return action
@@ -241,13 +237,14 @@ def explore(trajectory: torch.Tensor, args: Args) -> torch.Tensor:
     k = K - 1 - torch.randint(args.exploration_steps, (N,), device=device)
     n = torch.arange(N, device=device)
     x_k, x_next = trajectory[k, n], trajectory[k + 1, n]
-    a_dagger = expected_target(x_k, k / K, (x_next - x_k) * K)  # eq. (8), the velocity read off the trajectory
+    velocity = (x_next - x_k) * K  # read off the trajectory
+    a_dagger = expected_target(x_k, k / K, velocity)  # eq. (8)
     return action + (action - a_dagger).norm(dim=-1, keepdim=True) * torch.randn_like(action)
 
 
 @torch.no_grad()
 def collect(policy: FlowPolicy, envs: VectorEnv, rollout: dict, args: Args) -> tuple[int, list[float]]:
-    """Fills a rollout with exploration; returns its environment steps and the returns of episodes that ended."""
+    """Fills a rollout with exploration; returns environment steps and the returns of ended episodes."""
     steps, returns, device = 0, [], args.device
     for t in range(args.rollout_chunks):
         obs = policy.normalize(envs.obs)  # (N, obs_dim)
@@ -281,8 +278,8 @@ def td_lambda(reward, terminated, truncated, next_value, gamma: float, lam: floa
 
 
 @torch.no_grad()
-def critic_target(policy, target: Critic, batch: dict, reward_scale: float, lam: float, args: Args) -> torch.Tensor:
-    """TD(lambda) targets (T, L); V(s') is the minimum of the target networks at an action of the policy."""
+def critic_target(policy, target: Critic, batch: dict, reward_scale: float, lam: float, args: Args):
+    """TD(lambda) targets (T, L); V(s') is the minimum of the targets at an action of the policy."""
     obs = batch["next_obs"].flatten(0, 1)  # (T * L, obs_dim)
     with autocast(args):
         value = target(obs, policy.sample(obs)).min(0).values.view_as(batch["reward"])
@@ -297,8 +294,8 @@ def minibatches(rows: int, batch: int, steps: int, device: str) -> tuple[torch.T
     return order[: steps * batch].split(batch)
 
 
-def update_critic(critic: Critic, target: Critic, optimizer, obs, action, y, args: Args) -> dict[str, torch.Tensor]:
-    """One step on obs (B, obs_dim), action (B, D), targets y (B,), and one of the target networks."""
+def update_critic(critic: Critic, target: Critic, optimizer, obs, action, y, args: Args) -> dict:
+    """One step on obs (B, obs_dim), action (B, D) and targets y (B,); the target networks follow."""
     with autocast(args):
         q = critic(obs, action)  # (2, B)
     loss = (q - y).square().mean(1).sum()
@@ -307,12 +304,13 @@ def update_critic(critic: Critic, target: Critic, optimizer, obs, action, y, arg
     average_gradients(critic.parameters())
     optimizer.step()
     with torch.no_grad():
-        torch._foreach_lerp_(list(target.parameters()), list(critic.parameters()), 1 - args.target_momentum)
+        parameters = list(target.parameters()), list(critic.parameters())
+        torch._foreach_lerp_(*parameters, 1 - args.target_momentum)
     return {"losses/critic": loss.detach(), "diagnostics/q": q.detach().mean()}
 
 
 # -------------------------------------------------------------------------------------- actor
-def actor_losses(velocity, reference, critic: Critic, obs, trajectory, args: Args, k: torch.Tensor | None = None):
+def actor_losses(velocity, reference, critic: Critic, obs, trajectory, args: Args, k=None):
     """The three losses of eq. (16) on states obs (B, obs_dim) with trajectories (K + 1, B, P, D).
 
     Each particle has one step k (B, P) of its trajectory, drawn where it is not given.
@@ -326,12 +324,13 @@ def actor_losses(velocity, reference, critic: Critic, obs, trajectory, args: Arg
     t_c = torch.randint(K, (B, P), device=device) / K
     x_c = interpolate(action, torch.randn_like(action), t_c)
     with autocast(args):
-        v, v_c = velocity(torch.stack([x, x_c]), torch.stack([t, t_c]), obs.expand(2, -1, -1, -1))  # in one pass
+        both = torch.stack([x, x_c]), torch.stack([t, t_c]), obs.expand(2, -1, -1, -1)
+        v, v_c = velocity(*both)
         with torch.no_grad():
             v_ref = reference(x_c, t_c, obs)
     a_dagger = expected_target(x, t, v)  # eq. (8)
 
-    # the transport field moves the expected targets along grad Q at the particles
+    # transport: the expected targets move along the field, which grad Q at the particles makes
     query = a_dagger.detach()
     particles = (query if args.kernel == "delta" else action).clone().requires_grad_()
     with autocast(args):
@@ -343,23 +342,24 @@ def actor_losses(velocity, reference, critic: Critic, obs, trajectory, args: Arg
     else:
         transport = -((v * phi).sum(-1) / (K * (1 - t))).mean()  # the authors' form of eq. (13)
 
-    # each step of a trajectory points at the action that the trajectory ends in
+    # consistency: every step of a trajectory points at the action that it ends in
     consistency = ((a_dagger - action).square().sum(-1) / (K * (1 - t)).square()).mean()  # eq. (14)
 
-    # the velocity stays near the reference's, on fresh points of the path
+    # constraint: on fresh points of the path, the velocity stays near the reference's
     constraint = (v_c - v_ref).square().sum(-1).mean()  # eq. (15)
 
     distance = torch.cdist(action, action).sum() / max(1, B * P * (P - 1))
     metrics = {
-        "losses/transport": transport, "losses/consistency": consistency, "losses/constraint": constraint,
-        "diagnostics/phi_norm": phi.norm(dim=-1).mean(), "diagnostics/grad_q_norm": grad_q.norm(dim=-1).mean(),
-        "diagnostics/q_policy": q.mean(), "diagnostics/particle_distance": distance,
+        "losses/transport": transport, "losses/consistency": consistency,
+        "losses/constraint": constraint, "diagnostics/q_policy": q.mean(),
+        "diagnostics/grad_q_norm": grad_q.norm(dim=-1).mean(),
+        "diagnostics/phi_norm": phi.norm(dim=-1).mean(), "diagnostics/particle_distance": distance,
     }  # fmt: skip
     return transport, consistency, constraint, {key: value.detach() for key, value in metrics.items()}
 
 
 def update_actor(policy: FlowPolicy, reference: FlowPolicy, critic: Critic, optimizer, obs, args: Args):
-    """Samples P particles in each state of obs (B, obs_dim), then takes one step on the loss of eq. (16)."""
+    """Samples P particles in each state of obs (B, obs_dim), then takes a step on eq. (16)."""
     shape = len(obs), args.n_particles, policy.action_size
     x0 = torch.randn(shape, device=obs.device)
     x0 *= torch.rand(*shape[:2], 1, device=obs.device) >= args.zero_fraction
@@ -367,7 +367,8 @@ def update_actor(policy: FlowPolicy, reference: FlowPolicy, critic: Critic, opti
         trajectory = policy.sample(obs[:, None].expand(-1, args.n_particles, -1), x0, trajectory=True)
     losses = actor_losses(policy.velocity, reference.velocity, critic, obs, trajectory, args)
     transport, consistency, constraint, metrics = losses
-    loss = transport + args.consistency_weight * consistency + args.constraint_weight * constraint  # eq. (16)
+    loss = transport + args.consistency_weight * consistency  # eq. (16)
+    loss += args.constraint_weight * constraint
     optimizer.zero_grad()
     loss.backward()
     average_gradients(policy.velocity.parameters())
@@ -378,8 +379,9 @@ def update_actor(policy: FlowPolicy, reference: FlowPolicy, critic: Critic, opti
 
 @torch.no_grad()
 def velocity_distance(policy: FlowPolicy, base: FlowPolicy, obs: torch.Tensor) -> torch.Tensor:
-    """How far the policy's velocity has moved from the base's, at x_0 ~ N(0, I) in states (B, obs_dim)."""
-    x0, t = torch.randn(len(obs), policy.action_size, device=obs.device), torch.zeros((), device=obs.device)
+    """How far the velocity has moved from the base's, at x_0 ~ N(0, I) in states (B, obs_dim)."""
+    x0 = torch.randn(len(obs), policy.action_size, device=obs.device)
+    t = torch.zeros((), device=obs.device)
     return (policy.velocity(x0, t, obs) - base.velocity(x0, t, obs)).norm(dim=-1).mean()
 
 
@@ -398,28 +400,30 @@ def evaluate(policy: FlowPolicy, args: Args, episodes: int, seed: int) -> dict[s
         running = torch.as_tensor(alive, device=device)
         chunks = np.zeros((N, policy.chunk, envs.action_dim), np.float32)
         with autocast(args):
-            chunks[alive] = policy.to_env(policy.sample(policy.normalize(envs.obs)[running], x0[running]))
+            obs = policy.normalize(envs.obs)[running]
+            chunks[alive] = policy.to_env(policy.sample(obs, x0[running]))
         step = envs.step(chunks, alive)
         done = step.terminated | step.truncated
         returns[done] = step.score[done]
         alive &= ~done
     envs.close()
-    zero, noise = returns[:episodes], returns[episodes:]
-    return {
-        "eval_return": zero.mean(), "eval_return_std": zero.std(),
-        "eval_return_sampled": noise.mean(), "eval_return_sampled_std": noise.std(),
-    }  # fmt: skip
+    scores = {}
+    for name, values in ("eval_return", returns[:episodes]), ("eval_return_sampled", returns[episodes:]):
+        scores |= {name: float(values.mean()), f"{name}_std": float(values.std())}
+    return scores
 
 
 # --------------------------------------------------------------------------------------- main
 def main(args: Args) -> dict | None:
-    runs.set_up(args)
+    set_up(args)
     if args.iterations == 0 and args.wall_budget_s == 0:
         args.iterations = 25 if args.env_id == "Hopper-v4" else 85
     eval_seed = 1_000_000 * (args.seed + 1)
     if args.evaluate:
         policy = FlowPolicy.load(args.evaluate / "policy.safetensors").to(args.device)
-        return runs.show(evaluate(policy, args, args.final_eval_episodes, eval_seed))
+        scores = evaluate(policy, args, args.final_eval_episodes, eval_seed)
+        print(scores)
+        return scores
 
     run = Run(args, f"{args.env_id}__{args.exp_name}__{args.seed}")
     envs = make_envs(args, args.num_envs)
@@ -431,14 +435,17 @@ def main(args: Args) -> dict | None:
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_lr, fused=True)
     replay = Replay(args, policy.obs_dim, policy.action_size)
     state = dict(env_steps=0, trained=0, actor_steps=0, reward_scale=0.0)
-    run.checkpoints(state, policy, reference=reference, critic=critic, target=target, envs=envs, replay=replay,
-                    actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer)  # fmt: skip
+    run.checkpoints(
+        state, policy, reference=reference, critic=critic, target=target, envs=envs, replay=replay,
+        actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer,
+    )  # fmt: skip
 
     for iteration, spent in run.iterations():
         row = {}
         if iteration % args.eval_every == 0 or spent == 1:  # this iteration only evaluates
             if run.rank == 0:
-                episodes = args.final_eval_episodes if iteration == 0 or spent == 1 else args.eval_episodes
+                final = iteration == 0 or spent == 1
+                episodes = args.final_eval_episodes if final else args.eval_episodes
                 row = evaluate(policy, args, episodes, eval_seed)
                 run.keep_best(row["eval_return"])
             first = 1 + run.rank + run.world * iteration
@@ -465,7 +472,8 @@ def main(args: Args) -> dict | None:
                     obs, action = batch["obs"].flatten(0, 1), batch["action"].flatten(0, 1)
                     critic_steps = args.critic_steps * (WARMUP_FACTOR if warm else 1)
                     for i in minibatches(len(y), args.critic_batch, critic_steps, args.device):
-                        run.add(update_critic(critic, target, critic_optimizer, obs[i], action[i], y[i], args))
+                        batch = obs[i], action[i], y[i]
+                        run.add(update_critic(critic, target, critic_optimizer, *batch, args))
                 # 3. the actor: particles in some of the same states follow the transport field
                 with run.timer(row, "actor_s"):
                     for _ in range(0 if warm else args.actor_steps):
@@ -493,4 +501,4 @@ def main(args: Args) -> dict | None:
 
 
 if __name__ == "__main__":
-    main(runs.parse_args(Args, PRESETS, __doc__))
+    main(parse_args(Args, PRESETS, __doc__))

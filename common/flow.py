@@ -17,7 +17,8 @@ ACTIVATIONS = {"relu": nn.ReLU, "mish": nn.Mish, "silu": nn.SiLU, "gelu": nn.GEL
 
 def time_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
     """Sinusoidal embedding (Vaswani et al. 2017) of t in [0, 1]: (...) -> (..., dim), dim even."""
-    frequency = 100 * torch.exp(torch.arange(dim // 2, device=t.device) * (-math.log(10000) / (dim // 2 - 1)))
+    index = torch.arange(dim // 2, device=t.device)
+    frequency = 100 * torch.exp(index * (-math.log(10000) / (dim // 2 - 1)))
     angle = t[..., None] * frequency
     return torch.cat([angle.sin(), angle.cos()], -1)
 
@@ -27,9 +28,11 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, width: int, activation: str, layer_norm: bool):
         super().__init__()
-        norm = lambda: nn.LayerNorm(width) if layer_norm else nn.Identity()
-        act = ACTIVATIONS[activation]
-        self.layers = nn.Sequential(norm(), act(), nn.Linear(width, width), norm(), act(), nn.Linear(width, width))
+        layers = []
+        for _ in range(2):
+            norm = nn.LayerNorm(width) if layer_norm else nn.Identity()
+            layers += [norm, ACTIVATIONS[activation](), nn.Linear(width, width)]
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.layers(x)
@@ -63,7 +66,8 @@ class VelocityMLP(nn.Module):
         if depth < 3 or depth % 2 == 0:
             raise ValueError(f"depth must be odd and at least 3 (blocks have two layers), got {depth}")
         self.action_size, self.time_dim = action_size, time_dim
-        self.time_mlp = nn.Sequential(nn.Linear(time_dim, 2 * time_dim), nn.Mish(), nn.Linear(2 * time_dim, time_dim))
+        widen, narrow = nn.Linear(time_dim, 2 * time_dim), nn.Linear(2 * time_dim, time_dim)
+        self.time_mlp = nn.Sequential(widen, nn.Mish(), narrow)
         layers, size = [], cond_dim
         for hidden in cond_mlp:
             layers += [nn.Linear(size, hidden), ACTIVATIONS[activation]()]
@@ -92,15 +96,15 @@ def interpolate(action: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> t
 
 
 def flow_matching_loss(velocity: Velocity, action: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
-    """Mean over batch and dimensions of |v(x_t, t, s) - (a - eps)|^2, t ~ U[0, 1], eps ~ N(0, I), eq. (2)."""
+    """Mean over batch and dimensions of |v(x_t, t, s) - (a - eps)|^2, t uniform, eps normal, eq. (2)."""
     noise = torch.randn_like(action)
     t = torch.rand(action.shape[:-1], device=action.device)
     return F.mse_loss(velocity(interpolate(action, noise, t), t, cond), action - noise)
 
 
 @torch.no_grad()
-def sample(velocity: Velocity, cond: torch.Tensor, x0: torch.Tensor, steps: int, trajectory=False) -> torch.Tensor:
-    """Euler integration x_{k+1} = x_k + v(x_k, k/K, s) / K from x0 (..., D) at t = 0 to the action at t = 1.
+def sample(velocity: Velocity, cond: torch.Tensor, x0: torch.Tensor, steps: int, trajectory=False):
+    """Euler steps x_{k+1} = x_k + v(x_k, k/K, s) / K from x0 (..., D) at t = 0 to the action at t = 1.
 
     Returns the action (..., D), or with `trajectory` all points x_0 .. x_K, (K + 1, ..., D).
     """
@@ -128,41 +132,50 @@ class FlowPolicy(nn.Module):
         network: width, depth, time_dim and more of VelocityMLP.
     """
 
-    def __init__(self, obs_dim: int, action_dim: int, chunk: int, euler_steps: int, feature_dim=0, **network):
+    def __init__(self, obs_dim, action_dim, chunk, euler_steps, feature_dim=0, **network):
         super().__init__()
-        self.config = dict(obs_dim=obs_dim, action_dim=action_dim, chunk=chunk, euler_steps=euler_steps, **network)
-        self.obs_dim, self.action_dim, self.chunk, self.euler_steps = obs_dim, action_dim, chunk, euler_steps
+        sizes = dict(obs_dim=obs_dim, action_dim=action_dim, chunk=chunk, euler_steps=euler_steps)
+        self.config, self.info = sizes | network, {}
+        self.obs_dim, self.action_dim, self.chunk, self.euler_steps = sizes.values()
         self.action_size, self.cond_dim = chunk * action_dim, obs_dim + feature_dim
         self.velocity = VelocityMLP(self.action_size, self.cond_dim, **network)
         for name, dim in ("obs", obs_dim), ("action", action_dim):
             self.register_buffer(f"{name}_min", -torch.ones(dim))
             self.register_buffer(f"{name}_max", torch.ones(dim))
 
+    def set_limits(self, **limits):
+        """Sets obs_min, obs_max, action_min and action_max, which become -1 and 1."""
+        for name, value in limits.items():
+            getattr(self, name).copy_(torch.as_tensor(value))
+
     def normalize(self, obs) -> torch.Tensor:
-        """Raw observations (..., obs_dim), array or tensor; the demonstrations' limits become -1 and 1."""
+        """Raw observations (..., obs_dim) -> about [-1, 1], at most +-5."""
         obs = torch.as_tensor(obs, dtype=torch.float32, device=self.obs_min.device)
         return (2 * (obs - self.obs_min) / (self.obs_max - self.obs_min + 1e-6) - 1).clamp(-5, 5)
 
     def from_env(self, action) -> torch.Tensor:
         """Raw actions (N, chunk, action_dim) -> flat normalised chunks (N, D)."""
         action = torch.as_tensor(action, device=self.action_min.device)
-        return (2 * (action - self.action_min) / (self.action_max - self.action_min + 1e-6) - 1).flatten(1)
+        scale = self.action_max - self.action_min + 1e-6
+        return (2 * (action - self.action_min) / scale - 1).flatten(1)
 
     def to_env(self, action: torch.Tensor) -> np.ndarray:
         """Flat normalised chunks (N, D) -> raw actions (N, chunk, action_dim)."""
         action = action.float().view(len(action), self.chunk, -1)
-        return ((action + 1) / 2 * (self.action_max - self.action_min + 1e-6) + self.action_min).cpu().numpy()
+        scale = self.action_max - self.action_min + 1e-6
+        return ((action + 1) / 2 * scale + self.action_min).cpu().numpy()
 
-    def sample(self, cond: torch.Tensor, x0: torch.Tensor | None = None, trajectory=False) -> torch.Tensor:
+    def sample(self, cond: torch.Tensor, x0: torch.Tensor | None = None, trajectory=False):
         """Action chunks (..., D) for cond (..., cond_dim), from x0 or from noise; see `sample` above."""
         if x0 is None:
             x0 = torch.randn(*cond.shape[:-1], self.action_size, device=cond.device)
         return sample(self.velocity, cond, x0, self.euler_steps, trajectory)
 
     def save(self, path: Path, **info):
-        """Writes weights and scaling as safetensors, with the sizes and `info`, what else is to be known."""
+        """Writes weights and scaling as safetensors, with the sizes and what else is to be known."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(self.state_dict(), path, metadata={"config": json.dumps(self.config), "info": json.dumps(info)})
+        metadata = {"config": json.dumps(self.config), "info": json.dumps(info)}
+        save_file(self.state_dict(), path, metadata=metadata)
 
     @classmethod
     def load(cls, path: Path) -> "FlowPolicy":
@@ -174,5 +187,5 @@ class FlowPolicy(nn.Module):
                 policy.info = json.loads(file.metadata()["info"])
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
-            raise SystemExit(f"{path}: not a {cls.__name__} written by this project ({reason})") from error
+            raise SystemExit(f"{path}: not a policy written by this project ({reason})") from error
         return policy

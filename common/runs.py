@@ -1,77 +1,24 @@
-"""One run of a script: its arguments, processes, checkpoints, directory, logs and interruption."""
+"""One run of a script: its processes, checkpoints, directory, logs and interruption."""
 
 import contextlib
 import copy
 import csv
-import dataclasses
-import inspect
 import json
 import math
 import os
-import re
+import shlex
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, get_type_hints
 
 import torch
 import torch.distributed as dist
-import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-
-
-# ---------------------------------------------------------------------------------- arguments
-LARGEST = sys.float_info.max
-Count = Annotated[int, 1, LARGEST]  # a setting's type, with the least and the largest value that it may have
-Size = Annotated[int, 0, LARGEST]
-Weight = Annotated[float, 0, LARGEST]
-Share = Annotated[float, 0, 1]
-
-
-def parse_args(cls, presets: dict[str, dict], doc: str, argv: list[str] | None = None):
-    """Command line -> `cls`. A preset sets the defaults and flags win; --resume and --evaluate take a run's own.
-
-    Raises SystemExit on a value out of bounds and on a directory that holds no run.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"} & {*argv}:
-        raise SystemExit(print(describe(cls, doc)))
-    first = tyro.cli(cls, args=argv)
-    default = cls(preset=first.preset, **presets.get(first.preset, {}))
-    if run := first.resume or first.evaluate:
-        try:
-            stored = json.loads((run / "args.json").read_text())
-        except (OSError, ValueError) as error:
-            raise SystemExit(f"{run}: not a run directory ({error})") from error
-        words = [f"--{key}={value}" for key, value in stored.items() if value is not None and key != "device"]
-        default = tyro.cli(cls, args=words, config=(tyro.conf.FlagConversionOff,))
-    args = tyro.cli(cls, args=argv, default=default)
-    if first.resume:
-        args = dataclasses.replace(default, resume=run, device=args.device, threads=args.threads)
-    for name, hint in get_type_hints(cls, include_extras=True).items():
-        low, high = getattr(hint, "__metadata__", (None, None))
-        if low is not None and not low <= getattr(args, name) <= high:
-            flag, value = name.replace("_", "-"), getattr(args, name)
-            raise SystemExit(f"--{flag} {value}: must lie between {low} and {high:g}")
-    return args
-
-
-def describe(cls, doc: str) -> str:
-    """What --help prints: each setting as its class writes it, one a line, below the comment of its section."""
-    lines = [doc.strip()]
-    for part in reversed(cls.__mro__[:-1]):
-        for line in inspect.getsource(part).splitlines():
-            if section := re.fullmatch(r"    # (.+)", line):
-                lines.append(f"\n{section[1]}")
-            if setting := re.fullmatch(r"    (\w+): .+? = (.+?)  # (.+)", line):
-                lines.append(f"  --{setting[1].replace('_', '-'):<20} {setting[2]:<14} {setting[3]}")
-    return "\n".join(lines)
 
 
 # --------------------------------------------------------------------------------- processes
@@ -90,12 +37,6 @@ def set_up(args):
     torch.set_num_threads(args.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(args.seed)
-
-
-def show(scores: dict[str, float]) -> dict[str, float]:
-    """Prints scores in a line and returns them."""
-    print(", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
-    return scores
 
 
 def autocast(args):
@@ -129,14 +70,36 @@ def write_atomically(path: Path, write):
         raise SystemExit(f"Cannot write {path} ({error}). The last good file is kept.") from error
 
 
+class Ring:
+    """Room for rollouts: tensors `slots`, (capacity, ...) each, whose oldest index is written anew."""
+
+    def __init__(self, slots: dict[str, torch.Tensor]):
+        self.slots, self.added = slots, 0
+        self.capacity = len(next(iter(slots.values())))
+
+    def next(self) -> dict[str, torch.Tensor]:
+        """The views of the slot to write now, the newest from here on."""
+        self.added += 1
+        return self.newest()
+
+    def newest(self) -> dict[str, torch.Tensor]:
+        return {name: value[self.slot] for name, value in self.slots.items()}
+
+    slot = property(lambda self: (self.added - 1) % self.capacity)
+    filled = property(lambda self: min(self.added, self.capacity))
+
+
 def save_parts(path: Path, parts: dict):
-    """Writes parts (plain dicts, or what has a state_dict) and the states of torch's random generators."""
+    """Writes parts (dicts, Rings, or what has a state_dict) and torch's random generators."""
     saved = {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
     for name, part in parts.items():
-        saved[name] = part if isinstance(part, dict) else part.state_dict()
-        if isinstance(part, Ring):  # only its newest slot has changed
+        if isinstance(part, Ring):  # only its newest slot has changed; it has a file of its own
             newest = {key: value.clone() for key, value in part.newest().items()}
-            write_atomically(path.with_suffix(f".{name}{part.slot}"), lambda p, newest=newest: torch.save(newest, p))
+            file = path.with_suffix(f".{name}{part.slot}")
+            write_atomically(file, lambda p, newest=newest: torch.save(newest, p))
+            saved[name] = part.added
+        else:
+            saved[name] = part if isinstance(part, dict) else part.state_dict()
     write_atomically(path, lambda p: torch.save(saved, p))
 
 
@@ -148,48 +111,24 @@ def load_parts(path: Path, parts: dict, device: str):
         if saved.get("settings") != parts.get("settings"):
             raise ValueError("it was made with other settings or data")
         for name, part in parts.items():
-            part.update(saved[name]) if isinstance(part, dict) else part.load_state_dict(saved[name])
-            for slot in range(part.filled if isinstance(part, Ring) else 0):
-                for key, value in load(path.with_suffix(f".{name}{slot}")).items():
-                    part.slots[key][slot] = value
+            if isinstance(part, Ring):
+                part.added = saved[name]
+                for slot in range(part.filled):
+                    for key, value in load(path.with_suffix(f".{name}{slot}")).items():
+                        part.slots[key][slot] = value
+            elif isinstance(part, dict):
+                part.update(saved[name])
+            else:
+                part.load_state_dict(saved[name])
         torch.set_rng_state(saved["rng"].cpu())
         torch.cuda.set_rng_state_all([state.cpu() for state in saved["cuda_rng"]])
     except Exception as error:  # torch.load raises many types
         raise SystemExit(f"{path}: cannot be resumed ({error})") from error
 
 
-class Ring:
-    """Tensors `slots`, (capacity, ...) each, of which the oldest index is written anew: room for rollouts."""
-
-    def __init__(self, slots: dict[str, torch.Tensor]):
-        self.slots, self.added = slots, 0
-
-    def next(self) -> dict[str, torch.Tensor]:
-        """The views of the slot to write now; it counts as the newest."""
-        self.added += 1
-        return self.newest()
-
-    def newest(self) -> dict[str, torch.Tensor]:
-        return {name: value[self.slot] for name, value in self.slots.items()}
-
-    @property
-    def slot(self) -> int:
-        return (self.added - 1) % len(next(iter(self.slots.values())))
-
-    @property
-    def filled(self) -> int:
-        return min(self.added, len(next(iter(self.slots.values()))))
-
-    def state_dict(self) -> dict:
-        return {"added": self.added}
-
-    def load_state_dict(self, state: dict):
-        self.added = state["added"]
-
-
 # --------------------------------------------------------------------------------------- run
 class Run:
-    """A run directory and what is written to it; columns that begin with `eval_` are printed and plotted."""
+    """A run directory and what is written to it; columns that begin with `eval_` are shown and drawn."""
 
     def __init__(self, args, name: str):
         self.args, self.metrics, self.interrupted = args, defaultdict(list), False
@@ -204,7 +143,7 @@ class Run:
         if self.world > 1:
             dist.broadcast_object_list(paths)
         self.path = paths[0]
-        with contextlib.suppress(ValueError):  # raised outside the main thread, which alone is interrupted
+        with contextlib.suppress(ValueError):  # outside the main thread, which alone is interrupted
             signal.signal(signal.SIGINT, self.interrupt)
 
     def interrupt(self, *_):
@@ -217,12 +156,12 @@ class Run:
             dist.barrier()
 
     def checkpoints(self, state: dict, policy, **parts):
-        """What `save` writes; --resume reads it back here, in place. The random numbers of the run start here."""
+        """What `save` writes; --resume reads it back here, in place. Random numbers start here."""
         torch.manual_seed(self.args.seed + 1000 * self.rank)
         self.policy, self.best_policy = policy, copy.deepcopy(policy)
         self.progress = dict(iteration=0, wall_s=0.0, best=-math.inf, over=False, rows=[])
-        self.parts = dict(settings=dict(world=self.world), progress=self.progress, state=state, **parts)
-        self.parts |= dict(policy=policy, best_policy=self.best_policy)
+        self.parts = dict(settings=dict(world=self.world), progress=self.progress, state=state)
+        self.parts |= dict(policy=policy, best_policy=self.best_policy) | parts
         self.checkpoint = self.path / f"checkpoint{self.rank or ''}.pt"
         if self.checkpoint.exists():
             load_parts(self.checkpoint, self.parts, self.args.device)
@@ -230,13 +169,12 @@ class Run:
             if self.args.track:
                 import wandb
 
-                wandb.init(project="rldt", name=self.path.name, config=vars(self.args), sync_tensorboard=True)
+                wandb.init(project="rldt", config=vars(self.args), dir=self.path, sync_tensorboard=True)
             self.writer = SummaryWriter(str(self.path), purge_step=state["env_steps"] + 1)
-            form = "{percentage:3.0f}% |{bar}| {elapsed}<{remaining}"
-            self.bar = tqdm(total=100, bar_format=form, dynamic_ncols=True)
+            self.bar = tqdm(total=100, bar_format="{percentage:3.0f}% |{bar}| {elapsed}<{remaining}")
 
     def iterations(self):
-        """Yields (iteration, spent); spent, the share of the budget that is used up, reaches 1 once, at the end."""
+        """Yields (iteration, spent); spent, the budget's share that is used, is 1 once, at the end."""
         done = self.progress
         while not done["over"]:
             by_count = done["iteration"] / (self.args.iterations or math.inf)
@@ -257,16 +195,16 @@ class Run:
             self.metrics[key].append(value)
 
     def log(self, row: dict, env_steps: int):
-        """Ends an iteration with a row of metrics.csv. Raises FloatingPointError where a number is not finite."""
+        """Ends an iteration with a row of metrics.csv. Raises FloatingPointError on NaN and infinity."""
         done = self.progress
         elapsed = torch.tensor(time.perf_counter() - self.start, device=self.args.device)
         done["wall_s"] += average(elapsed).item()
-        row = {key: float(value) for key, value in row.items()}  # no numpy scalars: a checkpoint holds them
+        row = {key: float(value) for key, value in row.items()}  # a checkpoint holds no numpy scalars
         row = dict(iteration=done["iteration"], env_steps=env_steps, wall_s=done["wall_s"]) | row
         row |= {key: torch.stack(values).mean().item() for key, values in self.metrics.items()}
         for key, value in row.items():
             if not math.isfinite(value):
-                raise FloatingPointError(f"{key} became {value}; the last good checkpoint is {self.checkpoint}")
+                raise FloatingPointError(f"{key} became {value}; {self.checkpoint} is from before")
         self.metrics.clear()
         done["rows"].append(row)
         done["iteration"] += 1
@@ -275,13 +213,15 @@ class Run:
             write_atomically(self.path / "metrics.csv", self.write_rows)
             for key, value in row.items():
                 self.writer.add_scalar(key if "/" in key else f"charts/{key}", value, env_steps)
-            if shown := [f"{key} {value:.4g}" for key, value in row.items() if key.startswith("eval_")]:
+            shown = [f"{key} {value:.4g}" for key, value in row.items() if key.startswith("eval_")]
+            if shown:
                 tqdm.write(f"{env_steps} steps, {done['wall_s']:.0f} s: {', '.join(shown)}")
             self.bar.update(100 * self.spent - self.bar.n)
 
     def write_rows(self, path: Path):
         with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, dict.fromkeys(key for row in self.progress["rows"] for key in row))
+            columns = dict.fromkeys(key for row in self.progress["rows"] for key in row)
+            writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(self.progress["rows"])
 
@@ -300,8 +240,10 @@ class Run:
     def finish(self, score: str, measure, **results) -> dict:
         """Writes policy, curve.png and result.json, whose contents it returns.
 
-        The policy with the best `score`, a column, is measured again where it is not the last one.
+        Where an earlier policy had a higher `score`, a column, it is measured again, and kept as well.
         """
+        import matplotlib.pyplot as plt
+
         rows = self.progress["rows"]
         best = final = {key: value for key, value in rows[-1].items() if key.startswith("eval_")}
         self.policy.save(self.path / "policy.safetensors")
@@ -310,33 +252,23 @@ class Run:
             best = max(final, measure(self.best_policy), key=lambda scores: scores[score])
         for name, scores in ("base", rows[0]), ("final", final), ("best", best):
             results |= {key.replace("eval", name): float(scores[key]) for key in final}
-        results |= dict(date=time.strftime("%Y-%m-%d"), wall_s=self.progress["wall_s"], commit=git_commit())
+        folder = shlex.quote(str(Path(__file__).parent))
+        command = f"git -C {folder} describe --always --dirty --exclude='*'"
+        status, commit = subprocess.getstatusoutput(command)
+        results |= dict(commit="unknown" if status else commit, date=time.strftime("%Y-%m-%d"))
         results["versions"] = {name: version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
         results["args"] = json.loads((self.path / "args.json").read_text())
-        write_atomically(self.path / "result.json", lambda p: p.write_text(json.dumps(results, indent=2)))
-        self.plot(final)
+        results["wall_s"] = self.progress["wall_s"]
+        text = json.dumps(results, indent=2)
+        write_atomically(self.path / "result.json", lambda p: p.write_text(text))
+        for key in final:
+            points = [(row["env_steps"], row[key]) for row in rows if key in row]
+            plt.plot(*zip(*points, strict=True), "o-", label=key)
+        plt.xlabel("environment steps")
+        plt.legend()
+        plt.savefig(self.path / "curve.png")
+        plt.close()
         self.writer.close()
         self.bar.close()
         tqdm.write(f"Results in {self.path}")
         return results
-
-    def plot(self, columns):
-        """curve.png: some columns against environment steps."""
-        import matplotlib.pyplot as plt
-
-        figure, axis = plt.subplots()
-        for key in columns:
-            points = [(row["env_steps"], row[key]) for row in self.progress["rows"] if key in row]
-            axis.plot(*zip(*points, strict=True), "o-", label=key)
-        axis.set(xlabel="environment steps", title=self.path.name)
-        axis.legend()
-        figure.savefig(self.path / "curve.png")
-        plt.close(figure)
-
-
-def git_commit() -> str:
-    """Short hash of the checkout, with -dirty where tracked files differ from it."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or no checkout
-        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
-    return "unknown"

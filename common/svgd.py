@@ -1,4 +1,4 @@
-"""Stein variational gradient descent (Liu and Wang 2016): the transport field of eq. (6), and a gradient of Q without its derivative."""
+"""Stein variational gradient descent (Liu and Wang 2016): the transport field of eq. (6)."""
 
 import math
 
@@ -31,7 +31,7 @@ def transport_field(
 ) -> torch.Tensor:
     """The direction phi in which the action density at `query` moves toward exp(Q / alpha), eq. (6).
 
-    rbf:   phi(x_i) = 1/P sum_j [ kappa(x_i, a_j) grad Q(a_j) + alpha' kappa(x_i, a_j) (x_i - a_j) / h_i ]
+    rbf:   phi(x_i) = 1/P sum_j kappa(x_i, a_j) [ grad Q(a_j) + alpha' (x_i - a_j) / h_i ]
     delta: phi(x_i) = grad Q(x_i), so `particles` must be the query points themselves
 
     The repulsion is scaled to the critic, alpha' = alpha * mean_j |grad Q(a_j)|, one number per state.
@@ -41,7 +41,8 @@ def transport_field(
     Raises: ValueError on an unknown kernel or shapes that do not fit.
     """
     if particles.shape != grad_q.shape or query.shape[::2] != particles.shape[::2]:
-        raise ValueError(f"shapes do not fit: query {(*query.shape,)}, particles {(*particles.shape,)}, grad_q {(*grad_q.shape,)}")
+        shapes = tuple(query.shape), tuple(particles.shape), tuple(grad_q.shape)
+        raise ValueError("shapes of query {}, particles {} and grad_q {} do not fit".format(*shapes))
     if kernel == "delta":
         if query.shape != particles.shape:
             raise ValueError("the delta kernel needs the gradient of Q at the query points themselves")
@@ -56,12 +57,12 @@ def transport_field(
 
 
 def particle_gradient(q: torch.Tensor, particles: torch.Tensor) -> torch.Tensor:
-    """Q (B, P) at particles (B, P, D) -> (B, P, D), from each particle to the mean of those of its state, weighted by exp(Q / tau).
+    """A gradient of Q (B, P) at particles (B, P, D) without its derivative, (B, P, D).
 
-    tau is the root mean square, over the states, of the standard deviation of Q over the particles: where Q hardly depends on the action, the
-    weights are equal, whatever a critic's errors are. Weighted so, particles of the policy pi stand for pi exp(Q / tau), and the direction is
-    the score of a round Gaussian about their mean, times its variance: it needs Q only where the policy already goes. Ours; the weights are
-    those of self-normalised importance sampling.
+    It points from each particle to the mean of its state's particles, weighted by exp(Q / tau), the
+    weights of self-normalised importance sampling: so weighted, they stand for pi exp(Q / tau). tau is the
+    root mean square, over states, of the deviation of Q over particles. Where Q hardly depends on the
+    action, the weights are equal. Q is needed only where the policy already goes. Ours.
     """
     away = q - q.mean(-1, keepdim=True)
     weight = torch.softmax(away / (away.square().mean().sqrt() + 1e-8), -1)

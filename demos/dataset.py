@@ -31,9 +31,27 @@ class Demonstrations:
     rewards: np.ndarray | None = None  # (steps,) or None where the file has none
     normalization: dict | None = None  # the file's own obs_min, obs_max, action_min, action_max, if any
 
+    def limits(self) -> dict[str, np.ndarray]:
+        """What becomes -1 and 1 in the networks: the file's own limits, or the range of the data."""
+        if self.normalization:
+            return self.normalization
+        return {
+            "obs_min": self.observations.min(0), "obs_max": self.observations.max(0),
+            "action_min": self.actions.min(0), "action_max": self.actions.max(0),
+        }  # fmt: skip
+
     def returns(self) -> np.ndarray:
         """Undiscounted return of each episode, (episodes,)."""
         return np.add.reduceat(self.rewards, np.r_[0, self.episode_ends[:-1]])
+
+
+def chunk_starts(episode_ends: np.ndarray, length: int) -> np.ndarray:
+    """Steps (n,) at which a chunk of `length` actions begins that lies inside an episode."""
+    episodes = zip([0, *episode_ends[:-1]], episode_ends, strict=True)
+    starts = np.concatenate([np.arange(start, end - length + 1) for start, end in episodes])
+    if len(starts) < 20:
+        raise DatasetError(f"{len(starts)} chunks of {length} steps are too few to clone, 20 the least.")
+    return starts.astype(np.int64)
 
 
 def check(data: Demonstrations, path) -> Demonstrations:
