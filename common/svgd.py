@@ -60,9 +60,9 @@ def particle_gradient(q: torch.Tensor, particles: torch.Tensor) -> torch.Tensor:
     """A gradient of Q (B, P) at particles (B, P, D) without its derivative, (B, P, D).
 
     It points from each particle to the mean of its state's particles, weighted by exp(Q / tau), the
-    weights of self-normalised importance sampling: so weighted, they stand for pi exp(Q / tau). tau is the
-    root mean square, over states, of the deviation of Q over particles. Where Q hardly depends on the
-    action, the weights are equal. Q is needed only where the policy already goes. Ours.
+    weights of self-normalised importance sampling: so weighted, they stand for pi exp(Q / tau). tau is
+    the root mean square, over states, of the deviation of Q over particles. Where Q hardly depends on
+    the action, the weights are equal. Q is needed only where the policy already goes. Ours.
     """
     away = q - q.mean(-1, keepdim=True)
     weight = torch.softmax(away / (away.square().mean().sqrt() + 1e-8), -1)
