@@ -10,6 +10,9 @@ from demos.hdf5 import DatasetError, check_array, in_order, join, reading, requi
 from envs.furniture_mujoco import FURNITURE
 
 
+DEMOS = Path(__file__).parent
+
+
 def load(path: str | Path, furniture: str, max_episodes: int = 0) -> dict:
     """Reads demonstrations from data/demo_i/{actions, rewards, obs/state} of an HDF5 file.
 
@@ -39,3 +42,14 @@ def load(path: str | Path, furniture: str, max_episodes: int = 0) -> dict:
         if meta["furniture"] != furniture:
             raise DatasetError(f"{path}: holds {meta['furniture']}, not {furniture}")
         return join(path, episodes(file["data"]), max_episodes) | {"meta": meta}
+
+
+def get(furniture: str, randomness: str, source: Path | None, max_episodes: int = 0) -> dict:
+    """The given demonstrations, or those of the scripted assembler, made when they are first needed."""
+    path = source or DEMOS / furniture / f"{randomness}.hdf5"
+    if source is None and not path.exists():
+        from demos.make_furniture_demos import Args, make  # only here: most runs have demonstrations
+
+        print(f"Recording demonstrations of the scripted assembler in MuJoCo to {path} ...")
+        make(Args(furniture=furniture, randomness=randomness, out=path))
+    return load(path, furniture, max_episodes)
