@@ -1,16 +1,20 @@
-"""What the critic of a run believes, against what its policy gets.
+"""Is the critic of a run right, and does its actor follow it?
 
+    python rldt_gym.py --env-id Walker2d-v4
     python -m benchmark.critic_diagnostics RUN_DIR ...  # writes benchmark/results/critic_diagnostics.csv
 
-Rolls out the sampled policy of each run's checkpoint, without exploration noise, and compares Q(s, a) with
-the discounted return of the rest of the episode, in the critic's units (rewards divided by the run's
-reward_scale, gamma per chunk). Where the time limit cuts an episode off, its last chunks' mean reward is
-taken to go on forever, since the critic bootstraps through time limits. `q` is the mean of the two networks,
-`q_min` the smaller. Correlations are also given after removing, at each time step, the mean over episodes:
-what is left is whether the critic tells better states and actions from worse ones at the same time.
+Is it right? The final policy is rolled out without exploration noise, and Q(s, a) is compared with the
+discounted return of the rest of the episode, in units of the run's reward_scale. Where the time limit
+cuts an episode off, the mean reward of its last chunks is taken to go on. `correlation_within_time` is
+of what is left after removing, at each time step, the mean over episodes: does the critic tell better
+states and actions from worse at the same time?
+
+Does the actor follow? The policy is evaluated with every chunk moved by `steps` along the critic's
+gradient, normalised by its mean length. A return that rises: the gradient is right and the actor lags.
+A return that falls: the gradient is not to be trusted at this policy.
 """
 
-import itertools
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,47 +23,73 @@ import torch
 import tyro
 
 import rldt_gym
-from benchmark.tools import RESULTS, Run, load_run, write_csv
+from benchmark.tools import RESULTS, markdown, replace_rows
+from common.flow import FlowPolicy
 from envs.vector import VectorEnv
+
+TAIL = 25  # chunks whose mean reward continues an episode that the time limit cut off
 
 
 @dataclass
 class Args:
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run directories."""
-    episodes: int = 50
-    """Episodes rolled out per run."""
-    tail: int = 25
-    """Chunks whose mean reward continues an episode cut off by the time limit."""
-    bins: int = 5
-    """Time bins for which bias is also given."""
-    states: int = 1024
-    """Visited states at which the transport field and the distance to the base are measured."""
-    seed: int = 12345
-    """Seed of environments and noise."""
-    out: Path = RESULTS / "critic_diagnostics.csv"
-    """CSV to write."""
+    runs: tyro.conf.Positional[tuple[Path, ...]]  # run directories
+    episodes: int = 40  # per evaluation
+    steps: tuple[float, ...] = (-0.2, 0.0, 0.1, 0.2, 0.4)  # in the norm of a normalised chunk
+    seed: int = 12345  # of environments and noise
+    out: Path = RESULTS / "critic_diagnostics.csv"  # CSV to write
+
+
+@dataclass
+class Run:
+    """What the directory of a finished run holds."""
+
+    name: str
+    args: rldt_gym.Args
+    policy: FlowPolicy
+    base: FlowPolicy
+    critic: rldt_gym.Critic
+    target: rldt_gym.Critic
+    reward_scale: float
+    states: torch.Tensor  # (n, obs_dim) the normalised observations of the replay
+
+
+def load_run(path: Path, script=rldt_gym) -> Run:
+    """Reads a run of rldt_gym.py, or of a baseline with the same critic and replay, onto the CPU.
+
+    Raises SystemExit where there is no finished run.
+    """
+    args = script.parse_args([f"--evaluate={path}", "--device=cpu"])
+    policy, base = (FlowPolicy.load(path / f"{name}.safetensors") for name in ("policy", "base"))
+    saved = torch.load(path / "checkpoint.pt", map_location="cpu", weights_only=True)
+    sizes = policy.obs_dim, policy.action_size, args.critic_layer_norm
+    critic, target = rldt_gym.Critic(*sizes), rldt_gym.Critic(*sizes)
+    critic.load_state_dict(saved["critic"])
+    target.load_state_dict(saved["target"])
+    rollouts = [torch.load(slot, map_location="cpu") for slot in path.glob("checkpoint.replay*")]
+    states = torch.cat([rollout["obs"].flatten(0, 1) for rollout in rollouts])
+    scale = saved["state"]["reward_scale"]
+    return Run(path.resolve().name, args, policy, base, critic, target, scale, states)
 
 
 @torch.no_grad()
 def roll_out(run: Run, args: Args) -> dict[str, np.ndarray]:
-    """One episode per environment; arrays (T, N), and obs (T, N, obs_dim), `alive` where a chunk was executed."""
-    envs = VectorEnv(run.args.env_id, args.episodes, run.policy.chunk, run.args.backend, args.seed)
-    envs.reset()
-    alive, steps = np.ones(args.episodes, bool), []
+    """One episode per environment, arrays (T, N); alive: a chunk was executed."""
+    envs = VectorEnv(run.args.env_id, args.episodes, run.policy.chunk)
+    envs.reset(args.seed)
+    alive, rows = np.ones(args.episodes, bool), []
     while alive.any():
         obs = run.policy.normalize(envs.obs)  # (N, obs_dim)
         action = run.policy.sample(obs)  # (N, D)
-        q = run.critic(obs, action)  # (2, N)
-        _, reward, terminated, truncated, _ = envs.step(run.policy.to_env(action), alive)
-        steps.append(dict(obs=obs.numpy(), q=q.mean(0).numpy(), q_min=q.amin(0).numpy(), reward=reward,
-                          truncated=truncated & alive, alive=alive.copy()))  # fmt: skip
-        alive &= ~(terminated | truncated)
+        q = run.critic(obs, action).mean(0)
+        step = envs.step(run.policy.to_env(action), alive)
+        row = dict(q=q.numpy(), reward=step.reward, alive=alive.copy())
+        rows.append(row | dict(truncated=step.truncated & alive))
+        alive &= ~(step.terminated | step.truncated)
     envs.close()
-    return {key: np.stack([step[key] for step in steps]) for key in steps[0]}
+    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
-def monte_carlo(data: dict, reward_scale: float, gamma: float, tail: int) -> np.ndarray:
+def monte_carlo(data: dict, reward_scale: float, gamma: float, tail: int = TAIL) -> np.ndarray:
     """Discounted return of the rest of each episode, (T, N), 0 after its end."""
     reward, result = data["reward"] / reward_scale, np.zeros_like(data["reward"])
     after = np.zeros(reward.shape[1])
@@ -77,56 +107,55 @@ def compare(q: np.ndarray, y: np.ndarray, alive: np.ndarray) -> dict[str, float]
     centred = [(x - (x * alive).sum(1, keepdims=True) / count)[alive & (count > 1)] for x in (q, y)]
     error = (q - y)[alive]
     return {
-        "bias": error.mean(), "rmse": np.sqrt((error**2).mean()), "correlation": np.corrcoef(q[alive], y[alive])[0, 1],
+        "bias": error.mean(),
+        "rmse": np.sqrt((error**2).mean()),
+        "correlation": np.corrcoef(q[alive], y[alive])[0, 1],
         "correlation_within_time": np.corrcoef(*centred)[0, 1],
-    }  # fmt: skip
+    }
+
+
+def moved(policy: FlowPolicy, critic: rldt_gym.Critic, length: float) -> FlowPolicy:
+    """The policy with every chunk moved along the critic's gradient."""
+    result = copy.copy(policy)
+
+    def sample(obs: torch.Tensor, x0: torch.Tensor | None = None) -> torch.Tensor:
+        action = policy.sample(obs, x0).float()
+        with torch.enable_grad():
+            leaf = action.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(critic(obs, leaf).mean(0).sum(), leaf)
+        return action + length * gradient / gradient.norm(dim=-1).mean()
+
+    result.sample = sample
+    return result
 
 
 def diagnose(run: Run, args: Args) -> dict[str, float]:
+    """The columns of one run."""
     torch.manual_seed(args.seed)
-    data = roll_out(run, args)
-    alive, y = data["alive"], monte_carlo(data, run.reward_scale, run.args.gamma, args.tail)
-    result = {"episodes": args.episodes, "return_noise": (data["reward"] * alive).sum(0).mean()}
-    zero = rldt_gym.evaluate(run.policy, run.args, args.episodes, args.seed + 1)
-    base = rldt_gym.evaluate(run.base, run.args, args.episodes, args.seed + 1)
-    result |= {"return_zero": zero["zero"].mean(), "base_return_zero": base["zero"].mean(),
-               "base_return_noise": base["noise"].mean(), "reward_scale": run.reward_scale,
-               "truncated_episodes": data["truncated"].any(0).mean(), "monte_carlo": y[alive].mean()}  # fmt: skip
-    for name in "q", "q_min":
-        result |= {name: data[name][alive].mean()}
-        result |= {f"{name}_{key}": value for key, value in compare(data[name], y, alive).items()}
-    edges = np.linspace(0, len(y), args.bins + 1).astype(int)
-    for start, end in itertools.pairwise(edges):
-        if alive[start:end].any():
-            result[f"q_bias_chunks_{start}_{end - 1}"] = (data["q"] - y)[start:end][alive[start:end]].mean()
-
-    obs = torch.as_tensor(data["obs"][alive])
-    obs = obs[torch.randperm(len(obs))[: args.states]]
-    trajectory = run.policy.sample(obs[:, None].expand(-1, run.args.n_particles, -1), trajectory=True)
-    *_, metrics = rldt_gym.actor_losses(run.policy.velocity, run.reference, run.critic, obs, trajectory, run.args)
-    for key in "phi_norm", "grad_q_norm", "particle_distance":
-        result[key] = metrics[f"diagnostics/{key}"].item()
-    with torch.no_grad():  # at x_0 ~ N(0, I), t = 0, and along the policy's own trajectories
-        x, K = trajectory[:-1, :, 0], run.args.euler_steps  # (K, n, D)
-        t = (torch.arange(K) / K)[:, None].expand(-1, len(obs))
-        v, v_base = (net.velocity(x, t, obs.expand(K, -1, -1)) for net in (run.policy, run.base))
-        distance = (v - v_base).norm(dim=-1).mean(1)  # (K,)
-    return result | {"base_distance_t0": distance[0].item(), "base_distance": distance.mean().item(),
-                     "velocity_norm": v.norm(dim=-1).mean().item()}  # fmt: skip
+    data, cfg = roll_out(run, args), run.args
+    alive, y = data["alive"], monte_carlo(data, run.reward_scale, cfg.gamma)
+    result = {"reward_scale": run.reward_scale, "monte_carlo": y[alive].mean()}
+    result["q"] = data["q"][alive].mean()
+    result |= compare(data["q"], y, alive)
+    for length in args.steps:
+        policy = moved(run.policy, run.critic, length)
+        scores = rldt_gym.evaluate(policy, cfg, args.episodes, args.seed + 1)
+        result[f"moved_zero_{length:g}"] = scores["eval_return"]
+        result[f"moved_noise_{length:g}"] = scores["eval_return_sampled"]
+    return result
 
 
 def main(args: Args):
     torch.set_num_threads(1)
-    rows = []
     for path in args.runs:
         run = load_run(path)
-        print(f"\n{run.name}")
-        for quantity, value in diagnose(run, args).items():
-            print(f"  {quantity:28} {value:10.4g}")
-            cfg = run.args
-            rows.append({"run": run.name, "task": cfg.env_id, "method": cfg.exp_name, "seed": cfg.seed,
-                         "quantity": quantity, "value": float(value)})  # fmt: skip
-    write_csv(args.out, rows)
+        row = dict(task=run.args.env_id, run=run.args.exp_name, seed=run.args.seed)
+        row |= {key: float(value) for key, value in diagnose(run, args).items()}
+        default = rldt_gym.parse_args([])
+        changed = {k: v for k, v in vars(run.args).items() if v != getattr(default, k)}
+        row["args"] = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in changed.items())
+        print(markdown([{"quantity": key, "value": value} for key, value in row.items()]))
+        replace_rows(args.out, [row], ("task", "run", "seed"))
 
 
 if __name__ == "__main__":

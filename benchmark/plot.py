@@ -2,16 +2,13 @@
 
     python -m benchmark.plot                            # writes docs/images/*.png, but for bandit.png
 
-The figures baselines*.png need rliable (Agarwal et al. 2021): pip install -r baselines/requirements.txt
+The figure baselines_reliability.png needs rliable (Agarwal et al. 2021), see baselines/requirements.txt.
 
 Figures of the paper: 2 (baselines.png), 3 (success*.png), 4 (gradient_norms.png), 5 and 8
-(kernels*.png), 6 and 7 (ablations.png). Bands are the range over seeds. In baselines*.png lines and
-ticks are interquartile means, bands and bars 95 % stratified bootstrap intervals; of three seeds these
-are the mean and the range.
+(kernels*.png), 6 and 7 (ablations.png). Lines are means and bands the range over seeds.
 """
 
 import importlib.util
-import itertools
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,23 +24,14 @@ STARTS = {  # column in the curves, label, base column, colour
     "eval_return_sampled": ("sampled, x₀ ~ N(0, I)", "base_return_sampled", COLORS["orange"]),
 }
 AXES = {"env_steps": (1e6, "environment steps (millions)"), "wall_s": (60, "wall time (minutes)")}
-KERNELS = {
-    "rldt": ("RBF kernel", COLORS["green"]),
-    "rldt-delta": ("delta kernel", COLORS["purple"]),
-}
-DIAGNOSTICS = {"constraint": "constraint loss, eq. (15)", "phi_norm": "mean |φ|"}
+KERNELS = {"rldt": ("RBF kernel", COLORS["green"]), "rldt-delta": ("delta kernel", COLORS["purple"])}
+DIAGNOSTICS = {"losses/constraint": "constraint loss, eq. (15)", "diagnostics/phi_norm": "mean |φ|"}
 METHODS = {  # name and colour in the comparison, in its order
-    "rldt": ("RLDT", "#d6604d"),
-    "rldt-delta": ("RLDT-Delta", "#f4a582"),
-    "qam": ("QAM", "#2166ac"),
-    "reinflow": ("ReinFlow", "#1b7837"),
-    "dppo": ("DPPO (flow)", "#762a83"),
-    "dppo-diffusion": ("DPPO (diffusion)", "#c2a5cf"),
-    "fpo": ("FPO", "#e08214"),
-    "fpo++": ("FPO++", "#fdb863"),
-    "best-of-n": ("best of N", "#4d4d4d"),
-    "sac": ("SAC", "#969696"),
-}
+    "rldt": ("RLDT", "#d6604d"), "rldt-delta": ("RLDT-Delta", "#f4a582"), "qam": ("QAM", "#2166ac"),
+    "reinflow": ("ReinFlow", "#1b7837"), "dppo": ("DPPO (flow)", "#762a83"),
+    "dppo-diffusion": ("DPPO (diffusion)", "#c2a5cf"), "fpo": ("FPO", "#e08214"),
+    "fpo++": ("FPO++", "#fdb863"), "best-of-n": ("best of N", "#4d4d4d"), "sac": ("SAC", "#969696"),
+}  # fmt: skip
 SAME_BASE = ("rldt", "qam", "dppo", "fpo", "fpo++")  # start from the same flow and sample it alike
 REPS = 2000  # bootstrap repetitions
 
@@ -54,7 +42,6 @@ class Args:
     images: Path = IMAGES  # directory to write figures to
 
 
-# ------------------------------------------------------------------------------------------- helpers
 def load_curves(path: Path) -> dict[tuple[str, str, str, str], list[dict]]:
     """The points of each run in curves.csv, by table, task, method and seed."""
     curves = defaultdict(list)
@@ -76,12 +63,6 @@ def interpolated(runs: list[list[dict]], x: str, y: str) -> tuple[np.ndarray, np
     return grid, np.stack([np.interp(grid, xs, ys) for xs, ys in found])
 
 
-def band(axis, grid: np.ndarray, values: np.ndarray, label: str, color: str):
-    """Mean and range over seeds."""
-    axis.plot(grid, values.mean(0), color=color, label=label)
-    axis.fill_between(grid, values.min(0), values.max(0), color=color, alpha=0.18, lw=0)
-
-
 def legend_below(figure, axes, columns: int):
     """One legend below the panels, with each label once."""
     entries = {}
@@ -97,8 +78,7 @@ def mean(rows: list[dict], column: str) -> float:
 
 def titled(row: dict) -> str:
     """A run's task, and its simulator where there are two."""
-    simulators = {"mujoco": " (MuJoCo)", "isaac": " (Isaac Gym)"}
-    return row["task"] + simulators.get(row.get("backend"), "")
+    return row["task"] + {"mujoco": " (MuJoCo)", "isaac": " (Isaac Gym)"}.get(row.get("backend"), "")
 
 
 def measured(row: dict) -> tuple[str, float | None]:
@@ -108,25 +88,43 @@ def measured(row: dict) -> tuple[str, float | None]:
     return ("stages", 2.0) if row["task"].startswith("lamp") else ("success", 1.0)
 
 
-# ---------------------------------------------------------------------------------------------- RLDT
-def plot_returns(plt, rows: list[dict], curves: dict, path: Path):
-    """Return against environment steps and wall time, a column per task."""
+def band(axis, grid: np.ndarray, values: np.ndarray, label: str, color: str):
+    """Mean and range over seeds."""
+    axis.plot(grid, values.mean(0), color=color, label=label)
+    axis.fill_between(grid, values.min(0), values.max(0), color=color, alpha=0.18, lw=0)
+
+
+def return_panels(plt, rows: list[dict], draw: Callable, ylabel: str):
+    """Panels against environment steps and against wall time, a column per task.
+
+    draw(axis, rows of the task, column of x, scale of x) fills a panel.
+    """
     tasks = group(rows, "task")
-    size = (3.6 * len(tasks) + 0.4, 5.6)
+    size = (3.6 * len(tasks) + 0.4, 6)
     figure, axes = plt.subplots(2, len(tasks), figsize=size, squeeze=False, sharey="col")
     for column, (task, members) in enumerate(tasks.items()):
-        runs = [curves["gym", task, row["method"], row["seed"]] for row in members]
         for axis, (x, (scale, label)) in zip(axes[:, column], AXES.items(), strict=True):
-            for y, (name, base, color) in STARTS.items():
-                grid, values = interpolated(runs, x, y)
-                band(axis, grid / scale, values, name, color)
-                axis.axhline(mean(members, base), color=color, lw=1, ls="--")
-            axis.axhline(np.nan, color=COLORS["grey"], lw=1, ls="--", label="base policy")
+            draw(axis, members, x, scale)
             axis.set_xlabel(label)
             axis.set_xlim(left=0)
-        axes[0, column].set_title(f"{task} ({len(members)} seeds)")
+        axes[0, column].set_title(task)
     for axis in axes[:, 0]:
-        axis.set_ylabel("return")
+        axis.set_ylabel(ylabel)
+    return figure, axes
+
+
+def plot_returns(plt, rows: list[dict], curves: dict, path: Path):
+    """Return of RLDT, from both starts, beside the base policy's."""
+
+    def draw(axis, members: list[dict], x: str, scale: float):
+        runs = [curves["gym", row["task"], row["method"], row["seed"]] for row in members]
+        for y, (name, base, color) in STARTS.items():
+            grid, values = interpolated(runs, x, y)
+            band(axis, grid / scale, values, name, color)
+            axis.axhline(mean(members, base), color=color, lw=1, ls="--")
+        axis.axhline(np.nan, color=COLORS["grey"], lw=1, ls="--", label="base policy")
+
+    figure, axes = return_panels(plt, rows, draw, "return")
     legend_below(figure, axes[0, 0], 3)
     save_figure(figure, path)
 
@@ -159,8 +157,7 @@ def plot_success(plt, rows: list[dict], curves: dict, table: str, path: Path):
     """
     tasks = group(rows, "task")
     figure, axes = plt.subplots(1, len(tasks), figsize=(3.6 * len(tasks) + 0.4, 3.4), squeeze=False)
-    methods = dict.fromkeys(row["method"] for row in rows)
-    colors = dict(zip(methods, itertools.cycle(COLORS.values()), strict=False))
+    colors = {"rldt": COLORS["blue"], "rldt-delta": COLORS["orange"]}
     for axis, (task, members) in zip(axes[0], tasks.items(), strict=True):
         what, most = measured(members[0])
         lines = ((f"eval_{what}", "o-", "x₀ = 0"), (f"eval_{what}_sampled", "o:", "sampled"))
@@ -203,77 +200,47 @@ def plot_kernels(plt, rows: list[dict], curves: dict, table: str, path: Path):
 
 def plot_gradient_norms(plt, rows: list[dict], path: Path):
     """Share of each ODE step in the norm of the actor's gradient, a panel per loss."""
-    titles = {
-        "literal": "eq. (13) as printed: weight 1 - t",
-        "authors": "authors' code: weight 1 / (1 - t)",
-        "adjoint": "QAM: adjoint matching",
-    }
-    losses = group([row for row in rows if row["term"] == "total"], "loss")
-    size = (0.6 + 4.2 * len(losses), 3.2)
-    figure, axes = plt.subplots(1, len(losses), figsize=size, sharey=True, squeeze=False)
+    titles = {"literal": "eq. (13) as printed: weight 1 - t", "adjoint": "QAM: adjoint matching"}
+    titles |= {"authors": "authors' code: weight 1 / (1 - t)"}
+    losses = group(rows, "loss")
+    figure, axes = plt.subplots(1, len(losses), figsize=(0.6 + 4.2 * len(losses), 3.2), sharey=True)
     looks = ((-0.2, COLORS["blue"]), (0.2, COLORS["orange"]))
-    for axis, (loss, members) in zip(axes[0], losses.items(), strict=True):
+    for axis, (loss, members) in zip(axes, losses.items(), strict=True):
         for (stage, steps), (offset, color) in zip(group(members, "stage").items(), looks, strict=True):
             ks = [int(row["k"]) + offset for row in steps]
             axis.bar(ks, [float(row["share"]) for row in steps], 0.38, color=color, label=stage)
         axis.axhline(1 / len(steps), color=COLORS["grey"], lw=1, ls="--", label="even")
         axis.set(title=titles[loss], xlabel="ODE step k", xticks=range(len(steps)))
         axis.grid(axis="x", visible=False)
-    axes[0, 0].set_ylabel("share of the gradient norm")
-    axes[0, 0].legend()
+    axes[0].set_ylabel("share of the gradient norm")
+    axes[0].legend()
     save_figure(figure, path)
 
 
 def plot_pretraining(plt, rows: list[dict], path: Path):
     """Success of a clone from x_0 = 0, with its interval, against training steps."""
     figure, axis = plt.subplots(figsize=(6, 4))
-    for task, members in group(rows, "task").items():
-        for variant, points in group(members, "variant").items():
-            columns = ("step", "success_zero", "success_zero_low", "success_zero_high")
-            x, y, low, high = ([float(point[column]) for point in points] for column in columns)
-            axis.plot(x, y, "o-", label=f"{task}, {variant}")
-            axis.fill_between(x, low, high, alpha=0.15)
+    columns = ("step", "success_zero", "success_zero_low", "success_zero_high")
+    for variant, points in group(rows, "variant").items():
+        x, y, low, high = ([float(point[column]) for point in points] for column in columns)
+        axis.plot(x, y, "o-", label=f"{points[0]['task']}, {variant}")
+        axis.fill_between(x, low, high, alpha=0.15)
     axis.set(xlabel="training steps", ylabel="success rate from $x_0=0$ (MuJoCo)", ylim=(-0.02, 1.02))
     axis.legend(loc="center right", fontsize=8)
     save_figure(figure, path)
 
 
-# ----------------------------------------------------------------------------------------- comparison
-def interval(scores: dict[str, np.ndarray], func) -> tuple[dict, dict]:
-    """Estimates and 95 % intervals of func over runs and tasks, scores (runs, tasks, ...)."""
-    from rliable import library
-
-    np.random.seed(0)  # noqa: NPY002, rliable draws from numpy's global generator
-    return library.get_interval_estimates(scores, func, reps=REPS)
-
-
-def iqm(values: np.ndarray) -> np.ndarray:
-    """Interquartile means over runs and tasks of scores (runs, tasks, points), (points,)."""
-    from scipy.stats import trim_mean
-
-    return trim_mean(values.reshape(-1, values.shape[-1]), 0.25, axis=0)
-
-
 def plot_comparison(plt, rows: list[dict], curves: dict, path: Path):
-    """Return from x_0 = 0 against steps and wall time, a column per task, a line per method."""
-    tasks = group(rows, "task")
-    size = (3.6 * len(tasks) + 0.4, 6)
-    figure, axes = plt.subplots(2, len(tasks), figsize=size, squeeze=False, sharey="col")
-    for column, (task, members) in enumerate(tasks.items()):
-        for axis, (x, (scale, label)) in zip(axes[:, column], AXES.items(), strict=True):
-            for method, seeds in group(members, "method").items():
-                runs = [curves["baselines", task, method, row["seed"]] for row in seeds]
-                grid, values = interpolated(runs, x, "eval_return")
-                middle, limits = interval({method: values[:, None]}, iqm)
-                name, color = METHODS[method]
-                axis.plot(grid / scale, middle[method], color=color, label=name)
-                axis.fill_between(grid / scale, *limits[method], color=color, alpha=0.18, lw=0)
-            axis.set_xlabel(label)
-            axis.set_xlim(left=0)
-        axes[0, column].set_title(task)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("return, IQM over seeds")
-    legend_below(figure, axes, min(5, 2 * len(tasks)))
+    """Return of every method from x_0 = 0."""
+
+    def draw(axis, members: list[dict], x: str, scale: float):
+        for method, seeds in group(members, "method").items():
+            runs = [curves["baselines", row["task"], method, row["seed"]] for row in seeds]
+            grid, values = interpolated(runs, x, "eval_return")
+            band(axis, grid / scale, values, *METHODS[method])
+
+    figure, axes = return_panels(plt, rows, draw, "return, mean over seeds")
+    legend_below(figure, axes, 5)
     save_figure(figure, path)
 
 
@@ -296,6 +263,14 @@ def final_scores(rows: list[dict], start: str = "") -> dict[str, np.ndarray]:
     return {method: (values - low) / (high - low) for method, values in scores.items()}
 
 
+def interval(scores: dict[str, np.ndarray], func) -> tuple[dict, dict]:
+    """Estimates and 95 % intervals of func over scores (seeds, tasks), by stratified bootstrap."""
+    from rliable import library
+
+    np.random.seed(0)  # noqa: NPY002, rliable draws from numpy's global generator
+    return library.get_interval_estimates(scores, lambda *x: np.array([func(*x)]), reps=REPS)
+
+
 def plot_bars(axis, methods: list[str], middle: dict, limits: dict):
     """A bar from the lower to the upper limit of each method, with a tick at its estimate."""
     for y, method in enumerate(methods):
@@ -306,20 +281,22 @@ def plot_bars(axis, methods: list[str], middle: dict, limits: dict):
     axis.set(yticks=range(len(methods)), yticklabels=[METHODS[method][0] for method in methods])
 
 
-def plot_reliability(plt, scores: dict[str, np.ndarray], path: Path):
+def plot_reliability(plt, scores: dict[str, np.ndarray], sampled: dict[str, np.ndarray], path: Path):
     """Interquartile means, performance profiles, and the probability that RLDT ends above each other."""
     from rliable import library, metrics
 
     size = (12, 0.9 + 0.35 * max(6, len(scores)))
+    for label, values in {"x₀ = 0": scores, "sampled": sampled}.items():
+        cells = [f"{METHODS[m][0]} {metrics.aggregate_iqm(v):.2f}" for m, v in values.items()]
+        print(f"IQM {label}, 0 at the base and 1 at the best mean: {', '.join(cells)}")
     figure, (means, profiles, chances) = plt.subplots(1, 3, figsize=size)
-    middle, limits = interval(scores, lambda x: np.array([metrics.aggregate_iqm(x)]))
+    middle, limits = interval(scores, metrics.aggregate_iqm)
     order = sorted(scores, key=lambda method: middle[method][0])
     plot_bars(means, order, middle, limits)
     means.set(xlabel="normalised final return", title="IQM over tasks and seeds")
 
-    lowest = min(0, *(values.min() for values in scores.values()))
-    highest = max(values.max() for values in scores.values())
-    tau = np.linspace(lowest, highest, 101)
+    every = np.concatenate([values.ravel() for values in scores.values()])
+    tau = np.linspace(min(0, every.min()), every.max(), 101)
     share, bounds = library.create_performance_profile(scores, tau, reps=REPS)
     for method in reversed(order):
         name, color = METHODS[method]
@@ -330,7 +307,7 @@ def plot_reliability(plt, scores: dict[str, np.ndarray], path: Path):
 
     others = [method for method in order if method != "rldt"]
     versus = {method: (scores["rldt"], scores[method]) for method in others}
-    middle, limits = interval(versus, lambda x, y: np.array([metrics.probability_of_improvement(x, y)]))
+    middle, limits = interval(versus, metrics.probability_of_improvement)
     plot_bars(chances, others, middle, limits)
     chances.axvline(0.5, color=COLORS["grey"], lw=1, ls="--")
     chances.set(xlim=(0, 1), xlabel="P(RLDT > method)", title="probability of improvement")
@@ -338,17 +315,12 @@ def plot_reliability(plt, scores: dict[str, np.ndarray], path: Path):
     save_figure(figure, path)
 
 
-# --------------------------------------------------------------------------------------------- tables
 def mean_std(values: np.ndarray) -> str:
-    """`mean ± std`, the population's standard deviation."""
     return f"{values.mean():.0f} ± {values.std():.0f}"
 
 
-def mean_interval(values: np.ndarray) -> str:
-    """`mean [low, high]`, 95 % by bootstrap."""
-    middle, limits = interval({"": values[:, None]}, lambda x: np.array([x.mean()]))
-    low, high = limits[""][:, 0]
-    return f"{middle[''][0]:.0f} [{low:.0f}, {high:.0f}]"
+def mean_range(values: np.ndarray) -> str:
+    return f"{values.mean():.0f} [{values.min():.0f}, {values.max():.0f}]"
 
 
 def returns_table(rows: list[dict], spread: Callable[[np.ndarray], str], throughput: list[dict]) -> str:
@@ -356,12 +328,9 @@ def returns_table(rows: list[dict], spread: Callable[[np.ndarray], str], through
     updates = [row for row in throughput if row["name"] == "training"]
     speeds = {(row["task"], row["variant"], row["unit"]): row["value"] for row in updates}
     columns = {
-        "base, x₀ = 0": "base_return",
-        "final, x₀ = 0": "final_return",
-        "best, x₀ = 0": "best_return",
-        "base, sampled": "base_return_sampled",
-        "final, sampled": "final_return_sampled",
-    }
+        "base, x₀ = 0": "base_return", "final, x₀ = 0": "final_return", "best, x₀ = 0": "best_return",
+        "base, sampled": "base_return_sampled", "final, sampled": "final_return_sampled",
+    }  # fmt: skip
     lines = []
     for task, members in group(rows, "task").items():
         for method, runs in group(members, "method").items():
@@ -380,18 +349,16 @@ def returns_table(rows: list[dict], spread: Callable[[np.ndarray], str], through
 
 def success_table(rows: list[dict]) -> str:
     """Success in percent with 95 % intervals, a line per run, and assembled pairs if any."""
-
-    def rate(row: dict, key: str) -> str:
-        value, low, high = (100 * float(row[key + end]) for end in ("", "_low", "_high"))
-        return f"{value:.0f} [{low:.0f}, {high:.0f}]"
-
+    titles = {"base_success": "base, x₀ = 0", "final_success": "final, x₀ = 0"}
+    titles |= {"base_success_sampled": "base, sampled", "final_success_sampled": "final, sampled"}
     lines = []
     for row in rows:
         line = {key: row[key] for key in ("task", "method", "seed")}
-        line["base, x₀ = 0"] = rate(row, "base_success")
-        line["final, x₀ = 0"] = rate(row, "final_success")
-        line["base, sampled"] = f"{100 * float(row['base_success_sampled']):.0f}"
-        line["final, sampled"] = rate(row, "final_success_sampled")
+        for key, title in titles.items():
+            line[title] = f"{100 * float(row[key]):.0f}"
+            if f"{key}_low" in row:
+                low, high = 100 * float(row[f"{key}_low"]), 100 * float(row[f"{key}_high"])
+                line[title] += f" [{low:.0f}, {high:.0f}]"
         for when in ("base", "final") if "base_stages" in row else ():
             zero, sampled = float(row[f"{when}_stages"]), float(row[f"{when}_stages_sampled"])
             line[f"{when} pairs"] = f"{zero:.2f} / {sampled:.2f}"
@@ -401,49 +368,36 @@ def success_table(rows: list[dict]) -> str:
     return markdown(lines)
 
 
-# ----------------------------------------------------------------------------------------------- main
-def draw_comparison(plt, rows: list[dict], curves: dict, args: Args):
-    order = list(METHODS)
-    rows = sorted(rows, key=lambda row: order.index(row["method"]))
-    plot_comparison(plt, rows, curves, args.images / "baselines.png")
-    plot_reliability(plt, final_scores(rows), args.images / "baselines_reliability.png")
-    for label, start in {"x₀ = 0": "", "sampled": "_sampled"}.items():
-        scores = final_scores(rows, start)
-        middle = {METHODS[method][0]: iqm(values[..., None])[0] for method, values in scores.items()}
-        cells = ", ".join(f"{name} {value:.2f}" for name, value in middle.items())
-        print(f"{label}, 0 at the base and 1 at the best mean, IQM: {cells}")
-    print(returns_table(rows, mean_interval, read_csv(args.results / "throughput.csv")))
-
-
 def main(args: Args):
     plt, curves = pyplot(), load_curves(args.results / "curves.csv")
     names = "gym ablations robomimic furniture baselines gradient_norms pretraining_furniture"
-    rows = {name: read_csv(args.results / f"{name}.csv") for name in names.split()}
-    if not any(rows.values()):
+    tables = {name: read_csv(args.results / f"{name}.csv") for name in names.split()}
+    if not any(tables.values()):
         raise SystemExit(f"{args.results}: no results; run benchmark.run first.")
-    if rows["gym"]:
-        plot_returns(plt, rows["gym"], curves, args.images / "returns.png")
-        print(returns_table(rows["gym"], mean_std, []))
-    if rows["ablations"]:
-        plot_ablations(plt, rows["ablations"], args.images / "ablations.png")
-        print(returns_table(rows["ablations"], mean_std, []))
+    if rows := tables["gym"]:
+        plot_returns(plt, rows, curves, args.images / "returns.png")
+        print(returns_table(rows, mean_std, []))
+    if rows := tables["ablations"]:
+        plot_ablations(plt, rows, args.images / "ablations.png")
+        print(returns_table(rows, mean_std, []))
     for table, suffix in {"robomimic": "", "furniture": "_furniture", "baselines": "_gym"}.items():
-        kernels = [row for row in rows[table] if row["method"] in KERNELS]
-        if kernels and table != "baselines":
-            plot_success(plt, kernels, curves, table, args.images / f"success{suffix}.png")
-            print(success_table(rows[table]))
-        if any(row["method"] == "rldt-delta" for row in kernels):
-            plot_kernels(plt, kernels, curves, table, args.images / f"kernels{suffix}.png")
-    if rows["gradient_norms"]:
-        plot_gradient_norms(plt, rows["gradient_norms"], args.images / "gradient_norms.png")
-    if rows["pretraining_furniture"]:
-        path = args.images / "pretraining_furniture.png"
-        plot_pretraining(plt, rows["pretraining_furniture"], path)
-    if rows["baselines"]:
+        rows = [row for row in tables[table] if row["method"] in KERNELS]
+        if rows and table != "baselines":
+            plot_success(plt, rows, curves, table, args.images / f"success{suffix}.png")
+            print(success_table(tables[table]))
+        if any(row["method"] == "rldt-delta" for row in rows):
+            plot_kernels(plt, rows, curves, table, args.images / f"kernels{suffix}.png")
+    if rows := tables["gradient_norms"]:
+        plot_gradient_norms(plt, rows, args.images / "gradient_norms.png")
+    if rows := tables["pretraining_furniture"]:
+        plot_pretraining(plt, rows, args.images / "pretraining_furniture.png")
+    if rows := tables["baselines"]:
+        rows = sorted(rows, key=lambda row: list(METHODS).index(row["method"]))
+        plot_comparison(plt, rows, curves, args.images / "baselines.png")
+        print(returns_table(rows, mean_range, read_csv(args.results / "throughput.csv")))
         if importlib.util.find_spec("rliable"):
-            draw_comparison(plt, rows["baselines"], curves, args)
-        else:
-            print("baselines*.png need rliable: pip install -r baselines/requirements.txt")
+            scores = final_scores(rows), final_scores(rows, "_sampled")
+            plot_reliability(plt, *scores, args.images / "baselines_reliability.png")
 
 
 if __name__ == "__main__":

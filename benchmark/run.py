@@ -1,24 +1,31 @@
-"""Runs the comparison of methods, tasks and seeds through Ray, and collects it in CSVs.
+"""Runs an experiment, methods x tasks x seeds, through Ray, and collects its runs in a CSV.
 
     pip install -r baselines/requirements.txt
-    python -m benchmark.run --parallel 2                       # here, two runs side by side
-    python -m benchmark.run --address auto                     # on a Ray cluster whose nodes have this checkout at the same path
+    python -m benchmark.run gym                        # RLDT on Gym; also: robomimic, furniture
+    python -m benchmark.run baselines                  # every method on Gym, for equal time
+    python -m benchmark.run ablations                  # one setting of RLDT changed at a time
+    python -m benchmark.run search                     # settings of each baseline, on a seed of its own
+    python -m benchmark.run gym --address auto         # on a Ray cluster, this checkout on every node
 
-writes a row per run to benchmark/results/baselines.csv and its curve to baselines/<task>__<method>__<seed>.csv next to it.
-Every run of a task gets the same wall time. What the CSV holds when it starts is not run again, so this can be stopped and started again; a run
-that was cut off starts over.
+A row per run goes to benchmark/results/<experiment>.csv, its curve to curves.csv beside it. What the CSV
+holds is not run again, so this can be stopped and started again; a run that was cut off starts over.
 """
 
+import csv
+import json
 import os
 import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from benchmark.returns import Job, collect, finished
-from benchmark.tools import RESULTS, ROOT, parse, read_csv, shown
+import tyro
 
+from benchmark.tools import RESULTS, ROOT, read_csv
+
+GYM = ("Hopper-v4", "Walker2d-v4", "HalfCheetah-v4")
 METHODS = {  # module and flags
     "rldt": ("rldt_gym", ""),
     "rldt-delta": ("rldt_gym", "--kernel delta"),
@@ -31,104 +38,191 @@ METHODS = {  # module and flags
     "best-of-n": ("baselines.best_of_n_gym", ""),
     "sac": ("baselines.sac_gym", ""),
 }
-BUDGETS = {"Hopper-v4": 300.0}  # seconds of training and evaluation per run; other tasks: 600
+VARIANTS = {  # of RLDT; half a run each
+    "rldt": "", "literal-loss": "--transport-loss literal", "delta": "--kernel delta",
+    "no-layernorm": "--no-critic-layer-norm", "P2": "--n-particles 2", "P8": "--n-particles 8",
+    "P16": "--n-particles 16", "alpha1e-4": "--alpha 1e-4", "alpha0": "--alpha 0",
+}  # fmt: skip
+TRIES = {  # settings of each baseline, numbered from 1; the best become its preset by hand
+    "qam": ("--inv-temp 2", "--inv-temp 5", "--inv-temp 15", "--inv-temp 5 --actor-lr 3e-4"),
+    "reinflow": (
+        "--actor-lr 1e-4 --clip 0.01 --batch 2500", "--actor-lr 3e-4 --clip 0.01 --batch 2500",
+        "--actor-lr 1e-4 --clip 0.02 --batch 2500",
+        "--actor-lr 1e-4 --clip 0.01 --batch 2500 --entropy-weight 0",
+    ),
+    "dppo": (
+        "--actor-lr 1e-4 --clip 0.01 --batch 5000", "--actor-lr 3e-4 --clip 0.01 --batch 5000",
+        "--actor-lr 3e-4 --clip 0.02 --batch 2500",
+        "--actor-lr 3e-4 --clip 0.02 --batch 2500 --sigma 0.15",
+    ),
+    "fpo++": (
+        "--actor-lr 1e-4 --clip 0.01 --batch 2500 --actor-lr-end 1",
+        "--actor-lr 3e-4 --clip 0.01 --batch 2500 --actor-lr-end 1",
+        "--actor-lr 3e-4 --clip 0.04 --batch 2500 --actor-lr-end 1",
+        "--actor-lr 3e-4 --clip 0.1 --batch 2500 --actor-lr-end 1",
+        "--actor-lr 2e-4 --clip 0.04 --batch 5000 --actor-lr-end 0.1",
+        "--actor-lr 1e-4 --clip 0.04 --batch 10000 --samples 16 --actor-lr-end 1",
+    ),
+    "best-of-n": ("--candidates 4", "--candidates 8", "--candidates 2", "--candidates 16"),
+    "sac": (
+        "--lr 3e-4", "--lr 1e-4", "--lr 1e-4 --entropy-start 0.01",
+        "--lr 1e-4 --entropy-start 0.01 --gamma 0.98",
+        "--lr 3e-4 --entropy-start 0.01 --gradient-steps 1000 --critic-iterations 4",
+        "--lr 3e-4 --gradient-steps 1000 --critic-iterations 4 --batch 128",
+    ),
+}  # fmt: skip
+SEARCH = {
+    f"{method}#{number}": (METHODS[method][0], f"{METHODS[method][1]} {flags}".strip())
+    for method, options in TRIES.items()
+    for number, flags in enumerate(options, 1)
+}
+
+
+@dataclass
+class Experiment:
+    methods: dict[str, tuple[str, str]]  # module and flags
+    tasks: tuple[str, ...]
+    seeds: tuple[int, ...]
+    timed: bool = False  # runs end after five minutes on Hopper and ten on other tasks
+    curves: bool = True  # keep them in curves.csv
+
+
+ROBOMIMIC = {"rldt": ("rldt_robomimic", ""), "rldt-delta": ("rldt_robomimic", "--kernel delta")}
+FURNITURE = {"rldt": ("rldt_furniture", ""), "rldt-delta": ("rldt_furniture", "--kernel delta")}
+SHORT = {name: ("rldt_gym", f"{flags} --iterations 13".strip()) for name, flags in VARIANTS.items()}
+EXPERIMENTS = {
+    "gym": Experiment({"rldt": METHODS["rldt"]}, GYM, (1, 2, 3, 4, 5)),
+    "robomimic": Experiment(ROBOMIMIC, ("lift-image", "square-state"), (1, 2, 3)),
+    "furniture": Experiment(FURNITURE, ("one_leg-low", "lamp-low"), (1, 2, 3)),
+    "baselines": Experiment(METHODS, GYM, (1, 2, 3), timed=True),
+    "ablations": Experiment(SHORT, ("Hopper-v4",), (1, 2, 3), curves=False),
+    "search": Experiment(SEARCH, ("Hopper-v4",), (11,), timed=True, curves=False),
+}
+SCORES = (  # rows of metrics.csv that have one of these go into curves.csv
+    "eval_return", "eval_return_sampled", "train_success", "eval_success", "eval_success_sampled",
+    "train_stages", "eval_stages", "eval_stages_sampled", "diagnostics/phi_norm",
+)  # fmt: skip
+CURVE = (  # columns of curves.csv
+    "table", "task", "method", "seed", "iteration", "env_steps", "wall_s", *SCORES,
+    "losses/constraint", "diagnostics/base_distance",
+)  # fmt: skip
 
 
 @dataclass
 class Args:
-    methods: tuple[str, ...] = tuple(METHODS)
-    """Methods, of: rldt, rldt-delta, qam, reinflow, dppo, dppo-diffusion, fpo, fpo++, best-of-n, sac."""
-    tasks: tuple[str, ...] = ("Hopper-v4", "Walker2d-v4", "HalfCheetah-v4")
-    """Gymnasium tasks."""
-    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
-    """Seeds."""
-    wall_budget_s: float = 0.0
-    """Seconds of training and evaluation per run; 0: 300 of Hopper-v4, 600 of other tasks."""
-    extra: str = ""
-    """Flags for every script, in one string, e.g. "--preset paper", whose runs still end with the wall budget; give them an --out of their own, rows are known by task, method and seed alone."""
-    out: Path = RESULTS / "baselines.csv"
-    """CSV to append to; curves go to a folder of its name next to it."""
-    runs: Path = Path("runs/comparison")
-    """Directory for the run directories and the logs."""
-    parallel: int = 2
-    """Runs side by side on this machine, one core each."""
-    address: str | None = None
-    """Ray cluster to run on, `auto` or host:port; `parallel` is then the cluster's number of cores."""
+    experiment: tyro.conf.Positional[Literal[tuple(EXPERIMENTS)]]  # what to run
+    methods: tuple[str, ...] = ()  # of the experiment's, all by default; of the search `qam` or `qam#3`
+    tasks: tuple[str, ...] = ()  # the experiment's by default; or others, as square-image
+    seeds: tuple[int, ...] = ()  # the experiment's by default
+    extra: str = ""  # flags for every run, as --extra="--kernel delta"; give them an --out of their own
+    out: Path | None = None  # CSV to append to; default benchmark/results/<experiment>.csv
+    runs: Path = Path("runs/benchmark")  # directory for the run directories and the logs
+    parallel: int = 2  # runs side by side on this machine, one core each
+    address: str | None = None  # Ray cluster to run on: auto, or host:port
 
 
 @dataclass
-class Cell(Job):
-    """One run of the comparison."""
+class Cell:
+    """One run."""
 
-    family = "gym"
+    task: str
+    method: str
+    seed: int
+    module: str
+    flags: str  # all but task, seed and name
 
-    def start(self, runs: Path) -> subprocess.Popen:
-        module, flags = METHODS[self.method.partition("#")[0]]  # qam#3: the third try of benchmark.search
-        command = [sys.executable, "-m", module, "--env-id", self.task, "--seed", str(self.seed), "--exp-name", self.method]
-        command += ["--runs", runs.resolve(), *shlex.split(flags), *shlex.split(self.extra)]
-        runs.mkdir(parents=True, exist_ok=True)
-        with (runs / f"{self.name}.log").open("w") as log:
-            return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
+    @property
+    def name(self) -> str:
+        return f"{self.task}__{self.method}__{self.seed}"
 
-
-def check_methods(methods: tuple[str, ...], known):
-    """Stops where one of the methods is not known."""
-    unknown = set(methods) - set(known)
-    if unknown:
-        raise SystemExit(f"--methods: {', '.join(sorted(unknown))} is none of {', '.join(known)}")
+    def command(self, runs: Path) -> list[str]:
+        task, _, kind = self.task.rpartition("-")
+        flags = ["--env-id", self.task]
+        if self.module == "rldt_robomimic":
+            flags = ["--task", task, "--obs", kind]
+        if self.module == "rldt_furniture":
+            flags = ["--furniture", task, "--randomness", kind]
+        flags += ["--seed", str(self.seed), "--exp-name", self.method, "--runs", str(runs.resolve())]
+        return [sys.executable, "-m", self.module, *flags, *shlex.split(self.flags)]
 
 
 def cells(args: Args) -> list[Cell]:
-    """What is to be run: every method, task and seed that no CSV holds, seed by seed."""
-    check_methods(args.methods, METHODS)
-    held = finished(args.out)
-    budgets = {task: args.wall_budget_s or BUDGETS.get(task, 600.0) for task in args.tasks}
-    chosen = [Cell(task, method, seed, f"{args.extra} --wall-budget-s {budgets[task]:g}".strip())
-              for seed in args.seeds for task in args.tasks for method in args.methods]  # fmt: skip
-    return [cell for cell in chosen if cell.key() not in held]
+    """What is to be run, seed by seed: every method, task and seed that the CSV does not hold."""
+    experiment = EXPERIMENTS[args.experiment]
+    known = {*experiment.methods, *(name.partition("#")[0] for name in experiment.methods)}
+    if not known.issuperset(args.methods):
+        unknown = ", ".join(sorted({*args.methods} - known))
+        raise SystemExit(f"--methods: {unknown} is none of {', '.join(experiment.methods)}")
+    held = {(row["task"], row["method"], row["seed"]) for row in read_csv(args.out)}
+    found = []
+    for seed in args.seeds or experiment.seeds:
+        for task in args.tasks or experiment.tasks:
+            seconds = 300 if task == "Hopper-v4" else 600
+            budget = f"--wall-budget-s {seconds}" if experiment.timed else ""
+            for method, (module, own) in experiment.methods.items():
+                wanted = not args.methods or {method, method.partition("#")[0]} & {*args.methods}
+                flags = " ".join(filter(None, (own, budget, args.extra)))
+                if wanted and (task, method, str(seed)) not in held:
+                    found.append(Cell(task, method, seed, module, flags))
+    return found
 
 
 def execute(cell: Cell, runs: Path) -> dict[str, str]:
-    """Runs a cell to its end, on whichever node; returns the name and the files of its run, or what went wrong."""
-    process = cell.start(runs)
-    try:
-        code = process.wait()
-    finally:
-        process.terminate()
+    """Runs a cell to its end, on whichever node; returns the files of its run, or what went wrong."""
+    runs.mkdir(parents=True, exist_ok=True)
+    path = runs / f"{cell.name}.log"
+    with path.open("w") as log:
+        code = subprocess.run(cell.command(runs), stdout=log, stderr=log, cwd=ROOT).returncode
     if code:
-        return {"error": f"failed with {code}:\n  " + "\n  ".join((runs / f"{cell.name}.log").read_text().strip().splitlines()[-3:])}
-    run_dir = cell.run_dir(runs)
-    return {"name": run_dir.name} | {file: (run_dir / file).read_text() for file in ("metrics.csv", "result.json")}
+        tail = "\n  ".join(path.read_text().strip().splitlines()[-3:])
+        return {"error": f"failed with {code}:\n  {tail}"}
+    run = max(run for run in runs.glob(f"{cell.name}__*") if run.is_dir())  # names end with the time
+    return {file: (run / file).read_text() for file in ("metrics.csv", "result.json")}
+
+
+def append(path: Path, rows: list[dict], columns):
+    """Appends rows to a CSV under the header it has; a new one gets these columns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = read_csv(path)
+    with path.open("a", newline="") as file:
+        names = list(held[0]) if held else columns
+        writer = csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
+        if not held:
+            writer.writeheader()
+        writer.writerows(rows)
 
 
 def keep(cell: Cell, files: dict[str, str], args: Args) -> str:
     """Writes what a run returned into the CSVs; returns the line to report."""
     if "error" in files:
         return f"{cell.name} {files['error']}"
-    run_dir = args.runs / files["name"]  # exists already unless the run was on another node
-    run_dir.mkdir(parents=True, exist_ok=True)
-    for file in ("metrics.csv", "result.json"):
-        (run_dir / file).write_text(files[file])
-    collect(cell, run_dir, args.out, args.out.stem)
-    row = next(row for row in read_csv(args.out) if (row["task"], row["method"], row["seed"]) == cell.key())
-    return f"{cell.name}: {row['base_return']} -> {row['final_return']}, {float(row['wall_s']) / 60:.1f} min"
+    result = {k: v for k, v in json.loads(files["result.json"]).items() if not isinstance(v, dict)}
+    result = {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}
+    row = {"task": cell.task, "method": cell.method, "seed": cell.seed}
+    if EXPERIMENTS[args.experiment].curves:
+        points = []
+        for point in csv.DictReader(files["metrics.csv"].splitlines()):
+            if any(point.get(column) for column in SCORES):
+                point = {k: f"{float(v):.6g}" if "." in v else v for k, v in point.items()}
+                points.append(point | {"table": args.experiment} | row)
+        append(args.out.with_name("curves.csv"), points, CURVE)
+    row |= result | row | {"args": cell.flags}
+    append(args.out, [row], list(row))
+    measure = "return" if "base_return" in row else "success"
+    change = f"{row[f'base_{measure}']} -> {row[f'final_{measure}']}"
+    return f"{cell.name}: {change}, {float(row['wall_s']) / 60:.1f} min"
 
 
-def launch(todo: list[Cell], args) -> int:
-    """Runs the cells through Ray, as many side by side as there are cores, and keeps each result as it comes; returns how many failed."""
-    if not todo:
-        return 0
-    try:
-        import ray
-    except ImportError as error:
-        raise SystemExit("The comparison needs Ray: pip install -r baselines/requirements.txt") from error
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray would give its workers, and so the timed runs, what others leave over
-    if args.address:
-        ray.init(args.address, log_to_driver=False)
-    else:
-        ray.init(num_cpus=args.parallel, include_dashboard=False, log_to_driver=False)
+def launch(todo: list[Cell], args: Args) -> int:
+    """Runs the cells through Ray and keeps each result as it comes; returns how many failed."""
+    import ray
+
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default would slow the timed runs
+    cores = {} if args.address else {"num_cpus": args.parallel, "include_dashboard": False}
+    ray.init(args.address, log_to_driver=False, **cores)
     remote = ray.remote(execute).options(num_cpus=1, max_retries=0)
-    waiting, failed = {remote.remote(cell, args.runs.resolve()): cell for cell in todo}, 0
+    waiting = {remote.remote(cell, args.runs.resolve()): cell for cell in todo}
+    failed = 0
     while waiting:
         (done,), _ = ray.wait(list(waiting))
         cell = waiting.pop(done)
@@ -139,15 +233,16 @@ def launch(todo: list[Cell], args) -> int:
         failed += "error" in files
         print(keep(cell, files, args), flush=True)
     ray.shutdown()
-    print(f"results in {shown(args.out)}" + (f", {failed} runs failed" if failed else ""))
+    print(f"results in {args.out}, {failed} runs failed")
     return failed
 
 
 def main(args: Args):
+    args.out = args.out or RESULTS / f"{args.experiment}.csv"
     todo = cells(args)
-    print(f"{len(todo)} of {len(args.methods) * len(args.tasks) * len(args.seeds)} runs to do", flush=True)
-    sys.exit(1 if launch(todo, args) else 0)
+    print(f"{len(todo)} runs to do", flush=True)
+    sys.exit(1 if todo and launch(todo, args) else 0)
 
 
 if __name__ == "__main__":
-    main(parse(Args, __doc__))
+    main(tyro.cli(Args, description=__doc__))
