@@ -25,6 +25,7 @@ import tyro
 import rldt_gym
 from benchmark.tools import RESULTS, markdown, replace_rows
 from common.flow import FlowPolicy
+from common.settings import read_args
 from envs.vector import VectorEnv
 
 TAIL = 25  # chunks whose mean reward continues an episode that the time limit cut off
@@ -58,7 +59,8 @@ def load_run(path: Path, script=rldt_gym) -> Run:
 
     Raises SystemExit where there is no finished run.
     """
-    args = script.parse_args([f"--evaluate={path}", "--device=cpu"])
+    args = read_args(script.Args, path)
+    args.device = "cpu"
     policy, base = (FlowPolicy.load(path / f"{name}.safetensors") for name in ("policy", "base"))
     saved = torch.load(path / "checkpoint.pt", map_location="cpu", weights_only=True)
     sizes = policy.obs_dim, policy.action_size, args.critic_layer_norm
@@ -74,7 +76,7 @@ def load_run(path: Path, script=rldt_gym) -> Run:
 @torch.no_grad()
 def roll_out(run: Run, args: Args) -> dict[str, np.ndarray]:
     """One episode per environment, arrays (T, N); alive: a chunk was executed."""
-    envs = VectorEnv(run.args.env_id, args.episodes, run.policy.chunk)
+    envs = VectorEnv(run.args.env_id, args.episodes)
     envs.reset(args.seed)
     alive, rows = np.ones(args.episodes, bool), []
     while alive.any():
@@ -151,9 +153,9 @@ def main(args: Args):
         run = load_run(path)
         row = dict(task=run.args.env_id, run=run.args.exp_name, seed=run.args.seed)
         row |= {key: float(value) for key, value in diagnose(run, args).items()}
-        default = rldt_gym.parse_args([])
-        changed = {k: v for k, v in vars(run.args).items() if v != getattr(default, k)}
-        row["args"] = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in changed.items())
+        changed = dict(vars(run.args).items() - vars(rldt_gym.Args()).items())
+        flags = [f"--{key} {changed[key]}" for key in sorted(changed.keys() - {"device", "runs"})]
+        row["args"] = " ".join(flags).replace("_", "-")
         print(markdown([{"quantity": key, "value": value} for key, value in row.items()]))
         replace_rows(args.out, [row], ("task", "run", "seed"))
 

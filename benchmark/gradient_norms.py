@@ -1,7 +1,7 @@
 """Which ODE steps the actor's gradient comes from (the paper's figure 4).
 
     python rldt_gym.py
-    python -m baselines.qam_gym
+    python -m baselines.qam
     python -m benchmark.gradient_norms RUN_DIR --qam QAM_RUN_DIR     # writes results/gradient_norms.csv
 
 Measures the norm of the gradient of the actor loss, eq. (16), with every particle at the same step k,
@@ -19,7 +19,7 @@ import torch
 import tyro
 
 import rldt_gym
-from baselines import qam_gym
+from baselines import qam as method
 from benchmark.critic_diagnostics import Run, load_run
 from benchmark.tools import RESULTS, write_csv
 from common.flow import FlowPolicy
@@ -28,7 +28,7 @@ from common.flow import FlowPolicy
 @dataclass
 class Args:
     run: tyro.conf.Positional[Path]  # run directory of rldt_gym.py
-    qam: Path | None = None  # run directory of baselines.qam_gym to compare with
+    qam: Path | None = None  # run directory of baselines.qam to compare with
     batches: int = 16  # batches of actor_batch states over which the norm is averaged
     seed: int = 1  # of states and noise
     out: Path = RESULTS / "gradient_norms.csv"  # CSV to write
@@ -70,9 +70,9 @@ def qam_norms(policy: FlowPolicy, run: Run, inv_temp: float, args: Args) -> torc
         states = run.states[torch.randint(len(run.states), (run.args.actor_batch,), generator=generator)]
         x0 = torch.randn(len(states), policy.action_size)
         with torch.no_grad():
-            points = qam_gym.sample_memoryless(policy.velocity, base, states, x0, K)
-        adjoint, _, _ = qam_gym.lean_adjoint(base, run.target, states, points, inv_temp)
-        losses = qam_gym.adjoint_losses(policy.velocity, base, states, points, adjoint)
+            points = method.sample_memoryless(policy.velocity, base, states, x0, K)
+        adjoint, _, _ = method.lean_adjoint(base, run.target, states, points, inv_temp)
+        losses = method.adjoint_losses(policy.velocity, base, states, points, adjoint)
         result += torch.stack([norm(loss, policy) for loss in losses]) / args.batches
     return result
 
@@ -85,7 +85,7 @@ def main(args: Args):
         for loss in ("literal", "authors"):
             measured[run.name, stage, loss] = norms(policy, run, loss, args)
     if args.qam:
-        qam = load_run(args.qam, qam_gym)
+        qam = load_run(args.qam, method)
         for stage, policy in {"base policy": qam.base, "end of the run": qam.policy}.items():
             measured[qam.name, stage, "adjoint"] = qam_norms(policy, qam, qam.args.inv_temp, args)
     rows = []

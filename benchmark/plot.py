@@ -325,7 +325,7 @@ def mean_range(values: np.ndarray) -> str:
 
 def returns_table(rows: list[dict], spread: Callable[[np.ndarray], str], throughput: list[dict]) -> str:
     """Returns over seeds, a line per task and method, and how often it updates its networks."""
-    updates = [row for row in throughput if row["name"] == "training"]
+    updates = [row for row in throughput if row["name"] == "training" and not row["args"]]
     speeds = {(row["task"], row["variant"], row["unit"]): row["value"] for row in updates}
     columns = {
         "base, x₀ = 0": "base_return", "final, x₀ = 0": "final_return", "best, x₀ = 0": "best_return",

@@ -29,14 +29,14 @@ GYM = ("Hopper-v4", "Walker2d-v4", "HalfCheetah-v4")
 METHODS = {  # module and flags
     "rldt": ("rldt_gym", ""),
     "rldt-delta": ("rldt_gym", "--kernel delta"),
-    "qam": ("baselines.qam_gym", ""),
-    "reinflow": ("baselines.reinflow_gym", ""),
-    "dppo": ("baselines.dppo_gym", ""),
-    "dppo-diffusion": ("baselines.dppo_gym", "--form diffusion"),
-    "fpo": ("baselines.fpo_gym", "--form fpo"),
-    "fpo++": ("baselines.fpo_gym", "--form fpo++"),
-    "best-of-n": ("baselines.best_of_n_gym", ""),
-    "sac": ("baselines.sac_gym", ""),
+    "qam": ("baselines.qam", ""),
+    "reinflow": ("baselines.reinflow", ""),
+    "dppo": ("baselines.dppo", ""),
+    "dppo-diffusion": ("baselines.dppo", "--form diffusion"),
+    "fpo": ("baselines.fpo", "--form fpo"),
+    "fpo++": ("baselines.fpo", "--form fpo++"),
+    "best-of-n": ("baselines.best_of_n", ""),
+    "sac": ("baselines.sac", ""),
 }
 VARIANTS = {  # of RLDT; half a run each
     "rldt": "", "literal-loss": "--transport-loss literal", "delta": "--kernel delta",
@@ -196,7 +196,8 @@ def keep(cell: Cell, files: dict[str, str], args: Args) -> str:
     """Writes what a run returned into the CSVs; returns the line to report."""
     if "error" in files:
         return f"{cell.name} {files['error']}"
-    result = {k: v for k, v in json.loads(files["result.json"]).items() if not isinstance(v, dict)}
+    result = json.loads(files["result.json"])
+    settings, _ = result.pop("args"), result.pop("versions")
     result = {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}
     row = {"task": cell.task, "method": cell.method, "seed": cell.seed}
     if EXPERIMENTS[args.experiment].curves:
@@ -206,7 +207,8 @@ def keep(cell: Cell, files: dict[str, str], args: Args) -> str:
                 point = {k: f"{float(v):.6g}" if "." in v else v for k, v in point.items()}
                 points.append(point | {"table": args.experiment} | row)
         append(args.out.with_name("curves.csv"), points, CURVE)
-    row |= result | row | {"args": cell.flags}
+    row |= {key: settings[key] for key in ("preset", "threads", "device", "num_envs")}
+    row |= {"episodes": settings["final_eval_episodes"], "args": cell.flags} | result
     append(args.out, [row], list(row))
     measure = "return" if "base_return" in row else "success"
     change = f"{row[f'base_{measure}']} -> {row[f'final_{measure}']}"

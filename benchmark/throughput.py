@@ -32,6 +32,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from benchmark.run import GYM, METHODS
 from benchmark.tools import RESULTS, markdown, provenance, replace_rows
+from common.settings import parse_args
 from envs.vector import VectorEnv, envpool_has
 
 KEY = ("family", "name", "variant", "task", "preset", "unit", "threads", "device", "args")
@@ -69,14 +70,14 @@ def rate(envs, chunks: np.ndarray, restart: Callable, seconds: float) -> float:
 
 
 def random_chunks(envs, count: int) -> np.ndarray:
-    return np.random.default_rng(0).uniform(-1, 1, (count, envs.num_envs, envs.chunk, envs.action_dim))
+    return np.random.default_rng(0).uniform(-1, 1, (count, envs.num_envs, 4, envs.action_dim))
 
 
 def gym_envs(args: Args) -> Rows:
     rows = []
     for task in args.tasks:
         for backend in ("envpool", "gymnasium") if envpool_has(task) else ("gymnasium",):
-            envs = VectorEnv(task, 20, 4, args.threads, backend)
+            envs = VectorEnv(task, 20, args.threads, backend)
             value = rate(envs, random_chunks(envs, 50), partial(envs.reset, 0), args.seconds)
             rows.append(("env", backend, task, value, "env steps/s"))
     return rows
@@ -142,7 +143,7 @@ def counted_run(name: str, flags: list[str], path: Path):
 
     register_optimizer_step_post_hook(counted)
     SummaryWriter.add_scalar = recorded
-    module.main(module.parse_args(flags))
+    module.main(parse_args(module.Args, module.PRESETS, "", flags))
     path.write_text(json.dumps(sorted(marks.items())))
 
 
