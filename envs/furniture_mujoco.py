@@ -1,31 +1,32 @@
-"""FurnitureBench's One-Leg and Lamp (Heo et al. 2023) on MuJoCo, with the interface that DPPO (Ren et al. 2024) trains in.
+"""FurnitureBench's One-Leg and Lamp (Heo et al. 2023) on MuJoCo, as DPPO (Ren et al. 2024) has them.
 
-The original, FurnitureSim, needs Isaac Gym. This port has its frames, observations, actions, rewards, time limits and
-randomisation, as in the fork https://github.com/ankile/furniture-bench (furniture_rl_sim_env.py), but its own physics:
-results are of "One-Leg (MuJoCo)" and "Lamp (MuJoCo)" and do not compare with those of Isaac Gym. The Franka's kinematics and
-all meshes come from the installed wheel: pip install --no-deps furniture-bench==0.1
+The original, FurnitureSim, needs Isaac Gym. This port has its frames, observations, actions, rewards,
+time limits and randomisation (https://github.com/ankile/furniture-bench, furniture_rl_sim_env.py), but
+its own physics: results of "One-Leg (MuJoCo)" and "Lamp (MuJoCo)" do not compare with Isaac Gym's.
+Kinematics and meshes come from the installed wheel: pip install --no-deps furniture-bench==0.1
 
-Frames: positions and rotations of the robot are in its base frame, which is the world frame here, with the table's surface at
-z = 0; poses of parts in observations are in the AprilTag frame on the table (`TAG`). Lengths in m, angles in rad, SI units.
+Frames: the robot's poses are in its base frame, the world frame here, with the table's surface at z = 0;
+parts are observed in the AprilTag frame on the table (`TAG`). Lengths in m, angles in rad.
 
-Physics. From the original: masses, sizes, gravity, the arm's position drive (stiffness 1000, damping 200) and torque limits,
-the fingers' force of 13 N, the friction of parts of 0.15 (of what rests on the table, legs and tops of One-Leg, Lamp's foot,
-0.125, as PhysX averages 0.15 and the table's 0.1; MuJoCo takes the larger one of a pair), 0.575 on the fingers (with PhysX's
-default of 1 for them). Measured on the meshes: the pitch, phase, radius and ends of the screw threads, which are helices of
-capsules that collide with each other, on the leg of spheres; nothing but contact makes a leg or a bulb go in. Our choice, not
-calibrated against Isaac Gym: contact stiffness, the fingers' torsional friction, damping and friction, the armature of all
-joints, the thickness of the wire that makes a thread, the leg's spheres, the primitives that stand for concave parts, and the
-mass that the reset's force accelerates (`Part.hull_mass`).
+Physics. From the original: masses, sizes, gravity, the arm's drive (stiffness 1000, damping 200), torque
+limits, the fingers' 13 N, the friction of parts, 0.15, on the table 0.125 (PhysX averages 0.15 and the
+table's 0.1; MuJoCo takes the larger) and of fingers, 0.575 (with PhysX's default of 1). Measured on the
+meshes: pitch, phase, radius and ends of the threads, helices of capsules that collide, on the leg of
+spheres; nothing but contact makes a part go in. Our choice, not calibrated against Isaac Gym: contact
+stiffness, the fingers' torsional friction, damping and friction, armature, the threads' thickness, the
+primitives that stand for concave parts, the mass that the reset's force moves (`Part.hull_mass`).
 """
 
 import copy
 import functools
+import importlib
 import importlib.metadata
 import itertools
 import math
 import os
+import sys
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,15 +35,18 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 
+from envs.interface import Step
+
 CONTROL_RATE = 10  # Hz
-BLOCKS = 6  # per action, of 1/60 s: the physics step of the original, in which its force of the reset acts
-HOME = np.array([-0.02630888, 0.3758795, 0.12485036, -2.1383357, -0.09431414, 2.49649072, 0.01921718])  # joints at reset
+BLOCKS = 6  # per action, of 1/60 s: the original's physics step, in which its force of the reset acts
+HOME = np.array([-0.02630888, 0.3758795, 0.12485036, -2.1383357, -0.09431414, 2.49649072, 0.01921718])
 FINGER_FORCE = 13.0  # N
-# Of the arm's joints (kg m^2), that of MuJoCo Menagerie's Franka. MuJoCo's contacts do not see that the drives' damping is integrated
-# implicitly: with a tenth of it, an arm that accelerates drags the part out of the fingers, the more the longer the steps.
+# Of the arm's joints (kg m^2), as in MuJoCo Menagerie. Contacts do not see that the drives' damping is
+# implicit: with a tenth of it, an arm that accelerates drags the part out of the fingers.
 ARMATURE = 0.1
 GRASP_MARGIN = 0.019  # a change of sign of the gripper's action counts above this
-POSITION_TOLERANCE, COSINE_TOLERANCE = 0.005, 0.94  # of an assembled pair: m per axis; cosine per row of the rotation
+POSITION_TOLERANCE = 0.005  # m per axis, of an assembled pair
+COSINE_TOLERANCE = 0.94  # per row of the rotation
 
 
 class PhysicsError(FloatingPointError):
@@ -53,7 +57,8 @@ class PhysicsError(FloatingPointError):
 def rotation(x: float, y: float, z: float) -> np.ndarray:
     """Rz(z) Ry(y) Rx(x), (3, 3)."""
     (a, b, c), (p, q, r) = np.cos([x, y, z]), np.sin([x, y, z])
-    return np.array([[c * b, c * q * p - r * a, c * q * a + r * p], [r * b, r * q * p + c * a, r * q * a - c * p], [-q, b * p, b * a]])
+    rows = [c * b, c * q * p - r * a, c * q * a + r * p], [r * b, r * q * p + c * a, r * q * a - c * p]
+    return np.array([*rows, [-q, b * p, b * a]])
 
 
 def quaternion(matrix: np.ndarray) -> np.ndarray:
@@ -90,133 +95,137 @@ def matrix_from_6d(rows: np.ndarray) -> np.ndarray:
 TAG = rotation(np.pi, 0, np.pi / 2), np.array([0.3015, 0.0, 0.0])  # the AprilTag frame in the base frame
 _w, _x, _y, _z = quaternion(TAG[0].T)
 # Quaternions (w, x, y, z) in the base frame times this matrix are (x, y, z, w) in the tag's frame.
-TAG_QUATERNION = np.array([[_w, -_x, -_y, -_z], [_x, _w, -_z, _y], [_y, _z, _w, -_x], [_z, -_y, _x, _w]])[[1, 2, 3, 0]].T
+TAG_QUATERNION = np.array([[_x, _y, _z, _w], [_w, _z, -_y, -_x], [-_z, _w, _x, -_y], [_y, -_x, _w, -_z]])
 
 
 # ---------------------------------------------------------------------------------- MJCF pieces
 # Contact bits: a pair collides if one's contype meets the other's conaffinity.
 TABLE, ROBOT, SHELL, THREAD, LEG, HOOD, HOLE = 1, 2, 4, 8, 16, 32, 64
+ALL = TABLE | ROBOT | SHELL | LEG
+WALL, SOLID, STUB, INSIDE = (SHELL, ROBOT), (LEG, ALL), (0, ALL | HOLE | THREAD), (THREAD, 0)
+ALONG_Y = rotation(np.pi / 2, 0, 0)  # of capsules and cylinders
 STIFF = 'solref="0.005 1" solimp="0.95 0.99 0.0005"'
 ON_TABLE = f'friction="0.125 0.002 0.0001" condim="3" {STIFF}'
 PART = f'friction="0.15 0.001 0.0001" condim="3" {STIFF}'
-FINGER = 'friction="0.575 0.01 0.0001" condim="4" priority="2" solref="0.004 1" solimp="0.95 0.99 0.0005"'
+FINGER = 'friction="0.575 0.01 0.0001" condim="4" priority="2" ' + STIFF.replace("0.005", "0.004")
 WIRE = 0.0022  # radius of the capsules of a thread
-PITCH = 0.00955  # of the right-handed threads, per turn: measured on the meshes of table top, leg and lamp base
+PITCH = 0.00955  # per turn of the right-handed threads: measured on the meshes of top, leg and lamp base
 
 
 def numbers(*values: float) -> str:
     return " ".join(f"{value:.8g}" for value in values)
 
 
-def geom(kind: str, size, pos, contype: int, conaffinity: int, contact: str = PART, mass: float = 0.0, turn: np.ndarray | None = None) -> str:
-    """A collision shape: half sizes, position, contact bits, contact parameters and mass; `turn` (3, 3) is its rotation."""
+def geom(kind: str, size, pos, bits: tuple, contact: str = PART, mass: float = 0.0, turn=None) -> str:
+    """A collision shape: half sizes, position, contact bits and parameters, mass, rotation (3, 3)."""
     quat = "" if turn is None else f'quat="{numbers(*quaternion(turn))}"'
-    return (f'<geom type="{kind}" size="{numbers(*size)}" pos="{numbers(*pos)}" {quat} contype="{contype}" conaffinity="{conaffinity}" '
-            f'mass="{mass}" group="3" {contact}/>')  # fmt: skip
+    place = f'size="{numbers(*size)}" pos="{numbers(*pos)}" {quat}'
+    return f'<geom type="{kind}" {place} {collides(*bits)} mass="{mass}" group="3" {contact}/>'
 
 
-def box(low, high, contype: int, conaffinity: int, **kwargs) -> str:
+def collides(contype: int, conaffinity: int) -> str:
+    return f'contype="{contype}" conaffinity="{conaffinity}"'
+
+
+def box(low, high, bits: tuple, **kwargs) -> str:
     """A box between two corners."""
     low, high = np.array(low), np.array(high)
-    return geom("box", (high - low) / 2, (high + low) / 2, contype, conaffinity, **kwargs)
+    return geom("box", (high - low) / 2, (high + low) / 2, bits, **kwargs)
 
 
-def disc(radius: float, low: float, high: float, contype: int, conaffinity: int, center=(0.0, 0.0), **kwargs) -> str:
-    """A cylinder around the y axis, from y = `low` to `high`, at `center` in x and z."""
-    pos = center[0], (low + high) / 2, center[1]
-    return geom("cylinder", (radius, (high - low) / 2), pos, contype, conaffinity, turn=rotation(np.pi / 2, 0, 0), **kwargs)
-
-
-def bundle(radius: float, low: float, high: float, contype: int, conaffinity: int, center=(0.0, 0.0), mass: float = 0.0) -> str:
-    """A cylinder around the y axis, made of six capsules parallel to it: these collide with capsules and boxes in closed form."""
+def bundle(radius: float, low: float, high: float, bits: tuple, mass: float, center=(0.0, 0.0)) -> str:
+    """A cylinder around the y axis, of six capsules parallel to it, which collide in closed form."""
     rod, result = 0.0025, ""  # radius of a capsule
+    size, away = (rod, (high - low) / 2 - rod), radius - rod
     for angle in np.pi / 3 * np.arange(6):
-        pos = center[0] + (radius - rod) * np.cos(angle), (low + high) / 2, center[1] + (radius - rod) * np.sin(angle)
-        result += geom("capsule", (rod, (high - low) / 2 - rod), pos, contype, conaffinity, mass=mass / 6, turn=rotation(np.pi / 2, 0, 0))
+        pos = center[0] + away * np.cos(angle), (low + high) / 2, center[1] + away * np.sin(angle)
+        result += geom("capsule", size, pos, bits, mass=mass / 6, turn=ALONG_Y)
     return result
 
 
-def ring(count: int, radius: float, half: tuple, low: float, contype: int, conaffinity: int, center=(0.0, 0.0), tilt: float = 0.0, **kwargs) -> str:
-    """`count` boxes in a circle around the y axis, with half sizes (radial, axial, tangential), lifted to y = `low`."""
+def ring(count: int, radius: float, half, low: float, bits: tuple, center=(0, 0), tilt=0.0, mass=0.0):
+    """`count` boxes around the y axis, half sizes (radial, axial, tangential), lifted to y = `low`."""
     result = ""
     for angle in 2 * np.pi * np.arange(count) / count:
         pos = center[0] + radius * np.cos(angle), low + half[1], center[1] + radius * np.sin(angle)
-        result += geom("box", half, pos, contype, conaffinity, turn=rotation(0, -angle, 0) @ rotation(0, 0, tilt), **kwargs)
+        result += geom("box", half, pos, bits, PART, mass, rotation(0, -angle, 0) @ rotation(0, 0, tilt))
     return result
 
 
-def helix(low: float, high: float, radius: float, phase: float, center=(0.0, 0.0), pitch: float = PITCH) -> np.ndarray:
+def helix(low: float, high: float, radius: float, phase: float, center=(0, 0), pitch=PITCH):
     """Points (n, 3) of a helix around the y axis, ten per turn, from y = `low` to `high`."""
     y = np.linspace(low, high, int(np.ceil(10 * (high - low) / pitch)) + 1)
     angle = 2 * np.pi * y / pitch + phase
     return np.stack([center[0] + radius * np.cos(angle), y, center[1] - radius * np.sin(angle)], 1)
 
 
-def thread(*curve, contype: int, conaffinity: int) -> str:
+def thread(*curve, bits: tuple) -> str:
     """A helix of capsules, in a body of its own, so that what is far from it is sorted out at once."""
-    shapes = "".join(f'<geom type="capsule" fromto="{numbers(*a, *b)}" size="{WIRE}" contype="{contype}" conaffinity="{conaffinity}" mass="0" '
-                     f'group="3" {PART}/>' for a, b in itertools.pairwise(helix(*curve)))  # fmt: skip
+    shapes = ""
+    for a, b in itertools.pairwise(helix(*curve)):
+        ends = f'fromto="{numbers(*a, *b)}" size="{WIRE}"'
+        shapes += f'<geom type="capsule" {ends} {collides(*bits)} mass="0" group="3" {PART}/>'
     return f"<body>{shapes}</body>"
 
 
-def beads(*curve, contype: int, conaffinity: int) -> str:
-    """A helix of spheres: it runs in a thread of capsules as another one would, with fewer contacts. With spheres elsewhere than at the
-    capsules' ends, a leg that is pushed would turn in by itself."""
-    return f"<body>{''.join(geom('sphere', (WIRE,), point, contype, conaffinity) for point in helix(*curve))}</body>"
+def beads(*curve, bits: tuple) -> str:
+    """A helix of spheres, where capsules would end: else a pushed leg would turn in by itself."""
+    return f"<body>{''.join(geom('sphere', (WIRE,), point, bits) for point in helix(*curve))}</body>"
 
 
 def table_top() -> str:
     """A tray with four threaded holes. A solid box, of a table top's mass, carries it on the table."""
     tray, rim = 0.08125, 0.003  # half width of the tray, half thickness of its rim
-    result = geom("box", (tray, 0.0156, tray), (0, 0, 0), 0, TABLE, ON_TABLE, mass=0.151)
-    result += box((-tray, -0.0156, -tray), (tray, -0.0094, tray), SHELL, ROBOT)
+    result = geom("box", (tray, 0.0156, tray), (0, 0, 0), (0, TABLE), ON_TABLE, mass=0.151)
+    result += box((-tray, -0.0156, -tray), (tray, -0.0094, tray), WALL)
     for side in (-1, 1):
-        result += geom("box", (rim, 0.0125, tray), (side * (tray - rim), 0.0031, 0), SHELL, ROBOT)
-        result += geom("box", (tray - 2 * rim, 0.0125, rim), (0, 0.0031, side * (tray - rim)), SHELL, ROBOT)
+        result += geom("box", (rim, 0.0125, tray), (side * (tray - rim), 0.0031, 0), WALL)
+        result += geom("box", (tray - 2 * rim, 0.0125, rim), (0, 0.0031, side * (tray - rim)), WALL)
     for x, z in HOLES:
-        result += ring(8, 0.0144, (0.0016, 0.0125, 0.0062), -0.0094, HOLE, ROBOT, (x, z))
-        result += thread(-0.0088, 0.0099, 0.0131, -1.541, (x, z), contype=THREAD, conaffinity=0)
+        result += ring(8, 0.0144, (0.0016, 0.0125, 0.0062), -0.0094, (HOLE, ROBOT), (x, z))
+        result += thread(-0.0088, 0.0099, 0.0131, -1.541, (x, z), bits=INSIDE)
     return result
 
 
 def table_leg(threaded: bool) -> str:
     """A square leg with a stub; the one that the task needs has a thread around the stub's core."""
     z = -0.000625 if threaded else 0.000625  # offset of the mesh from its origin
-    everything = TABLE | ROBOT | SHELL | LEG
-    result = geom("box", (0.015, 0.03125, 0.015), (0, 0, z), LEG, everything, ON_TABLE, mass=0.0195)
     core = 0.0100 if threaded else 0.0122
-    result += bundle(core, -0.05625, -0.03125, 0, everything | HOLE | THREAD, (0, z), mass=0.0036)
-    return result + (beads(-0.0500, -0.0332, 0.0100, 0.020, (0, z), contype=0, conaffinity=THREAD) if threaded else "")
+    result = geom("box", (0.015, 0.03125, 0.015), (0, 0, z), SOLID, ON_TABLE, mass=0.0195)
+    result += bundle(core, -0.05625, -0.03125, STUB, 0.0036, (0, z))
+    if threaded:
+        result += beads(-0.0500, -0.0332, 0.0100, 0.020, (0, z), bits=(0, THREAD))
+    return result
 
 
 def lamp_base() -> str:
     """A stepped foot and a neck with a thread inside, open towards -y."""
-    result = box((-0.0423, 0.0066, -0.0423), (0.0423, 0.0172, 0.0423), SHELL, TABLE | ROBOT, contact=ON_TABLE, mass=0.03)
-    for half, low, high, mass in ((0.0350, 0.0010, 0.0066, 0.005), (0.0300, -0.0050, 0.0010, 0.005), (0.0240, -0.0146, -0.0050, 0.010)):
-        result += box((-half, low, -half), (half, high, half), SHELL, ROBOT, mass=mass)
-    result += ring(12, 0.0143, (0.0015, 0.0156, 0.0042), -0.0458, HOLE, ROBOT, mass=0.0008)
+    foot, plate = 0.0423, (SHELL, TABLE | ROBOT)
+    result = box((-foot, 0.0066, -foot), (foot, 0.0172, foot), plate, contact=ON_TABLE, mass=0.03)
+    steps = (0.035, 0.001, 0.0066, 0.005), (0.03, -0.005, 0.001, 0.005), (0.024, -0.0146, -0.005, 0.01)
+    for half, low, high, mass in steps:
+        result += box((-half, low, -half), (half, high, half), WALL, mass=mass)
+    result += ring(12, 0.0143, (0.0015, 0.0156, 0.0042), -0.0458, (HOLE, ROBOT), mass=0.0008)
     flange, hole = 0.0276, 0.0158  # half widths of the square plate at the mouth and of the hole in it
-    for side in (-1, 1):
-        x = (side * hole, side * flange)
-        result += box((min(x), -0.0458, -flange), (max(x), -0.0410, flange), SHELL, TABLE | ROBOT)
-        result += box((-hole, -0.0458, min(x)), (hole, -0.0410, max(x)), SHELL, TABLE | ROBOT)
-    return result + thread(-0.04019, -0.0213, 0.0131, 2.57796, (0, -0.00025), contype=THREAD, conaffinity=0)
+    for low, high in ((-flange, -hole), (hole, flange)):
+        result += box((low, -0.0458, -flange), (high, -0.0410, flange), plate)
+        result += box((-hole, -0.0458, low), (hole, -0.0410, high), plate)
+    return result + thread(-0.04019, -0.0213, 0.0131, 2.57796, (0, -0.00025), bits=INSIDE)
 
 
 def lamp_bulb() -> str:
     """A threaded stub, a shoulder, a square socket to grasp, and a globe."""
-    everything = TABLE | ROBOT | SHELL | LEG
-    result = geom("box", (0.0175, 0.0165, 0.0175), (0, -0.0035, 0), LEG, everything, mass=0.02)
-    result += geom("sphere", (0.030,), (0, 0.038, 0), LEG, everything | HOOD, mass=0.015)
-    result += disc(0.0224, -0.0220, -0.0160, LEG, everything, mass=0.002)
-    result += bundle(0.0100, -0.0530, -0.0220, 0, everything | HOLE | THREAD, mass=0.0015)
-    return result + thread(-0.0410, -0.02327, 0.0100, -3.00569, (-0.00025, 0), 0.0096, contype=0, conaffinity=THREAD)
+    result = geom("box", (0.0175, 0.0165, 0.0175), (0, -0.0035, 0), SOLID, mass=0.02)
+    result += geom("sphere", (0.030,), (0, 0.038, 0), (LEG, ALL | HOOD), mass=0.015)
+    result += geom("cylinder", (0.0224, 0.003), (0, -0.019, 0), SOLID, mass=0.002, turn=ALONG_Y)
+    result += bundle(0.0100, -0.0530, -0.0220, STUB, 0.0015)
+    return result + thread(-0.0410, -0.02327, 0.0100, -3.00569, (-0.00025, 0), 0.0096, bits=(0, THREAD))
 
 
 def lamp_hood() -> str:
     """A truncated cone, open at both ends, of 16 boxes."""
-    slope = np.arctan(0.14)
-    return ring(16, 0.0349, (0.002, 0.0502, 0.0445 * np.tan(np.pi / 16)), -0.0516, HOOD, TABLE | ROBOT | SHELL, tilt=-slope, mass=0.06 / 16)
+    slope, half = np.arctan(0.14), (0.002, 0.0502, 0.0445 * np.tan(np.pi / 16))
+    return ring(16, 0.0349, half, -0.0516, (HOOD, TABLE | ROBOT | SHELL), tilt=-slope, mass=0.06 / 16)
 
 
 # --------------------------------------------------------------------------------------- tasks
@@ -225,16 +234,12 @@ class Part:
     """A part that moves; poses are at reset, in the tag's frame."""
 
     name: str
-    mesh: str
-    build: Callable[[], str]
-    """Builds its collision shapes."""
+    build: Callable[[], str]  # its collision shapes
     position: tuple
-    angles: tuple
-    """Rotation around x, then y, then z."""
+    angles: tuple  # rotation around x, then y, then z
+    # The original's density times the volume of the mesh's convex hull (kg): the reset's force moves it.
+    # With the parts' own masses, a fifth to nine tenths of it, it would throw the hood off the table.
     hull_mass: float
-    """The original's density times the volume of the mesh's convex hull (kg). The reset's force accelerates this mass: with those of the
-    parts themselves, which are a fifth to nine tenths of it, pushes would throw the lamp's hood off the table, and the original's
-    multipliers would differ tenfold in acceleration instead of threefold."""
 
 
 @dataclass(frozen=True)
@@ -242,39 +247,29 @@ class Screw:
     """A threaded part that goes into holes of the first part."""
 
     part: int
-    tip: tuple
-    """End of the thread, in the part's frame."""
-    holes: tuple
-    """x and z of the holes, in the first part's frame."""
-    level: float
-    """y of the mouths."""
-    out: int
-    """1 where the holes open towards y, -1 where towards -y."""
+    tip: tuple  # end of the thread, in the part's frame
+    holes: tuple  # x and z of the holes, in the first part's frame
+    level: float  # y of the mouths
+    out: int  # 1 where the holes open towards y, -1 where towards -y
 
 
 @dataclass(frozen=True)
 class Furniture:
     """One of FurnitureBench's tasks."""
 
+    mesh: str  # folder of the meshes
     parts: tuple[Part, ...]
+    # Two parts, possible positions of the second in the first's frame, rotation (3, 3) or None for any.
     pairs: tuple[tuple, ...]
-    """Pairs to assemble: two parts, poses of the second in the frame of the first of which one must be met, and a
-    rotation (3, 3), or None where any will do."""
     screw: Screw
-    force: tuple[float, ...]
-    """Multipliers of the reset's random force on each part."""
-    torque: tuple[float, ...]
-    """Multipliers of the reset's random torque on each part."""
-    horizon: int
-    """Time limit in environment steps of 1/10 s."""
-    gripper: float
-    """Largest opening of the fingers."""
+    force: tuple[float, ...]  # multipliers of the reset's random force on each part
+    torque: tuple[float, ...]  # multipliers of the reset's random torque on each part
+    horizon: int  # time limit in environment steps of 1/10 s
+    gripper: float  # largest opening of the fingers
+    # Steps per block: with open fingers, closed ones, closed ones near a thread. A contact slips
+    # for about two steps: with fewer of them the arm's jerks shake a part out of the fingers.
     steps: tuple[int, int, int] = (4, 4, 5)
-    """MuJoCo's steps per block: with open fingers, closed ones, and closed ones near a thread, where the arm is slow. A contact lets its
-    parts slip until the difference of their speeds has decayed, in about the time of two steps: with fewer of them the arm's jerks at
-    10 Hz shake a part out of the fingers."""
-    held: int | None = None
-    """A part that stays where it is until the hand is close, as the original's bulb does, which would roll; or half of the time is up."""
+    held: int | None = None  # a part that would roll: waits for the hand, at most for half the time
 
     @property
     def obs_dim(self) -> int:
@@ -285,9 +280,9 @@ HOLES = tuple((x, z) for z in (-0.05625, 0.05625) for x in (-0.05625, 0.05625))
 LYING = (0, -np.pi / 2, 0)
 FURNITURE = {
     "one_leg": Furniture(
-        parts=(
-            Part("top", "square_table/square_table_top", table_top, (0, 0.24, -0.015625), (-np.pi / 2, 0, np.pi), 0.4115),
-            *(Part(f"leg{i}", f"square_table/square_table_leg{i}", functools.partial(table_leg, i == 4), (x, 0.07, -0.015), LYING, 0.0265)
+        "square_table", (
+            Part("top", table_top, (0, 0.24, -0.015625), (-np.pi / 2, 0, np.pi), 0.4115),
+            *(Part(f"leg{i}", functools.partial(table_leg, i == 4), (x, 0.07, -0.015), LYING, 0.0265)
               for i, x in enumerate((-0.20, -0.12, 0.12, 0.20), 1)),
         ),
         pairs=((0, 4, tuple((x, 0.046875, z) for x, z in HOLES), np.eye(3)),),
@@ -295,10 +290,10 @@ FURNITURE = {
         force=(25, 1, 1, 1, 1), torque=(70, 1, 1, 1, 1), horizon=700, gripper=0.065,
     ),
     "lamp": Furniture(
-        parts=(
-            Part("base", "lamp/lamp_base", lamp_base, (0.05, 0.14, -0.02), (np.pi / 2, 0, 0), 0.1143),
-            Part("bulb", "lamp/lamp_bulb", lamp_bulb, (-0.05, 0.235, -0.016), (-np.arctan2(7.6, 52), 0, 0), 0.1109),
-            Part("hood", "lamp/lamp_hood", lamp_hood, (-0.08, 0.13, -0.048583), (np.pi / 2, 0, 0), 0.3316),
+        "lamp", (
+            Part("base", lamp_base, (0.05, 0.14, -0.02), (np.pi / 2, 0, 0), 0.1143),
+            Part("bulb", lamp_bulb, (-0.05, 0.235, -0.016), (-np.arctan2(7.6, 52), 0, 0), 0.1109),
+            Part("hood", lamp_hood, (-0.08, 0.13, -0.048583), (np.pi / 2, 0, 0), 0.3316),
         ),
         pairs=((0, 1, ((0, -0.0678, 0),), rotation(0, 0, np.pi)), (0, 2, ((0, -0.088324, 0),), None)),
         screw=Screw(1, (0, -0.053, 0), ((0, 0),), -0.0458, -1),
@@ -309,67 +304,76 @@ FURNITURE = {
 
 @dataclass(frozen=True)
 class Randomness:
-    """Ranges of a reset."""
+    """Ranges of a reset. Force and torque act for 1/60 s and are multiplied by those of the parts."""
 
-    force: float
-    """Largest force (N) on a part, times the part's multiplier, in a random horizontal direction, for 1/60 s."""
-    torque: float
-    """Largest vertical torque (N m), times the part's multiplier, for 1/60 s."""
-    obstacle: float
-    """Largest offset of the obstacle along x and y."""
-    joints: float
-    """Largest offset of each joint."""
+    force: float  # largest force (N) on a part, in a random horizontal direction
+    torque: float  # largest vertical torque (N m)
+    obstacle: float  # largest offset of the obstacle along x and y
+    joints: float  # largest offset of each joint
 
 
-RANDOMNESS = {"low": Randomness(0.2, 0.007, 0.02, np.radians(5)), "med": Randomness(0.5, 0.01, 0.04, np.radians(10))}
-OBSTACLE = {"front": (0.6815, 0.0, 0.015), "right": (0.6065, -0.175, 0.015), "left": (0.6065, 0.175, 0.015)}  # positions
+RANDOMNESS = {"low": Randomness(0.2, 0.007, 0.02, np.radians(5)),
+              "med": Randomness(0.5, 0.01, 0.04, np.radians(10))}  # fmt: skip
+OBSTACLE = dict(front=(0.6815, 0.0, 0.015), right=(0.6065, -0.175, 0.015), left=(0.6065, 0.175, 0.015))
 
 
 # --------------------------------------------------------------------------------------- model
 def assets() -> Path:
-    """The installed wheel's folder of assets, found without importing the package, which needs Isaac Gym. Exits if it is missing."""
+    """The wheel's folder of assets, found without importing the package, which needs Isaac Gym."""
     try:
-        return Path(importlib.metadata.distribution("furniture-bench").locate_file("furniture_bench/assets"))
+        wheel = importlib.metadata.distribution("furniture-bench")
     except importlib.metadata.PackageNotFoundError:
-        raise SystemExit("FurnitureBench's meshes are missing: pip install --no-deps furniture-bench==0.1") from None
+        raise SystemExit("Meshes are missing: pip install --no-deps furniture-bench==0.1") from None
+    return Path(wheel.locate_file("furniture_bench/assets"))
 
 
-ORIGINS = (  # of the Franka's joints in its URDF: position and roll
-    ((0, 0, 0.333), 0), ((0, 0, 0), -np.pi / 2), ((0, -0.316, 0), np.pi / 2), ((0.0825, 0, 0), np.pi / 2),
-    ((-0.0825, 0.384, 0), -np.pi / 2), ((0, 0, 0), np.pi / 2), ((0.088, 0, 0), np.pi / 2),
+ORIGINS = (  # of the Franka's joints in its URDF: position and roll in quarter turns
+    ((0, 0, 0.333), 0), ((0, 0, 0), -1), ((0, -0.316, 0), 1), ((0.0825, 0, 0), 1),
+    ((-0.0825, 0.384, 0), -1), ((0, 0, 0), 1), ((0.088, 0, 0), 1),
 )  # fmt: skip
 JOINT_LOW = np.array([-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973])
 JOINT_HIGH = np.array([2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973])
 TORQUE = (87, 87, 87, 87, 12, 12, 12)  # N m
+FINGERS = (  # two blocks, a slanted one and the pad, as in the URDF: position, half sizes, roll
+    ((0, 0.0185, 0.011), (0.011, 0.0075, 0.010), 0),
+    ((0, 0.0068, 0.0022), (0.011, 0.0044, 0.0019), 0),
+    ((0, 0.0159, 0.02835), (0.00875, 0.0035, 0.01175), np.pi / 6),
+    ((0, 0.00758, 0.04525), (0.00875, 0.0076, 0.00925), 0),
+)
 
 
 def robot(franka: Path, opening: float) -> str:
-    """The arm of the URDF, without gravity as in the original; links 6, 7 and the hand collide as primitives of their meshes' extent."""
-    inertial = {}
-    for link in ET.parse(franka / "robots/franka_panda.urdf").getroot().findall("link"):
-        if (node := link.find("inertial")) is not None:
-            inertia = node.find("inertia").attrib
-            inertial[link.get("name")] = (f'<inertial pos="{node.find("origin").get("xyz")}" mass="{node.find("mass").get("value")}" '
-                                          f'fullinertia="{" ".join(inertia[key] for key in ("ixx", "iyy", "izz", "ixy", "ixz", "iyz"))}"/>')  # fmt: skip
+    """The arm of the URDF; links 6, 7 and the hand collide as primitives of their meshes' extent."""
+    inertial, bits = {}, (ROBOT, TABLE)
+    for link in ET.parse(franka / "robots/franka_panda.urdf").getroot().iterfind("link[inertial]"):
+        pos, mass = link.find("inertial/origin").get("xyz"), link.find("inertial/mass").get("value")
+        inertia = link.find("inertial/inertia").attrib
+        full = " ".join(inertia[key] for key in ("ixx", "iyy", "izz", "ixy", "ixz", "iyz"))
+        inertial[link.get("name")] = f'<inertial pos="{pos}" mass="{mass}" fullinertia="{full}"/>'
     result = '<geom type="mesh" mesh="link0" class="visual"/>'
     for i, (pos, roll) in enumerate(ORIGINS, 1):
-        result += (f'<body name="link{i}" pos="{numbers(*pos)}" quat="{numbers(*quaternion(rotation(roll, 0, 0)))}" gravcomp="1">'
-                   f'{inertial[f"panda_link{i}"]}<joint name="joint{i}" axis="0 0 1" range="{JOINT_LOW[i - 1]} {JOINT_HIGH[i - 1]}" '
-                   f'armature="{ARMATURE}" damping="0.003"/><geom type="mesh" mesh="link{i}" class="visual"/>')  # fmt: skip
+        limits = f'range="{JOINT_LOW[i - 1]} {JOINT_HIGH[i - 1]}" armature="{ARMATURE}" damping="0.003"'
+        quat = numbers(*quaternion(rotation(roll * np.pi / 2, 0, 0)))
+        result += f'<body name="link{i}" pos="{numbers(*pos)}" quat="{quat}" gravcomp="1">'
+        result += f'{inertial[f"panda_link{i}"]}<joint name="joint{i}" axis="0 0 1" {limits}/>'
+        result += f'<geom type="mesh" mesh="link{i}" class="visual"/>'
         if i == 6:
-            result += f'<geom type="capsule" fromto="0 0.015 0.006 0.082 0.015 0.006" size="0.05" contype="{ROBOT}" conaffinity="{TABLE}" mass="0" group="3"/>'
+            ends = 'fromto="0 0.015 0.006 0.082 0.015 0.006" size="0.05"'
+            result += f'<geom type="capsule" {ends} {collides(*bits)} mass="0" group="3"/>'
         if i == 7:
-            result += geom("cylinder", (0.055, 0.027), (0.012, 0.012, 0.079), ROBOT, TABLE)
-    result += (f'<body name="hand" pos="0 0 0.107" quat="{numbers(*quaternion(rotation(0, 0, -np.pi / 4)))}" gravcomp="1">'
-               '<inertial pos="-0.01 0 0.03" mass="0.73" diaginertia="0.001 0.0025 0.0017"/>'
-               '<geom type="mesh" mesh="hand" class="visual"/><site name="ee" pos="0 0 0.103399"/>')  # fmt: skip
-    result += box((-0.0316, -0.104, -0.0259), (0.0316, 0.1004, 0.066), ROBOT, TABLE)
-    for name, side in (("left", 1), ("right", -1)):  # the fingers: two blocks, a slanted one and the pad, as in the URDF
-        result += (f'<body name="{name}" pos="0 0 0.0584" gravcomp="1"><joint name="{name}" type="slide" axis="0 {side} 0" '
-                   f'range="0 {opening / 2}" solreflimit="0.004 1" armature="0.1" damping="6" frictionloss="0.3"/>')  # fmt: skip
-        for pos, half, roll in (((0, 0.0185, 0.011), (0.011, 0.0075, 0.010), 0), ((0, 0.0068, 0.0022), (0.011, 0.0044, 0.0019), 0),
-                                ((0, 0.0159, 0.02835), (0.00875, 0.0035, 0.01175), np.pi / 6), ((0, 0.00758, 0.04525), (0.00875, 0.0076, 0.00925), 0)):  # fmt: skip
-            shape = geom("box", half, np.array(pos) * (1, side, 1), ROBOT, TABLE, FINGER, mass=0.004, turn=rotation(side * roll, 0, 0))
+            result += geom("cylinder", (0.055, 0.027), (0.012, 0.012, 0.079), bits)
+    quat = numbers(*quaternion(rotation(0, 0, -np.pi / 4)))
+    result += f'<body name="hand" pos="0 0 0.107" quat="{quat}" gravcomp="1">'
+    result += '<inertial pos="-0.01 0 0.03" mass="0.73" diaginertia="0.001 0.0025 0.0017"/>'
+    result += '<geom type="mesh" mesh="hand" class="visual"/><site name="ee" pos="0 0 0.103399"/>'
+    result += box((-0.0316, -0.104, -0.0259), (0.0316, 0.1004, 0.066), bits)
+    for name, side in (("left", 1), ("right", -1)):
+        result += f'<body name="{name}" pos="0 0 0.0584" gravcomp="1">'
+        result += f'<joint name="{name}" type="slide" axis="0 {side} 0" range="0 {opening / 2}" '
+        result += 'solreflimit="0.004 1" armature="0.1" damping="6" frictionloss="0.3"/>'
+        for pos, half, roll in FINGERS:
+            pos, turn = np.array(pos) * (1, side, 1), rotation(side * roll, 0, 0)
+            shape = geom("box", half, pos, bits, FINGER, mass=0.004, turn=turn)
             result += shape.replace('group="3"', 'group="0" rgba="0.2 0.2 0.2 1"')
         result += "</body>"
     return result + "</body>" + "</body>" * len(ORIGINS)
@@ -379,82 +383,93 @@ def build_xml(furniture: str) -> str:
     """The task's MJCF: table, robot, obstacle and parts."""
     spec, root = FURNITURE[furniture], assets()
     franka = root / "franka_description_ros/franka_description"
-    meshes = "".join(f'<mesh name="{name}" file="{franka}/meshes/collision/{name}.stl"/>' for name in ("hand", *(f"link{i}" for i in range(8))))
-    bodies = ""
+    meshes, bodies, motors = "", "", ""
+    for name in ("hand", *(f"link{i}" for i in range(8))):
+        meshes += f'<mesh name="{name}" file="{franka}/meshes/collision/{name}.stl"/>'
     for i, part in enumerate(spec.parts):
-        meshes += f'<mesh name="{part.name}" file="{root}/furniture/mesh/{part.mesh}.obj" inertia="shell"/>'
-        color = "0.85 0.25 0.2 1" if i == spec.screw.part else "0.85 0.7 0.5 1"
-        tip = f'<site name="tip" pos="{numbers(*spec.screw.tip)}"/>' if i == spec.screw.part else ""
-        bodies += (f'<body name="{part.name}"><freejoint name="{part.name}"/>{part.build()}{tip}'
-                   f'<geom type="mesh" mesh="{part.name}" class="visual" rgba="{color}"/></body>')  # fmt: skip
+        file = f"{root}/furniture/mesh/{spec.mesh}/{spec.mesh}_{part.name}.obj"
+        meshes += f'<mesh name="{part.name}" file="{file}" inertia="shell"/>'
+        screws = i == spec.screw.part
+        color = "0.85 0.25 0.2 1" if screws else "0.85 0.7 0.5 1"
+        tip = f'<site name="tip" pos="{numbers(*spec.screw.tip)}"/>' if screws else ""
+        bodies += f'<body name="{part.name}"><freejoint name="{part.name}"/>{part.build()}{tip}'
+        bodies += f'<geom type="mesh" mesh="{part.name}" class="visual" rgba="{color}"/></body>'
+    fixed = f'{collides(TABLE, 0)} rgba="0.3 0.3 0.3 1"'
+    quat = numbers(*quaternion(rotation(0, 0, np.pi / 2)))
     for name, pos in OBSTACLE.items():
         half = (0.175, 0.01, 0.015) if name == "front" else (0.01, 0.085, 0.015)
-        bodies += (f'<body name="{name}_obstacle" mocap="true" pos="{numbers(*pos)}" quat="{numbers(*quaternion(rotation(0, 0, np.pi / 2)))}">'
-                   f'<geom type="box" size="{numbers(*half)}" contype="{TABLE}" conaffinity="0" rgba="0.3 0.3 0.3 1" {ON_TABLE}/></body>')  # fmt: skip
-    arm = "".join(f'<general joint="joint{i}" gaintype="fixed" gainprm="1000" biastype="affine" biasprm="0 -1000 -200" forcerange="-{t} {t}"/>'
-                  for i, t in enumerate(TORQUE, 1))  # fmt: skip
-    fingers = "".join(f'<motor joint="{name}" forcerange="-{FINGER_FORCE} {FINGER_FORCE}"/>' for name in ("left", "right"))
+        bodies += f'<body name="{name}_obstacle" mocap="true" pos="{numbers(*pos)}" quat="{quat}">'
+        bodies += f'<geom type="box" size="{numbers(*half)}" {fixed} {ON_TABLE}/></body>'
+    drive = 'gaintype="fixed" gainprm="1000" biastype="affine" biasprm="0 -1000 -200"'
+    for i, torque in enumerate(TORQUE, 1):
+        motors += f'<general joint="joint{i}" {drive} forcerange="-{torque} {torque}"/>'
+    for name in ("left", "right"):
+        motors += f'<motor joint="{name}" forcerange="-{FINGER_FORCE} {FINGER_FORCE}"/>'
     return f"""<mujoco>
 <compiler angle="radian" autolimits="true"/>
 <option integrator="implicitfast" cone="elliptic" impratio="1" tolerance="1e-5" iterations="20"
  gravity="0 0 -9.8"><flag autoreset="disable"/></option>
-<visual><global offwidth="1280" offheight="960"/><headlight ambient="0.4 0.4 0.4"/><map znear="0.01"/></visual>
-<default><default class="visual"><geom contype="0" conaffinity="0" mass="0" rgba="0.9 0.9 0.9 1"/></default></default>
+<visual><global offwidth="1280" offheight="960"/><headlight ambient="0.4 0.4 0.4"/>
+<map znear="0.01"/></visual>
+<default><default class="visual">
+<geom contype="0" conaffinity="0" mass="0" rgba="0.9 0.9 0.9 1"/></default></default>
 <asset>{meshes}</asset>
 <worldbody>
 <light pos="0.5 0 2"/>
 <camera name="front" mode="targetbody" target="aim" pos="1.2 0 0.62" fovy="30.6"/>
 <body name="aim" pos="0.5 0 0.05"/>
-<geom name="table" type="box" pos="0.3 0 -0.015" size="0.65 0.4 0.015" contype="{TABLE}" conaffinity="0" rgba="0.5 0.5 0.5 1" {ON_TABLE}/>
-<geom name="floor" type="plane" size="3 3 0.1" pos="0 0 -0.415" contype="{TABLE}" conaffinity="0" rgba="0.3 0.3 0.3 1"/>
+<geom name="table" type="box" pos="0.3 0 -0.015" size="0.65 0.4 0.015" {collides(TABLE, 0)}
+ rgba="0.5 0.5 0.5 1" {ON_TABLE}/>
+<geom name="floor" type="plane" size="3 3 0.1" pos="0 0 -0.415" {fixed}/>
 <body name="robot">{robot(franka, spec.gripper)}</body>
 {bodies}
 </worldbody>
-<actuator>{arm}{fingers}</actuator>
+<actuator>{motors}</actuator>
 </mujoco>"""
 
 
 @functools.cache
 def load_models(furniture: str) -> dict[tuple[bool, bool], mujoco.MjModel]:
-    """The task's model by whether threads collide and whether the fingers close, which may need finer steps to hold a part.
+    """The task's model by whether threads collide and whether the fingers close, with its time step.
 
-    The models share their layout, so that one MjData goes through all of them. Far from a thread its collisions cost little, but in a
-    state that is not finite every capsule would touch every sphere.
+    The models share their layout, so that one MjData goes through all of them. Far from a thread its
+    collisions cost little, but in a state that is not finite every capsule would touch every sphere.
     """
-    mujoco.set_mju_user_warning(lambda text: None)  # raised as PhysicsError; MuJoCo would write MUJOCO_LOG.TXT into the working directory
+    mujoco.set_mju_user_warning(lambda text: None)  # no MUJOCO_LOG.TXT: it is raised as PhysicsError
     threaded = mujoco.MjModel.from_xml_string(build_xml(furniture))
     smooth = copy.copy(threaded)
     smooth.geom_contype[smooth.geom_contype == THREAD] = 0
-    opened, closed, screwing = FURNITURE[furniture].steps
     models = {}
-    for (threads, closes), steps in {(False, False): opened, (False, True): closed, (True, False): opened, (True, True): screwing}.items():
+    for threads, closes in itertools.product((False, True), repeat=2):
         models[threads, closes] = model = copy.copy(threaded if threads else smooth)
+        steps = FURNITURE[furniture].steps[closes * (1 + threads)]
         model.opt.timestep = 1 / (CONTROL_RATE * BLOCKS * steps)
     return models
 
 
 # --------------------------------------------------------------------------------- environment
 class FurnitureEnv(gym.Env):
-    """One task.
+    """One task. Observation (58,) or (44,) float32: position, rotation (6D), linear and angular velocity
+    of the end effector and opening of the gripper, then per part and for the front obstacle position and
+    quaternion (x, y, z, w >= 0) in the tag's frame.
 
-    Observation (58,) or (44,) float32, unnormalised: position, rotation (6D), linear and angular velocity of the end effector and
-    opening of the gripper, then per part and for the front obstacle position and quaternion (x, y, z, w >= 0) in the tag's frame.
-
-    Action (10,) in [-1, 1]: the absolute pose that the end effector shall reach, position (m) and rotation (6D), and the gripper,
-    which a positive value closes. The reward is 1 when a pair is newly assembled. Episodes never terminate and are truncated at
-    `horizon` steps. info: "stages", the number of pairs assembled so far, and "success", whether that is all of them.
-    Raises PhysicsError where the simulation diverges.
+    Action (10,) in [-1, 1]: the pose that the end effector shall reach, position (m) and rotation (6D),
+    and the gripper, which a positive value closes. The reward is 1 when a pair is newly assembled.
+    Episodes never terminate and are truncated at `horizon` steps. info: "stages", the number of pairs
+    assembled, and "success", whether that is all. Raises PhysicsError if the simulation diverges.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": CONTROL_RATE}  # noqa: RUF012
 
-    def __init__(self, furniture: str = "one_leg", randomness: str = "low", render_mode: str | None = None, horizon: int | None = None,
-                 image_size: tuple[int, int] = (320, 240)):  # fmt: skip
-        for value, known in ((furniture, FURNITURE), (randomness, RANDOMNESS), (render_mode, (None, "rgb_array"))):
+    def __init__(self, furniture: str = "one_leg", randomness: str = "low", render_mode=None,
+                 horizon: int | None = None, image_size: tuple[int, int] = (320, 240)):  # fmt: skip
+        modes = None, "rgb_array"
+        for value, known in (furniture, FURNITURE), (randomness, RANDOMNESS), (render_mode, modes):
             if value not in known:
                 raise SystemExit(f"Unknown {value!r}: choose {', '.join(map(str, known))}.")
-        self.furniture, self.ranges, self.render_mode = FURNITURE[furniture], RANDOMNESS[randomness], render_mode
-        self.horizon, self.image_size, self.renderer = horizon or self.furniture.horizon, image_size, None
+        self.furniture, self.ranges = FURNITURE[furniture], RANDOMNESS[randomness]
+        self.horizon = horizon or self.furniture.horizon
+        self.render_mode, self.image_size, self.renderer = render_mode, image_size, None
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (self.furniture.obs_dim,), np.float32)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (10,), np.float32)
         self.models = load_models(furniture)
@@ -466,7 +481,7 @@ class FurnitureEnv(gym.Env):
         self.seen = [*self.parts, self.model.body("front_obstacle").id]
         self.obstacles = [self.model.body(f"{name}_obstacle").mocapid[0] for name in OBSTACLE]
         self.site = self.model.site("ee").id
-        self.tip = self.data.site_xpos[self.model.site("tip").id]  # views of the state, as are the following
+        self.tip = self.data.site_xpos[self.model.site("tip").id]  # views, as are the following
         self.nut = self.data.xpos[self.parts[0]], self.data.xmat[self.parts[0]].reshape(3, 3)
         self.qpos, self.qvel, self.ctrl = self.data.qpos, self.data.qvel, self.data.ctrl
         self.hand = self.data.site_xpos[self.site], self.data.site_xmat[self.site].reshape(3, 3)
@@ -480,7 +495,8 @@ class FurnitureEnv(gym.Env):
 
     def part_pose(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Position (3,) and rotation (3, 3) of a part in the base frame."""
-        return self.data.xpos[self.parts[index]].copy(), self.data.xmat[self.parts[index]].reshape(3, 3).copy()
+        body = self.parts[index]
+        return self.data.xpos[body].copy(), self.data.xmat[body].reshape(3, 3).copy()
 
     def obstacle_position(self, index: int) -> np.ndarray:
         """Position (3,) of the front, right or left obstacle."""
@@ -523,21 +539,22 @@ class FurnitureEnv(gym.Env):
         """Whether a threaded part is in, or within 2 cm of, a hole."""
         screw, (nut, turn) = self.furniture.screw, self.nut
         x, y, z = ((self.tip - nut) @ turn).tolist()
-        return screw.out * (y - screw.level) < 0.02 and any(math.hypot(x - a, z - b) < 0.025 for a, b in screw.holes)
+        above = screw.out * (y - screw.level) < 0.02
+        return above and any(math.hypot(x - a, z - b) < 0.025 for a, b in screw.holes)
 
     def simulate(self, blocks: int):
-        """Steps `blocks` times 1/60 s. Raises PhysicsError where MuJoCo stops or the state is not finite."""
-        (opened, closed, screwing), closes = self.furniture.steps, bool(self.ctrl[7] < 0)
+        """Steps `blocks` times 1/60 s; raises PhysicsError if MuJoCo stops or a state is not finite."""
+        closes = bool(self.ctrl[7] < 0)
         try:
             for _ in range(blocks):
                 if self.resting is not None:
                     self.place(self.furniture.held, *self.resting)
                 near = self.near_thread()
-                steps = opened if not closes else screwing if near else closed
+                steps = self.furniture.steps[closes * (1 + near)]
                 mujoco.mj_step(self.models[near, closes], self.data, steps)
             self.refresh()
-        except mujoco.FatalError as error:  # MuJoCo may stop at what it cannot compute before the state is looked at
-            raise PhysicsError(f"the simulation stopped in step {self.t} of the episode: {error}") from error
+        except mujoco.FatalError as error:  # at what it cannot compute, before we see the state
+            raise PhysicsError(f"MuJoCo stopped in step {self.t} of the episode: {error}") from error
         if not (np.isfinite(self.qpos).all() and np.isfinite(self.qvel).all()):
             raise PhysicsError(f"the simulation diverged in step {self.t} of the episode")
 
@@ -554,14 +571,17 @@ class FurnitureEnv(gym.Env):
             self.place(i, TAG[0] @ part.position + TAG[1], TAG[0] @ rotation(*part.angles))
         count = len(spec.parts)
         scale = self.model.body_mass[self.parts] / [part.hull_mass for part in spec.parts]
-        direction, force = rng.uniform(0, 2 * np.pi, count), rng.uniform(0, ranges.force, count) * spec.force * scale
+        direction = rng.uniform(0, 2 * np.pi, count)
+        force = rng.uniform(0, ranges.force, count) * spec.force * scale
         torque = rng.uniform(-ranges.torque, ranges.torque, count) * spec.torque * scale
-        self.t, self.gripper, self.resting, self.assembled = 0, -1.0, None, np.zeros(len(spec.pairs), bool)
+        self.t, self.gripper, self.resting = 0, -1.0, None
+        self.assembled = np.zeros(len(spec.pairs), bool)
         mujoco.mj_kinematics(self.model, data)
-        data.xfrc_applied[self.parts] = np.stack([force * np.cos(direction), force * np.sin(direction), *np.zeros((3, count)), torque], 1)
+        pushes = force * np.cos(direction), force * np.sin(direction), *np.zeros((3, count)), torque
+        data.xfrc_applied[self.parts] = np.stack(pushes, 1)
         self.simulate(1)
         data.xfrc_applied[:] = 0
-        if spec.held is not None:  # the original lets the parts settle for ten physics steps, then holds the bulb
+        if spec.held is not None:  # the original holds the bulb after ten physics steps
             self.simulate(9)
             self.resting = self.part_pose(spec.held)
             self.simulate(1)
@@ -571,7 +591,7 @@ class FurnitureEnv(gym.Env):
         return {"stages": int(self.assembled.sum()), "success": bool(self.assembled.all())}
 
     def joint_targets(self, position: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-        """Joint positions (7,) that reach a pose to first order: the least-norm solution, damped only where it is singular."""
+        """Joint positions (7,) that reach a pose to first order: least norm, damped where singular."""
         here, turn = self.hand
         error = np.concatenate([position - here, rotation_vector(matrix @ turn.T)])
         J = self.jacobian[:, :7]
@@ -587,8 +607,10 @@ class FurnitureEnv(gym.Env):
         opens = (grasp if changes else self.gripper) < 0
         self.gripper = grasp
         self.ctrl[7:] = FINGER_FORCE if opens else -FINGER_FORCE
-        if self.resting is not None and (self.t > self.horizon / 2 or np.abs(self.ee_pose()[0] - self.resting[0]).max() <= 0.03):
-            self.resting = None
+        if self.resting is not None:
+            close = np.abs(self.ee_pose()[0] - self.resting[0]).max() <= 0.03
+            if close or self.t > self.horizon / 2:
+                self.resting = None
         self.simulate(BLOCKS)
         self.t += 1
         return self.newly_assembled()
@@ -611,10 +633,10 @@ class FurnitureEnv(gym.Env):
         return self.observe(), reward, False, self.t >= self.horizon, self.info()
 
     def render(self) -> np.ndarray:
-        """The front camera, (height, width, 3) uint8. MUJOCO_GL chooses the renderer before MuJoCo is imported."""
+        """The front camera, (height, width, 3) uint8; set MUJOCO_GL before MuJoCo is imported."""
         if self.renderer is None:
             self.renderer = mujoco.Renderer(self.model, *self.image_size[::-1])
-            self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False  # 22 instead of 104 ms a frame without a GPU
+            self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False  # 5 times as fast on a CPU
         self.renderer.update_scene(self.data, "front")
         return self.renderer.render()
 
@@ -625,20 +647,19 @@ class FurnitureEnv(gym.Env):
 
 
 class FurnitureVectorEnv:
-    """`num_envs` environments that step whole action chunks in threads of this process; MuJoCo runs outside Python's lock.
+    """`num_envs` environments in threads, outside Python's lock, sharing a model; see envs/interface.py.
 
-    They share one model. Nothing is reset by itself: `reset` takes the mask of what to reset. An environment whose simulation
-    diverges is truncated, with its last finite observation, and counted in `diverged` (N,).
+    An episode ends when all pairs are assembled, at the time limit, or where its simulation diverges: then
+    with the last finite observation, counted in `diverged` (N,). `episode` (N,) is the number of the seed
+    that each environment runs, counted from the reset; -1 where no seed was left.
     """
 
-    def __init__(self, num_envs: int, furniture: str = "one_leg", randomness: str = "low", chunk: int = 8, horizon: int | None = None,
-                 threads: int | None = None, stop_on_success: bool = False):  # fmt: skip
+    def __init__(self, num_envs: int, furniture: str, randomness: str, horizon=None, threads=None):
         load_models(furniture)
         self.envs = [FurnitureEnv(furniture, randomness, None, horizon) for _ in range(num_envs)]
-        self.num_envs, self.chunk, self.horizon, self.stop_on_success = num_envs, chunk, self.envs[0].horizon, stop_on_success
-        self.observation_space = gym.spaces.Dict({"state": self.envs[0].observation_space})
-        self.obs = np.zeros((num_envs, self.envs[0].furniture.obs_dim), np.float32)
-        self.diverged = np.zeros(num_envs, int)
+        self.num_envs, self.obs_dim, self.action_dim = num_envs, self.envs[0].furniture.obs_dim, 10
+        self.obs = np.zeros((num_envs, self.obs_dim), np.float32)
+        self.score, self.episode, self.diverged = np.zeros((3, num_envs), int)
         threads = min(threads or os.cpu_count(), num_envs)
         self.pool = ThreadPoolExecutor(threads) if threads > 1 else None
 
@@ -646,60 +667,89 @@ class FurnitureVectorEnv:
         """`function` of every index, in the pool's threads."""
         return list(self.pool.map(function, indices)) if self.pool else [function(i) for i in indices]
 
-    def reset(self, seeds, mask: np.ndarray) -> dict[str, np.ndarray]:
-        """Starts episodes where `mask` (N,) with `seeds` (N,); returns all observations, copied."""
+    def reset(self, seeds: int | Iterator[int]):
+        self.seeds = itertools.count(seeds) if isinstance(seeds, int) else seeds
+        self.started = 0
+        self.start(np.arange(self.num_envs))
 
-        def start(i):
-            self.obs[i] = self.renew(i, int(seeds[i]))
+    def start(self, indices: np.ndarray):
+        """Starts an episode in each environment of `indices`, in their order, while there are seeds."""
+        seeds = dict(zip(indices, self.seeds, strict=False))
+        self.episode[indices] = -1
+        self.episode[list(seeds)] = self.started + np.arange(len(seeds))
+        self.started += len(seeds)
+        self.score[indices] = 0
+        self.each(lambda i: self.renew(i, seeds[i]), seeds)
 
-        self.each(start, np.flatnonzero(mask))
-        return {"state": self.obs.copy()}
-
-    def renew(self, i: int, seed: int | None = None) -> np.ndarray:
-        """Resets one environment and returns its observation; where the reset itself diverges, with the next draws of its generator."""
+    def renew(self, i: int, seed: int | None):
+        """Resets one environment; where that diverges, again with its generator's next numbers."""
         for _ in range(10):
             try:
-                return self.envs[i].reset(seed=seed)[0]
+                self.obs[i] = self.envs[i].reset(seed=seed)[0]
+                return
             except PhysicsError:
                 self.diverged[i] += 1
                 seed = None
         raise PhysicsError("ten resets in a row diverged")
 
-    def run_chunk(self, i: int, actions: np.ndarray) -> tuple[float, bool, bool, int, int]:
-        """Steps one environment through actions (chunk, 10); returns reward, terminated, truncated, stages and steps taken."""
-        env, total, steps = self.envs[i], 0.0, 0
+    def run_chunk(self, i: int, actions: np.ndarray) -> tuple[float, bool, bool, int]:
+        """Steps one environment; returns reward, terminated, truncated and steps taken."""
+        env, reward, length, diverged = self.envs[i], 0.0, 0, False
         try:
             for action in actions:
-                total += env.advance(action)
-                steps += 1
-                if env.t >= env.horizon or (self.stop_on_success and env.assembled.all()):
+                length += 1
+                reward += env.advance(action)
+                if env.assembled.all() or env.t >= env.horizon:
                     break
+            self.obs[i] = env.observe()
         except PhysicsError:
             self.diverged[i] += 1
-            stages = env.assembled.sum()
-            self.renew(i)
-            return total, False, True, stages, steps + 1
-        self.obs[i] = env.observe()
-        terminated = self.stop_on_success and bool(env.assembled.all())
-        return total, terminated, not terminated and env.t >= env.horizon, env.assembled.sum(), steps
+            diverged = True
+        self.score[i] = env.assembled.sum()
+        terminated = bool(env.assembled.all())
+        return reward, terminated, not terminated and (diverged or env.t >= env.horizon), length
 
-    def step(self, chunks: np.ndarray, active: np.ndarray):
-        """Chunks (N, chunk, 10) where `active` (N,); returns obs, reward, terminated, truncated, stages and steps, each (N, ...).
-
-        The reward is summed over the chunk; `stages` counts the pairs assembled so far in the episode. Raises FloatingPointError
-        on a non-finite action.
-        """
-        if not np.isfinite(chunks[active]).all():
+    def step(self, chunks: np.ndarray, active: np.ndarray | None = None) -> Step:
+        """See envs/interface.py. Raises FloatingPointError on a non-finite action."""
+        indices = np.flatnonzero(self.episode >= 0 if active is None else active & (self.episode >= 0))
+        if not np.isfinite(chunks[indices]).all():
             raise FloatingPointError("the policy returned a non-finite action")
-        indices, stages = np.flatnonzero(active), np.array([env.assembled.sum() for env in self.envs])
         reward, length = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
-        terminated, truncated = np.zeros(self.num_envs, bool), np.zeros(self.num_envs, bool)
-        for i, result in zip(indices, self.each(lambda i: self.run_chunk(i, chunks[i]), indices), strict=True):
-            reward[i], terminated[i], truncated[i], stages[i], length[i] = result
-        return {"state": self.obs.copy()}, reward, terminated, truncated, stages, length
+        terminated, truncated = np.zeros((2, self.num_envs), bool)
+        results = self.each(lambda i: self.run_chunk(i, chunks[i]), indices)
+        for i, result in zip(indices, results, strict=True):
+            reward[i], terminated[i], truncated[i], length[i] = result
+        next_obs, score = self.obs.copy(), self.score.copy()
+        self.start(np.flatnonzero(terminated | truncated))
+        return Step(next_obs, reward, terminated, truncated, length, score)
 
     def close(self):
         if self.pool:
             self.pool.shutdown()
         for env in self.envs:
             env.close()
+
+
+def record_video(policy, furniture: str, randomness: str, folder: Path):
+    """An episode of a policy from x_0 = 0 as mp4, in real time."""
+    import imageio.v2 as imageio
+
+    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    try:
+        importlib.reload(mujoco.gl_context)  # it chose a renderer when MuJoCo was imported
+        env = FurnitureEnv(furniture, randomness, render_mode="rgb_array")
+        (obs, _), over, frames = env.reset(seed=1_000_000), False, [env.render()]
+        while not over:
+            obs = policy.normalize(obs)[None]
+            for action in policy.to_env(policy.sample(obs, obs.new_zeros(1, policy.action_size)))[0]:
+                obs, _, _, truncated, info = env.step(action)
+                frames.append(env.render())
+                over = truncated or info["success"]
+                if over:
+                    break
+        env.close()
+        folder.mkdir(parents=True, exist_ok=True)
+        imageio.mimwrite(folder / "episode.mp4", frames, fps=CONTROL_RATE)
+    except Exception as error:  # GL drivers fail in many ways; none of them may cost the trained policy
+        print(f"No video: {error}. MuJoCo needs libegl1 or libosmesa6, and MUJOCO_GL=egl or osmesa.")

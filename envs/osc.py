@@ -1,4 +1,4 @@
-"""robosuite's operational-space controller as one compiled function, for the physics steps between two actions."""
+"""robosuite's operational-space controller as one compiled function, for each physics step."""
 
 import math
 
@@ -9,7 +9,7 @@ import numpy as np
 
 @numba.njit(cache=True)
 def cholesky_solve(A, B):
-    """Overwrites A (n, n), symmetric positive definite, with its Cholesky factor and B (n, m) with the solution of A X = B."""
+    """Overwrites A (n, n), positive definite, with its Cholesky factor and B (n, m) with A^-1 B."""
     n, m = B.shape
     for j in range(n):
         for k in range(j):
@@ -31,13 +31,15 @@ def cholesky_solve(A, B):
 
 
 @numba.njit(cache=True)
-def torques(M, J, position, rotation, q, v, bias, goal_position, goal_rotation, kp, kd, rest):
-    """Joint torques (n,) that move the end effector towards its goal (Khatib 1987), robosuite's OSC_POSE with uncoupled position.
+def torques(M, J, q, v, bias, pose, goal, gains, rest):
+    """Joint torques (n,) that move the end effector towards its goal (Khatib 1987).
 
-    M (n, n) mass matrix, J (6, n) Jacobian, position (3,) and rotation (3, 3) of the end effector and of the goal, joint
-    positions and velocities (n,), bias (n,) of gravity and Coriolis forces, gains (6,), rest (n,) the posture of the null space.
+    It is robosuite's OSC_POSE, position uncoupled. M (n, n) mass matrix, J (6, n) Jacobian, q, v (n,)
+    joint positions and velocities, bias (n,) gravity and Coriolis forces, pose and goal of the effector:
+    position (3,), rotation (3, 3), gains kp and kd (6,), rest (n,) the posture of the null space.
     """
-    n = len(q)
+    n, (kp, kd) = len(q), gains
+    (position, rotation), (target, turn) = pose, goal
     u = 10 * (rest - q) - 2 * math.sqrt(10.0) * v  # acceleration towards the rest posture
     force, drift, X, A = np.zeros((6, 1)), np.zeros((6, 1)), np.empty((n, 6)), np.zeros((6, 6))
     for i in range(6):
@@ -47,11 +49,11 @@ def torques(M, J, position, rotation, q, v, bias, goal_position, goal_rotation, 
             drift[i, 0] += J[i, j] * u[j]
             X[j, i] = J[i, j]
         if i < 3:
-            error = goal_position[i] - position[i]
+            error = target[i] - position[i]
         else:  # half the sum of the cross products of the axes
             a, b, error = (i - 2) % 3, (i - 1) % 3, 0.0
             for c in range(3):
-                error += 0.5 * (rotation[a, c] * goal_rotation[b, c] - rotation[b, c] * goal_rotation[a, c])
+                error += 0.5 * (rotation[a, c] * turn[b, c] - rotation[b, c] * turn[a, c])
         force[i, 0] = kp[i] * error - kd[i] * twist
     cholesky_solve(M.copy(), X)  # M^-1 J^T
     for i in range(6):
@@ -71,17 +73,18 @@ def torques(M, J, position, rotation, q, v, bias, goal_position, goal_rotation, 
 
 
 @numba.njit(cache=True)
-def write_control(ctrl, mass, jacobian, qpos, qvel, bias, first, position, rotation, goal_position, goal_rotation, kp, kd, rest, low, high):
-    """Clipped torques of the arm whose joints are the n = len(rest) from each of `first` on, in qpos, qvel and ctrl."""
+def write_control(ctrl, mass, jacobian, qpos, qvel, bias, first, pose, goal, gains, rest, limits):
+    """Clipped torques of the arm whose n = len(rest) joints begin at `first` in qpos, qvel and ctrl."""
     n, (p, v, c) = len(rest), first
-    tau = torques(mass[v : v + n, v : v + n].copy(), jacobian[:, v : v + n], position, rotation.reshape(3, 3), qpos[p : p + n], qvel[v : v + n],
-                  bias[v : v + n], goal_position, goal_rotation, kp, kd, rest)  # fmt: skip
+    M, J = mass[v : v + n, v : v + n].copy(), jacobian[:, v : v + n]
+    tau = torques(M, J, qpos[p : p + n], qvel[v : v + n], bias[v : v + n], pose, goal, gains, rest)
+    low, high = limits
     for j in range(n):
         ctrl[c + j] = min(max(tau[j], low[j]), high[j])
 
 
 class ArmControl:
-    """Writes what one robosuite arm and its gripper would write to data.ctrl, after robosuite has set the goal of an action."""
+    """Writes to data.ctrl what a robosuite arm and gripper would, after robosuite has set their goal."""
 
     def __init__(self, robot, action: np.ndarray):
         """`action` (7,): the arm's, of which the last is the gripper's."""
@@ -90,12 +93,16 @@ class ArmControl:
         self.mass, jacobian = np.zeros((model.nv, model.nv)), np.zeros((6, model.nv))
         self.jacobian, n = (jacobian[:3], jacobian[3:]), len(controller.initial_joint)
         indices = controller.qpos_index, controller.qvel_index, robot._ref_joint_actuator_indexes
+        first = np.array([index[0] for index in indices])
         if any(list(index) != list(range(index[0], index[0] + n)) for index in indices):
             raise ValueError(f"the joints of {robot.name} are not numbered one after the other")
-        self.arm = (data.ctrl, self.mass, jacobian, data.qpos, data.qvel, data.qfrc_bias, np.array([index[0] for index in indices]),
-                    data.site_xpos[self.site], data.site_xmat[self.site], np.array(controller.goal_pos), np.array(controller.goal_ori),
-                    controller.kp, controller.kd, controller.initial_joint, *robot.torque_limits)  # fmt: skip
-        self.gripper, self.fingers = robot.gripper, np.array([model.actuator(name).id for name in robot.gripper.actuators])
+        pose = data.site_xpos[self.site], data.site_xmat[self.site].reshape(3, 3)  # views of the state
+        goal = np.array(controller.goal_pos), np.array(controller.goal_ori)
+        gains, rest = (controller.kp, controller.kd), controller.initial_joint
+        state = self.mass, jacobian, data.qpos, data.qvel, data.qfrc_bias
+        self.arm = data.ctrl, *state, first, pose, goal, gains, rest, tuple(robot.torque_limits)
+        self.gripper = robot.gripper
+        self.fingers = np.array([model.actuator(name).id for name in robot.gripper.actuators])
         low, high = model.actuator_ctrlrange[self.fingers].T
         self.bias, self.weight, self.grip = 0.5 * (high + low), 0.5 * (high - low), action[6:]
 
