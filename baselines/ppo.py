@@ -1,0 +1,266 @@
+"""What DPPO, ReinFlow and FPO share: PPO on rollouts of a flow policy, one decision per chunk.
+
+A `Method` gives `main` its policy, how it acts, what it learns from and its update.
+docs/baselines.md has the equations.
+"""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+import rldt_gym as family
+from common.flow import FlowPolicy, ResidualBlock
+from common.runs import Run, average, average_gradients, set_up
+from common.settings import Count, Share, Size, Weight
+
+
+# ---------------------------------------------------------------------------------- arguments
+@dataclass
+class PPOArgs(family.TaskArgs):
+    """Settings of the PPO family, each method's own besides."""
+
+    num_envs: Count = 40  # parallel environments, per process under torchrun (DPPO: 40)
+    rollout_chunks: Count = 250  # chunks of actions per environment and iteration (DPPO: 500)
+
+    # value
+    gamma: Share = 0.99  # discount per chunk (DPPO: 0.99)
+    gae_lambda: Share = 0.95  # lambda of generalised advantage estimation (DPPO: 0.95)
+    value_lr: Weight = 1e-3  # Adam step size of the value network (DPPO: 1e-3)
+    warmup_iterations: Size = 0  # training iterations before the actor starts (DPPO: 0)
+
+    # updates
+    epochs: Count = 5  # passes over each rollout (DPPO: 5)
+    target_kl: Weight = 1.0  # KL divergence beyond which an iteration's updates end (DPPO: 1)
+    lr_warmup: Count = 2  # training iterations over which the step size rises linearly (DPPO: 10)
+
+
+# -------------------------------------------------------------------------------------- value
+class Value(nn.Module):
+    """V(s) of normalised observations (..., obs_dim) -> (...), the residual MLP of DPPO."""
+
+    def __init__(self, obs_dim: int, width=256, depth=3):
+        super().__init__()
+        blocks = [ResidualBlock(width, "mish", False) for _ in range((depth - 1) // 2)]
+        self.layers = nn.Sequential(nn.Linear(obs_dim, width), *blocks, nn.Linear(width, 1))
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        return self.layers(obs)[..., 0]
+
+
+class RewardScale(nn.Module):
+    """Divides rewards by the running deviation of the discounted return (Engstrom et al. 2020)."""
+
+    def __init__(self, num_envs: int, gamma: float):
+        super().__init__()
+        self.gamma = gamma
+        for name, value in ("mean", 0.0), ("var", 1.0), ("count", 1e-4):
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
+        self.register_buffer("carry", torch.zeros(num_envs))  # discounted return of running episodes
+
+    def forward(self, reward: torch.Tensor, done: torch.Tensor) -> torch.Tensor:
+        """Rewards and ends of episodes (T, N) -> scaled rewards, clipped to +-10 deviations."""
+        returns = torch.empty_like(reward)
+        for t in range(len(reward)):
+            returns[t] = self.carry = reward[t] + self.gamma * self.carry
+            self.carry = self.carry * (1 - done[t])
+        moments = torch.stack([returns.mean(), returns.square().mean()]).double()
+        mean, square = average(moments)
+        var = square - mean.square()
+        total = self.count + returns.numel()
+        weight = returns.numel() / total
+        between = weight * (1 - weight) * (mean - self.mean).square()
+        self.var = (1 - weight) * self.var + weight * var + between
+        self.mean, self.count = self.mean + weight * (mean - self.mean), total
+        return (reward / (self.var + 1e-8).sqrt().float()).clamp(-10, 10)
+
+
+def gae(reward, terminated, truncated, value, next_value, gamma: float, lam: float) -> torch.Tensor:
+    """Generalised advantage estimates (Schulman et al. 2016), time first, all (T, N).
+
+    A_t = delta_t + gamma lam A_{t+1}, delta_t = r_t + gamma V(s_{t+1}) - V(s_t); V(s_{t+1}) is dropped
+    where the episode terminated, A_{t+1} where it ended in either way: a time limit bootstraps.
+    """
+    advantage, a = torch.empty_like(reward), torch.zeros_like(reward[0])
+    for t in reversed(range(len(reward))):
+        delta = reward[t] + gamma * (1 - terminated[t]) * next_value[t] - value[t]
+        a = advantage[t] = delta + gamma * lam * (1 - terminated[t]) * (1 - truncated[t]) * a
+    return advantage
+
+
+@torch.no_grad()
+def advantages(value: Value, reward_scale: RewardScale, rollout: dict, args: PPOArgs) -> dict:
+    """The advantages of a rollout's chunks and the targets of their values, (T, N) each."""
+    terminated, truncated = rollout["terminated"], rollout["truncated"]
+    reward = reward_scale(rollout["reward"], terminated + truncated)  # (T, N)
+    v, next_v = value(torch.stack([rollout["obs"], rollout["next_obs"]]))
+    advantage = gae(reward, terminated, truncated, v, next_v, args.gamma, args.gae_lambda)
+    return {"advantage": advantage, "target": advantage + v}
+
+
+def update_value(value: Value, optimizer, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """One step of V(s) toward A + V(s), `target` (B,)."""
+    loss = 0.5 * (value(batch["obs"]) - batch["target"]).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    average_gradients(value.parameters())
+    optimizer.step()
+    return {"losses/value": loss.detach()}
+
+
+# -------------------------------------------------------------------------------------- actor
+def normalize(advantage: torch.Tensor) -> torch.Tensor:
+    """Advantages of a minibatch (B,) with mean 0 and standard deviation 1."""
+    return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+
+
+def clipped(ratio: torch.Tensor, advantage: torch.Tensor, clip: float) -> torch.Tensor:
+    """PPO's objective min(rho A, clip(rho, 1 - c, 1 + c) A), to be maximised."""
+    return torch.minimum(advantage * ratio, advantage * ratio.clamp(1 - clip, 1 + clip))
+
+
+@torch.no_grad()
+def ratio_metrics(log_ratio: torch.Tensor, clip: float) -> dict[str, torch.Tensor]:
+    """How far the policy is from the one that acted, in all processes."""
+    ratio = log_ratio.exp()
+    outside = ((ratio - 1).abs() > clip).float().mean()
+    kl = average((ratio - 1 - log_ratio).mean())
+    return {"diagnostics/kl": kl, "diagnostics/clip_fraction": outside}
+
+
+def gradient_norm(parameters) -> torch.Tensor:
+    return torch.stack(torch._foreach_norm([p.grad for p in parameters])).norm()
+
+
+# -------------------------------------------------------------------- exploration and rollout
+@torch.no_grad()
+def collect(policy: FlowPolicy, act: Callable, envs, args: PPOArgs) -> tuple[dict, int, list[float]]:
+    """A rollout, values (T, N, ...), its environment steps and the returns of episodes that ended."""
+    rollout, steps, returns, device = defaultdict(list), 0, [], args.device
+    for _ in range(args.rollout_chunks):
+        obs = policy.normalize(envs.obs)  # (N, obs_dim)
+        x0 = torch.randn(len(obs), policy.action_size, device=device)
+        x0[: round(args.zero_fraction * len(obs))] = 0
+        action, kept = act(policy, obs, x0, args)
+        step = envs.step(policy.to_env(action))
+        row = dict(obs=obs, next_obs=policy.normalize(step.next_obs), reward=step.reward,
+                   terminated=step.terminated, truncated=step.truncated) | kept  # fmt: skip
+        for name, x in row.items():
+            rollout[name].append(torch.as_tensor(x, dtype=torch.float32, device=device))
+        returns.extend(step.score[step.terminated | step.truncated])
+        steps += int(step.length.sum())
+    return {name: torch.stack(x) for name, x in rollout.items()}, steps, returns
+
+
+# --------------------------------------------------------------------------------- evaluation
+def evaluate(policy: FlowPolicy, args: PPOArgs, episodes: int, seed: int) -> dict[str, float]:
+    """The family's evaluation; noise that a policy draws is the same whenever it is asked for."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed + 1)
+        return family.evaluate(policy, args, episodes, seed)
+
+
+# --------------------------------------------------------------------------------------- main
+class Method(NamedTuple):
+    """What a method gives to `main`."""
+
+    policy_class: type[FlowPolicy]
+    make_policy: Callable
+    """(base, args): a policy of that class, with the weights of the base policy."""
+    act: Callable
+    """(policy, obs, x0, args): actions (N, D) and, by name, what else the rollout is to keep."""
+    make_batch: Callable
+    """(policy, rollout, args): rows of obs, advantage, target and what `update_actor` needs."""
+    update_actor: Callable
+    """(policy, optimizer, batch, args): a step on some of these rows; returns metrics."""
+    get_base: Callable = family.get_base
+    """(args, run, envs): the base policy."""
+    schedule: Callable = lambda policy, spent, args: {}
+    """(policy, spent, args): what changes over the run; returns metrics."""
+
+
+def main(args: PPOArgs, method: Method) -> dict | None:
+    set_up(args)
+    if args.iterations == 0 and args.wall_budget_s == 0:
+        args.iterations = 31 if args.env_id == "Hopper-v4" else 106
+    eval_seed = 1_000_000 * (args.seed + 1)
+    if args.evaluate:
+        policy = method.policy_class.load(args.evaluate / "policy.safetensors").to(args.device)
+        scores = evaluate(policy, args, args.final_eval_episodes, eval_seed)
+        print(scores)
+        return scores
+
+    run = Run(args, f"{args.env_id}__{args.exp_name}__{args.seed}")
+    envs = family.make_envs(args, args.num_envs)
+    base = method.get_base(args, run, envs)
+    value = Value(base.obs_dim).to(args.device)
+    policy = method.make_policy(base, args).to(args.device)
+    reward_scale = RewardScale(args.num_envs, args.gamma).to(args.device)
+    tuned = [p for p in policy.parameters() if p.requires_grad]
+    actor_optimizer = torch.optim.Adam(tuned, args.actor_lr, fused=True)
+    value_optimizer = torch.optim.Adam(value.parameters(), args.value_lr, fused=True)
+    state = dict(env_steps=0, trained=0)
+    run.checkpoints(
+        state, policy, value=value, reward_scale=reward_scale, envs=envs,
+        actor_optimizer=actor_optimizer, value_optimizer=value_optimizer,
+    )  # fmt: skip
+
+    for iteration, spent in run.iterations():
+        row = {}
+        if iteration % args.eval_every == 0 or spent == 1:  # this iteration only evaluates
+            if run.rank == 0:
+                final = iteration == 0 or spent == 1
+                episodes = args.final_eval_episodes if final else args.eval_episodes
+                row = evaluate(policy, args, episodes, eval_seed)
+                run.keep_best(row["eval_return"])
+            first = 1 + run.rank + run.world * iteration
+            envs.reset(eval_seed + first * max(args.num_envs, 2 * args.final_eval_episodes))
+            reward_scale.carry.zero_()
+        else:
+            # 1. roll out
+            row |= method.schedule(policy, spent, args)
+            with run.timer(row, "rollout_s"):
+                rollout, steps, returns = collect(policy, method.act, envs, args)
+            state["env_steps"] += steps * run.world
+            if returns:
+                row["train_return"] = np.mean(returns)
+
+            with run.timer(row, "update_s"):
+                # 2. advantages of the rollout's chunks
+                rollout |= advantages(value, reward_scale, rollout, args)
+                batch = method.make_batch(policy, rollout, args)
+                # 3. passes over all rows, until the policy is too far from the one that acted
+                n = len(batch["obs"])
+                decay = 1 + (args.actor_lr_end - 1) * spent
+                rise = min(1.0, (state["trained"] + 1) / args.lr_warmup)
+                actor_optimizer.param_groups[0]["lr"] = args.actor_lr * decay * rise
+                orders = torch.stack([torch.randperm(n, device=args.device) for _ in range(args.epochs)])
+                for i in itertools.chain.from_iterable(order.split(args.batch) for order in orders):
+                    minibatch = {name: x[i] for name, x in batch.items()}
+                    metrics = update_value(value, value_optimizer, minibatch)
+                    if state["trained"] >= args.warmup_iterations:
+                        metrics |= method.update_actor(policy, actor_optimizer, minibatch, args)
+                    run.add(metrics)
+                    if metrics.get("diagnostics/kl", 0) > args.target_kl:
+                        break
+            state["trained"] += 1
+            unexplained = rollout["advantage"].var() / rollout["target"].var().clamp_min(1e-8)
+            row["diagnostics/explained_variance"] = 1 - unexplained.item()
+            row["diagnostics/reward_scale"] = reward_scale.var.sqrt().item()
+            obs = batch["obs"][:512]
+            run.add({"diagnostics/base_distance": family.velocity_distance(policy, base, obs)})
+        run.log(row, state["env_steps"])
+        run.save()
+
+    envs.close()
+    if run.rank > 0:
+        return None
+    measure = lambda policy: evaluate(policy, args, args.final_eval_episodes, eval_seed + 500_000)
+    if args.capture_video:
+        family.record_video(policy, args.env_id, run.path / "videos")
+    return run.finish("eval_return", measure, task=args.env_id, env_steps=state["env_steps"])
