@@ -1,11 +1,10 @@
-"""RLDT (Reinforcement Learning with Density Transport, arXiv 2606.08602) for FurnitureBench's assembly tasks.
+"""RLDT (Reinforcement Learning with Density Transport, arXiv 2606.08602) for FurnitureBench's assembly.
 
     python rldt_furniture.py --furniture one_leg --randomness low
 
 finetunes a flow-matching policy, cloned from demonstrations, on the sparse reward of assembled pairs of
-parts. It moves the policy's action density toward exp(Q / alpha) with Stein variational gradient descent.
-It runs in MuJoCo on any machine, and in FurnitureSim where Isaac Gym is installed. The order and the names
-are those of rldt_gym.py; docs/rldt_furniture.md says what differs.
+parts, in MuJoCo or in FurnitureSim (Isaac Gym). Order and names are those of rldt_gym.py;
+docs/rldt_furniture.md says what differs.
 """
 
 try:  # Isaac Gym cannot be imported after torch
@@ -34,92 +33,91 @@ from common.svgd import particle_gradient, transport_field
 from demos import furniture as dataset
 from demos.dataset import chunk_starts
 from envs.furniture_isaac import IsaacVectorEnv, isaac_missing
-from envs.furniture_mujoco import FURNITURE, FurnitureVectorEnv
+from envs.furniture_mujoco import FURNITURE, FurnitureVectorEnv, record_video
 
 
 # ---------------------------------------------------------------------------------- arguments
 @dataclass
 class Args:
-    """Settings of RLDT. Where a default differs from the paper's, docs/rldt_furniture.md says why."""
+    """Settings. Where a default differs from the paper's, docs/rldt_furniture.md says why."""
 
     # the run
-    furniture: Literal["one_leg", "lamp"] = "one_leg"  # one leg of a square table, or a lamp's bulb and hood
+    furniture: Literal["one_leg", "lamp"] = "one_leg"  # a leg of a table, or a lamp's bulb and hood
     randomness: Literal["low", "med"] = "low"  # range of the initial states (FurnitureBench)
-    backend: Literal["auto", "isaac", "mujoco"] = "auto"  # simulator; auto: Isaac Gym where it is installed
-    preset: Literal["laptop", "paper"] = "laptop"  # defaults for two CPU cores, or the paper's; flags win
-    exp_name: str = "rldt"  # name of the method or experiment, part of the run directory's name
+    backend: Literal["auto", "isaac", "mujoco"] = "auto"  # simulator; auto: Isaac Gym if installed
+    preset: Literal["laptop", "paper"] = "laptop"  # defaults for two cores, or the paper's; flags win
+    exp_name: str = "rldt"  # name of the experiment, part of the run directory's name
     seed: Size = 1  # of networks, minibatches, noise and environments
-    iterations: Size = 60  # training iterations, those that only evaluate included (paper: 250, med: 500)
-    wall_budget_s: Weight = 0.0  # seconds after which a run makes its last evaluation and ends; 0: no limit
+    iterations: Size = 60  # training iterations, evaluations included (paper: 250; med: 500)
+    wall_budget_s: Weight = 0.0  # seconds after which a run evaluates and ends; 0: no limit
     runs: Path = Path("runs")  # directory in which run directories are made
     device: str = "auto"  # torch device: cpu, cuda, cuda:0, ...; auto: CUDA where there is one
-    threads: Count = 2  # CPU threads of torch and of MuJoCo's environments
+    threads: Count = 2  # CPU threads of torch and of the environments in MuJoCo
     bf16: bool = True  # bfloat16 matrix products (autocast); weights and Euler states stay float32
     resume: Path | None = None  # run directory to continue from its last checkpoint, with its arguments
-    evaluate: Path | None = None  # run directory whose final policy to evaluate, nothing else
+    evaluate: Path | None = None  # run directory whose final policy to evaluate
     track: bool = False  # also log to Weights & Biases (pip install wandb)
-    capture_video: bool = False  # film an episode of the final policy in MuJoCo (needs a GL backend)
+    capture_video: bool = False  # film an episode of the final policy (needs a MuJoCo GL backend)
 
     # base policy
-    base: Path | None = None  # base policy (.safetensors); default: demos/<furniture>, or pretrained here
-    pretrain: bool = False  # pretrain a base policy even where there is one
-    dataset: Path | None = None  # demonstrations (.hdf5); default: those of the scripted assembler
+    base: Path | None = None  # base policy (.safetensors); default: the shipped one, or pretrained here
+    pretrain: bool = False  # pretrain a base policy even where one is shipped
+    dataset: Path | None = None  # to pretrain on (.hdf5); default: the scripted assembler's
 
     # rollouts and evaluation
     num_envs: Count = 16  # parallel environments (paper: 1000)
     horizon: Size = 0  # time limit in steps of 0.1 s; 0: the task's, 700 (one_leg) or 1000 (lamp)
-    rollout_chunks: Size = 0  # rows of a rollout; 0: one episode, and the state after it
-    exploration_steps: Size = 0  # noise |a - a_dagger_k| N(0, I), k of this many last Euler steps (authors: 2)
-    zero_fraction: Share = 0.25  # share of environments and particles with x_0 = 0, as evaluated (authors: 0)
-    buffer_iterations: Count = 60  # rollouts kept in the replay (authors: 20)
+    zero_fraction: Share = 0.25  # share of environments and particles with x_0 = 0 (authors: 0)
     eval_every: Count = 40  # every n-th iteration only evaluates (authors: 10)
-    eval_episodes: Count = 30  # episodes from x_0 = 0, and again from noise, during training
-    final_eval_episodes: Count = 100  # the same for the base, the final and the best policy
+    eval_episodes: Count = 30  # from x_0 = 0, and again from noise, during training
+    final_eval_episodes: Count = 100  # of the base, the final and the best policy
+
+    # exploration and replay
+    exploration_steps: Size = 0  # noise |a - a_dagger_k|, k of this many last Euler steps (authors: 2)
+    buffer_iterations: Count = 60  # rollouts kept in the replay (authors: 20)
+    segments: Count = 128  # of SEGMENT chunks, drawn from the replay per round
 
     # critic
     gamma: Share = 0.99  # discount per chunk (paper: 0.995)
     td_lambda: Share = 0.5  # lambda of TD(lambda) (authors: 0.5)
-    target_momentum: Share = 0.99  # Polyak momentum of the target critics per critic step (paper: 0.998)
-    rounds: Count = 8  # per iteration; each draws segments, then critic steps, then actor steps (authors: 16)
+    target_momentum: Share = 0.99  # Polyak momentum of the targets per critic step (paper: 0.998)
+    rounds: Count = 8  # per iteration: draw segments, critic steps, actor steps (authors: 16)
     critic_steps: Count = 128  # per round (paper: 128, of larger batches)
     critic_batch: Count = 256  # chunks per critic step (authors: all that were drawn)
     critic_lr: Weight = 5e-4  # Adam step size (paper: 5e-4)
-    critic_layer_norm: bool = True  # LayerNorm and small initial weights; without: N(0, 0.1^2) (authors)
-    segments: Count = 128  # replay segments drawn per round
-    warmup_iterations: Size = 22  # training iterations before the actor starts (paper: 2, of 1000 episodes)
+    critic_layer_norm: bool = True  # without: no LayerNorm, and weights from N(0, 0.1^2) (authors)
+    warmup_iterations: Size = 22  # training iterations before the actor starts (paper: 2)
 
     # actor
     actor_steps: Size = 6  # per round (authors: 2)
-    actor_batch: Count = 64  # states per actor step, each with n_particles particles (authors: 6250)
+    actor_batch: Count = 64  # states per actor step, n_particles particles in each (authors: 6250)
     n_particles: Count = 16  # P, particles per state (paper: 8)
-    kernel: Literal["rbf", "delta"] = "rbf"  # of the transport field; delta: the ablation RLDT-Delta
-    q_gradient: Literal["critic", "particles"] = "particles"  # derivative of Q (paper), or the way to high Q
-    alpha: Weight = 1e-3  # temperature: weight of the repulsion, relative to |grad Q| (paper: 1e-3)
-    transport_loss: Literal["literal", "authors"] = "authors"  # weight 1 - t in eq. (13), or 1 / (1 - t)
-    transport_scale: Weight = 0.0  # factor on grad Q (authors: 1); 0: the task's, 30 (one_leg) or 8 (lamp)
+    kernel: Literal["rbf", "delta"] = "rbf"  # of the transport field; delta: the paper's RLDT-Delta
+    q_gradient: Literal["critic", "particles"] = "particles"  # grad Q (paper), or to particles of high Q
+    alpha: Weight = 1e-3  # temperature, the weight of the repulsion relative to |grad Q| (paper: 1e-3)
+    transport_loss: Literal["literal", "authors"] = "authors"  # eq. (13), or weighted 1 / (1 - t)
+    transport_scale: Weight = 0.0  # factor on grad Q (authors: 1); 0: the task's
     consistency_weight: Weight = 0.05  # of eq. (14) (paper: 0.5)
     constraint_weight: Weight = 0.2  # of eq. (15) (paper: 0.2)
-    reference_every: Size = 0  # iterations between updates of the constraint's policy (authors: 1); 0: none
+    reference_every: Size = 0  # iterations until the constraint's policy follows (authors: 1); 0: never
     actor_lr: Weight = 2e-4  # Adam step size (paper: 2e-5)
-    actor_lr_end: Weight = 0.3  # factor on actor_lr that is reached linearly at the end (authors: 1)
+    actor_lr_end: Weight = 0.3  # factor on actor_lr, reached linearly at the end (authors: 1)
 
 
 PRESETS = {
     "paper": dict(
-        iterations=250, num_envs=1000, exploration_steps=2, zero_fraction=0.0, buffer_iterations=20,
-        eval_every=10, eval_episodes=500, final_eval_episodes=500, gamma=0.995, target_momentum=0.998, rounds=16,
-        critic_batch=8192, critic_layer_norm=False, segments=3125, warmup_iterations=2, actor_steps=2,
-        actor_batch=6250, n_particles=8, q_gradient="critic", transport_scale=1.0, consistency_weight=0.5,
-        reference_every=1, actor_lr=2e-5, actor_lr_end=1.0, bf16=False,
+        iterations=250, bf16=False, num_envs=1000, zero_fraction=0.0, eval_every=10, eval_episodes=500,
+        final_eval_episodes=500, exploration_steps=2, buffer_iterations=20, segments=3125, gamma=0.995,
+        target_momentum=0.998, rounds=16, critic_batch=8192, critic_layer_norm=False,
+        warmup_iterations=2, actor_steps=2, actor_batch=6250, n_particles=8, q_gradient="critic",
+        transport_scale=1.0, consistency_weight=0.5, reference_every=1, actor_lr=2e-5, actor_lr_end=1.0,
     )
 }  # fmt: skip
-
-
 PRETRAINING = {  # of a base policy that is made here; pretrain_fm.py has these as flags
-    "laptop": dict(epochs=200, batch=256, lr=1e-3, spread=1.0, chunk=8, euler_steps=8, width=512, depth=5,
-                   time_dim=32, layer_norm=True, cond_mlp=[512, 256]),
-    "paper": dict(epochs=8000, batch=256, lr=1e-4, spread=0.0, chunk=8, euler_steps=32, width=1024, depth=7,
-                  time_dim=32, layer_norm=True, cond_mlp=[512, 64]),
+    "laptop": dict(epochs=200, batch=256, lr=1e-3, spread=1.0, chunk=8, euler_steps=8, width=512,
+                   depth=5, time_dim=32, layer_norm=True, cond_mlp=[512, 256]),
+    "paper": dict(epochs=8000, batch=256, lr=1e-4, spread=0.0, chunk=8, euler_steps=32, width=1024,
+                  depth=7, time_dim=32, layer_norm=True, cond_mlp=[512, 64]),
 }  # fmt: skip
 TRANSPORT_SCALE = {"one_leg": 30.0, "lamp": 8.0}  # Lamp's particles are spread more widely
 CRITIC_WIDTH = {"laptop": 256, "paper": 512}
@@ -164,33 +162,20 @@ def stages_of(args: Args) -> int:
 
 
 def critic_obs(state: torch.Tensor, stage: torch.Tensor, args: Args) -> torch.Tensor:
-    """What the critic sees: states (..., obs_dim), and in tasks of several pairs how many are assembled (...)."""
-    if stages_of(args) == 1:
-        return state
-    return torch.cat([state, stage[..., None] / stages_of(args)], -1)
+    """What the critic sees of states (..., obs_dim): the share of pairs assembled too, if of several."""
+    pairs = stages_of(args)
+    return state if pairs == 1 else torch.cat([state, stage[..., None] / pairs], -1)
 
 
 # -------------------------------------------------------------------------------- base policy
-def limits(data: dict, spread: float) -> dict[str, np.ndarray]:
-    """What is scaled to -1 and 1: `spread` deviations about the mean, or with 0 the whole range (DPPO)."""
-    limits = {}
-    for name, x in ("obs", data["state"]), ("action", data["action"]):
-        low, high = x.min(0), x.max(0)
-        if spread:
-            mean, deviation = x.mean(0, dtype=float), x.std(0, dtype=float)
-            low, high = mean - spread * deviation, mean + spread * deviation
-        limits |= {f"{name}_min": low, f"{name}_max": high}
-    return limits
-
-
-def pretrain(args: Args, data: dict, checkpoint: Path, epochs: int, batch: int, lr: float, spread: float,
-             start: Path | None = None, **sizes) -> FlowPolicy:  # fmt: skip
+def pretrain(args: Args, data: dict, checkpoint: Path, epochs: int, batch: int, lr: float,
+             spread: float, start: Path | None = None, **sizes) -> FlowPolicy:  # fmt: skip
     """Flow matching on demonstrations, eq. (1)-(2): a policy of these sizes, its weights averaged.
 
-    `start` is a policy whose weights and scaling to begin with. Every 500 steps all is kept in `checkpoint`.
+    It begins with the weights and the scaling of `start`, and goes on from an unfinished `checkpoint`.
     """
     policy = FlowPolicy(data["state"].shape[1], data["action"].shape[1], **sizes)
-    policy.set_limits(**limits(data, spread))
+    policy.set_limits(**dataset.limits(data, spread))
     if start:
         policy.load_state_dict(FlowPolicy.load(start).state_dict())
     policy.to(args.device)
@@ -201,15 +186,14 @@ def pretrain(args: Args, data: dict, checkpoint: Path, epochs: int, batch: int, 
     optimizer = torch.optim.AdamW(policy.velocity.parameters(), lr, weight_decay=1e-6, fused=True)
     steps = max(1, epochs * (len(obs) - len(obs) // 20) // batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, lr / 10)
-    settings = dict(sizes, epochs=epochs, batch=batch, lr=lr, spread=spread, start=str(start), chunks=len(obs))
-    progress = dict(step=0, loss=math.inf, order=torch.randperm(len(obs), device=args.device))
+    progress = dict(step=0, order=torch.randperm(len(obs), device=args.device))
+    settings = sizes | dict(steps=steps, batch=batch, lr=lr, spread=spread, start=str(start))
     parts = dict(settings=settings, progress=progress, policy=policy, averaged=averaged,
                  optimizer=optimizer, schedule=schedule)  # fmt: skip
     if checkpoint.exists():
         load_parts(checkpoint, parts, args.device)
     held_out, train = progress["order"].tensor_split([len(obs) // 20])
-    held_out = held_out[:1024]
-    for step in tqdm(range(progress["step"] + 1, steps + 1), desc="pretraining", mininterval=1):
+    for step in tqdm(range(progress["step"], steps), desc="pretraining", mininterval=1):
         i = train[torch.randint(len(train), (batch,), device=args.device)]
         with autocast(args):
             loss = flow_matching_loss(policy.velocity, action[i], obs[i])  # eq. (2)
@@ -219,20 +203,19 @@ def pretrain(args: Args, data: dict, checkpoint: Path, epochs: int, batch: int, 
         schedule.step()
         with torch.no_grad():
             torch._foreach_lerp_(list(averaged.parameters()), list(policy.parameters()), 0.005)
-        if step % 500 == 0 or step == steps:
-            with torch.no_grad(), autocast(args):
-                loss = flow_matching_loss(averaged.velocity, action[held_out], obs[held_out]).item()
-            if not math.isfinite(loss):
-                raise FloatingPointError("the flow-matching loss is not finite: pretrain with smaller steps")
-            progress.update(step=step, loss=loss)
+        if (step + 1) % 500 == 0:
+            progress["step"] = step + 1
             save_parts(checkpoint, parts)
-    made_in = str(data["meta"].get("backend", "unknown")).lower()
-    averaged.info = dict(furniture=args.furniture, randomness=args.randomness, backend=made_in,
-                         validation_loss=progress["loss"])  # fmt: skip
+    with torch.no_grad():
+        loss = flow_matching_loss(averaged.velocity, action[held_out], obs[held_out]).item()
+    if not math.isfinite(loss):
+        raise FloatingPointError("the flow-matching loss is not finite: pretrain with smaller steps")
+    averaged.info = dict(furniture=args.furniture, randomness=args.randomness, validation_loss=loss)
+    checkpoint.unlink(missing_ok=True)
     return averaged
 
 
-def get_base(args: Args, run: Run) -> FlowPolicy:
+def get_base(args: Args, run: Run, envs) -> FlowPolicy:
     """The base policy: given, shipped, or pretrained here; the run keeps a copy of its own."""
     kept = run.path / "base.safetensors"
     shipped = dataset.DEMOS / args.furniture / f"base_{args.randomness}.safetensors"
@@ -243,76 +226,67 @@ def get_base(args: Args, run: Run) -> FlowPolicy:
             policy = FlowPolicy.load(shipped)
         else:
             data = dataset.get(args.furniture, args.randomness, args.dataset)
-            checkpoint = run.path / "pretraining.pt"
-            policy = pretrain(args, data, checkpoint, **PRETRAINING[args.preset])
-            checkpoint.unlink()
+            policy = pretrain(args, data, run.path / "pretraining.pt", **PRETRAINING[args.preset])
         policy.save(kept, **policy.info)
     run.barrier()
     policy = FlowPolicy.load(kept).to(args.device)
-    if (policy.obs_dim, policy.action_dim) != (FURNITURE[args.furniture].obs_dim, 10):
-        raise SystemExit(f"{args.base}: observations or actions have other sizes than {args.furniture}'s.")
-    made_in = policy.info.get("backend", args.backend)
-    if made_in != args.backend:
-        print(f"{kept}: a base policy of {made_in}, now used in {args.backend}, whose physics differ.")
+    if (policy.obs_dim, policy.action_dim) != (envs.obs_dim, envs.action_dim):
+        raise SystemExit(f"{args.base}: states or actions have other sizes than {args.furniture}'s.")
     torch.manual_seed(args.seed)  # the networks to come are the same, wherever the base policy is from
     return policy
 
 
 # ------------------------------------------------------------------------------------- replay
 class Replay(Ring):
-    """The last `buffer_iterations` rollouts, each (rollout_chunks, num_envs), on the device.
+    """The last `buffer_iterations` rollouts, (chunks of an episode, num_envs, ...); row t is chunk t.
 
-    A row is a state, with the pairs assembled so far ("stage") and the action taken in it, or without: where an
-    episode was cut, a row of valid = 0 holds the state that it ended in, so that the next state is always the
-    next row. "reached" is the number of pairs that the row's episode assembled in the end.
+    `state` and `stage`, the pairs assembled so far, have one row more, for where the rollout ends.
+    `valid` is 1 while something is left to assemble; `reached` is what the episode comes to in the end.
     """
 
-    def __init__(self, args: Args, obs_dim: int, action_size: int):
-        shape = args.buffer_iterations, args.rollout_chunks, args.num_envs
-        sizes = dict(state=(obs_dim,), action=(action_size,), stage=(), reward=(), terminated=(), truncated=(),
-                     valid=(), reached=())  # fmt: skip
-        super().__init__({name: torch.zeros(*shape, *size, device=args.device) for name, size in sizes.items()})
-
-    def next(self) -> dict[str, torch.Tensor]:
-        rollout = super().next()
-        for name in "reward", "terminated", "truncated", "valid", "reached":
-            rollout[name].zero_()
-        return rollout
+    def __init__(self, args: Args, policy: FlowPolicy):
+        B, T, N = args.buffer_iterations, math.ceil(args.horizon / policy.chunk), args.num_envs
+        slots = {name: torch.zeros(B, T, N) for name in ("reward", "terminated", "valid", "reached")}
+        slots["action"] = torch.zeros(B, T, N, policy.action_size)
+        slots["state"] = torch.zeros(B, T + 1, N, policy.obs_dim)
+        slots["stage"] = torch.zeros(B, T + 1, N)
+        super().__init__({name: value.to(args.device) for name, value in slots.items()})
 
     def starts(self, segments: int, length: int) -> torch.Tensor:
-        """Where segments begin, rows of (slot, time, environment): valid, equally many for each number of pairs reached."""
-        valid, reached = self.slots["valid"].clone() > 0, self.slots["reached"]
-        valid[:, valid.shape[1] - length :] = False
-        groups, chosen = [valid & (reached == n) for n in reached.unique()], []
-        groups = [group for group in groups if group.any()]
-        for k, group in enumerate(groups):
-            count = segments // len(groups) + (k < segments % len(groups))
-            fresh = torch.zeros_like(group)
-            fresh[self.slot] = group[self.slot]
-            n_fresh = math.ceil(FRESH * count) if fresh.any() else 0
-            for mask, n in (fresh, n_fresh), (group, count - n_fresh):
-                index = mask.nonzero()
-                if n:
-                    chosen.append(index[torch.randint(len(index), (n,), device=index.device)])
+        """Rows (slot, t, environment) where segments begin, as many for each number of pairs reached."""
+        valid, reached, chosen = self.slots["valid"] > 0, self.slots["reached"], []
+        valid[:, valid.shape[1] - length + 1 :] = False
+        kinds = reached[valid].unique()
+        for n, kind in enumerate(kinds):
+            rows = (valid & (reached == kind)).nonzero()
+            fresh = rows[rows[:, 0] == self.slot]
+            count = segments // len(kinds) + (n < segments % len(kinds))
+            fresh_count = math.ceil(FRESH * count) if len(fresh) else 0
+            for group, size in (fresh, fresh_count), (rows, count - fresh_count):
+                if size:
+                    chosen.append(group[torch.randint(len(group), (size,), device=rows.device)])
         return torch.cat(chosen)
 
     def draw(self, segments: int) -> dict[str, torch.Tensor]:
-        """Random segments, time first: state and stage (length + 1, segments, ...), all else (length, segments, ...)."""
-        length = min(SEGMENT, self.slots["reward"].shape[1] - 1)
+        """Segments (SEGMENT, segments, ...), state and stage one longer; some of the newest rollout."""
+        length = min(SEGMENT, self.slots["reward"].shape[1])
         slot, start, env = self.starts(segments, length).T
         t = start + torch.arange(length + 1, device=start.device)[:, None]  # (length + 1, segments)
-        return {name: value[slot, t if name in ("state", "stage") else t[:-1], env] for name, value in self.slots.items()}
+        batch = {name: value[slot, t[:-1], env] for name, value in self.slots.items()}
+        for name in "state", "stage":
+            batch[name] = self.slots[name][slot, t, env]
+        return batch
 
 
 # -------------------------------------------------------------------- exploration and rollout
-def make_envs(args: Args, num_envs: int, chunk: int):
+def make_envs(args: Args, num_envs: int):
     if args.backend == "isaac":
-        return IsaacVectorEnv(num_envs, args.furniture, args.randomness, chunk, args.horizon)
-    return FurnitureVectorEnv(num_envs, args.furniture, args.randomness, chunk, args.horizon, args.threads, stop_on_success=True)
+        return IsaacVectorEnv(num_envs, args.furniture, args.randomness, args.horizon)
+    return FurnitureVectorEnv(num_envs, args.furniture, args.randomness, args.horizon, args.threads)
 
 
 def explore(trajectory: torch.Tensor, args: Args) -> torch.Tensor:
-    """The action of a trajectory (K + 1, N, D) with noise |a - a_dagger_k| N(0, I), k one of its last steps."""
+    """The action of a trajectory (K + 1, N, D), with noise |a - a_dagger_k| N(0, I), k a late step."""
     action = trajectory[-1]
     if args.exploration_steps == 0:
         return action
@@ -320,59 +294,48 @@ def explore(trajectory: torch.Tensor, args: Args) -> torch.Tensor:
     k = K - 1 - torch.randint(args.exploration_steps, (N,), device=device)
     n = torch.arange(N, device=device)
     x_k, x_next = trajectory[k, n], trajectory[k + 1, n]
-    a_dagger = expected_target(x_k, k / K, (x_next - x_k) * K)  # eq. (8), the velocity read off the trajectory
+    velocity = (x_next - x_k) * K  # read off the trajectory
+    a_dagger = expected_target(x_k, k / K, velocity)  # eq. (8)
     return action + (action - a_dagger).norm(dim=-1, keepdim=True) * torch.randn_like(action)
 
 
 @torch.no_grad()
-def collect(policy: FlowPolicy, envs, rollout: dict, seeds, args: Args):
-    """Fills a rollout with exploration, episodes seeded from the iterator `seeds`; returns env steps and the pairs (num_envs,)
-    that the first episode of each environment assembled: of later ones, those that take long are not seen to their end."""
-    T, N, steps, assembled = args.rollout_chunks, args.num_envs, 0, np.zeros(args.num_envs, int)
-    row, first = np.zeros(N, int), np.zeros(N, int)  # where each environment writes, and where its episode began
-    stage, everyone, stops = np.zeros(N, int), np.arange(N), args.backend == "mujoco"
-    obs = policy.normalize(envs.reset([next(seeds) for _ in range(N)], np.ones(N, bool))["state"])
-    while (active := row < T - 1).any():  # the last row can only hold a final state
-        x0 = torch.randn(N, policy.action_size, device=args.device)
-        x0[: round(args.zero_fraction * N)] = 0
+def collect(policy: FlowPolicy, envs, rollout: dict, seed: int, args: Args) -> int:
+    """Fills a rollout with exploration, from new episodes of `seed` on; returns environment steps."""
+    steps, pairs, device = 0, stages_of(args), args.device
+    envs.reset(seed)
+    rollout["state"][0] = policy.normalize(envs.obs)
+    rollout["stage"][0] = 0
+    for t, state in enumerate(rollout["state"][:-1]):  # (N, obs_dim)
+        x0 = torch.randn(len(state), policy.action_size, device=device)
+        x0[: round(args.zero_fraction * len(state))] = 0
         with autocast(args):
-            action = explore(policy.sample(obs, x0, trajectory=True), args)
-        raw, reward, _, truncated, next_stage, length = envs.step(policy.to_env(action), active)
-        next_obs, solved = policy.normalize(raw["state"]), next_stage == stages_of(args)
-        ids = everyone[active]
-        values = dict(state=obs, stage=stage, action=action, reward=reward, terminated=solved | truncated, valid=stage < stages_of(args))
-        for name, value in values.items():
-            rollout[name][row[ids], ids] = torch.as_tensor(value, device=args.device)[ids].to(rollout[name].dtype)
-        steps += int(length[active].sum())
-        row[ids] += 1
-        stage = np.where(active, next_stage, stage)
-        over = active & (truncated | (solved & stops))
-        cut = active & ~over & (row == T - 1)
-        for i in everyone[over | cut]:
-            rollout["state"][row[i], i], rollout["stage"][row[i], i] = next_obs[i], float(stage[i])
-            rollout["reached"][first[i] : row[i] + 1, i] = float(stage[i])
-            if cut[i] and not solved[i]:
-                rollout["truncated"][row[i] - 1, i] = 1  # the rollout ends here, not the episode
-            if first[i] == 0:
-                assembled[i] = stage[i]
-        row[over], stage[over] = row[over] + 1, 0
-        first[over] = row[over]
-        obs, renew = next_obs, over & (row < T - 1)
-        if renew.any():
-            obs = policy.normalize(envs.reset([next(seeds) if r else 0 for r in renew], renew)["state"])
-    return steps, assembled
+            action = explore(policy.sample(state, x0, trajectory=True), args)
+        step = envs.step(policy.to_env(action))
+        ended = step.terminated | step.truncated  # a time limit is a failure
+        row = dict(action=action, reward=step.reward, terminated=ended | (step.score == pairs),
+                   valid=rollout["stage"][t] < pairs, reached=step.score)  # fmt: skip
+        for name, value in row.items():
+            rollout[name][t] = torch.as_tensor(value, device=device)
+        rollout["state"][t + 1] = policy.normalize(envs.obs)
+        rollout["stage"][t + 1] = torch.as_tensor(np.where(ended, 0, step.score), device=device)
+        steps += int(step.length.sum())
+    reached, terminated = rollout["reached"], rollout["terminated"] > 0
+    for t in reversed(range(len(reached) - 1)):  # an episode's rows learn what it reaches later
+        reached[t] = torch.where(terminated[t], reached[t], reached[t + 1])
+    return steps
 
 
 # ------------------------------------------------------------------------------------- critic
-def td_lambda(reward, terminated, truncated, next_value, gamma: float, lam: float, most: float) -> torch.Tensor:
-    """TD(lambda) targets of segments, time first, all (T, L); returns lie in [0, most], and so do the targets.
+def td_lambda(reward, terminated, next_value, gamma: float, lam: float, most: float) -> torch.Tensor:
+    """TD(lambda) targets of segments, time first, all (T, L), in [0, most] as returns are.
 
-    y_t = r_t + gamma (1 - terminated_t) [(1 - lam) V(s_{t+1}) + lam y_{t+1}]; after a truncation and
-    at the segment's end V(s_{t+1}) stands alone.
+    y_t = r_t + gamma (1 - terminated_t) [(1 - lam) V(s_{t+1}) + lam y_{t+1}]; at the segment's end
+    V(s_{t+1}) stands alone.
     """
     target, y = torch.empty_like(reward), next_value[-1]
     for t in reversed(range(len(reward))):
-        y = torch.where(truncated[t] > 0, next_value[t], (1 - lam) * next_value[t] + lam * y)
+        y = (1 - lam) * next_value[t] + lam * y
         y = (reward[t] + gamma * (1 - terminated[t]) * y).clamp(0, most)
         target[t] = y
     return target
@@ -380,13 +343,13 @@ def td_lambda(reward, terminated, truncated, next_value, gamma: float, lam: floa
 
 @torch.no_grad()
 def critic_target(policy: FlowPolicy, target: Critic, batch: dict, args: Args) -> torch.Tensor:
-    """TD(lambda) targets (T, L); V(s') is the minimum of the target networks at an action of the policy."""
+    """TD(lambda) targets (T, L); V(s') is the minimum of the targets at an action of the policy."""
     state = batch["state"][1:].flatten(0, 1)  # (T * L, obs_dim)
-    stage = batch["stage"][1:].flatten()
+    obs = critic_obs(state, batch["stage"][1:].flatten(), args)
     with autocast(args):
-        value = target(critic_obs(state, stage, args), policy.sample(state)).min(0).values.view_as(batch["reward"])
-    most = stages_of(args)
-    return td_lambda(batch["reward"], batch["terminated"], batch["truncated"], value, args.gamma, args.td_lambda, most)
+        value = target(obs, policy.sample(state)).min(0).values.view_as(batch["reward"])
+    reward, terminated, most = batch["reward"], batch["terminated"], stages_of(args)
+    return td_lambda(reward, terminated, value, args.gamma, args.td_lambda, most)
 
 
 def minibatches(rows: int, batch: int, steps: int, device: str) -> tuple[torch.Tensor, ...]:
@@ -397,7 +360,7 @@ def minibatches(rows: int, batch: int, steps: int, device: str) -> tuple[torch.T
 
 
 def update_critic(critic: Critic, target: Critic, optimizer, obs, action, y, args: Args) -> dict:
-    """One step on critic_obs (B, .), action (B, D), targets y (B,), and one of the target networks."""
+    """One step on critic_obs (B, .), action (B, D) and targets y (B,); the target networks follow."""
     with autocast(args):
         q = critic(obs, action)  # (2, B)
     loss = (q - y).square().mean(1).sum()
@@ -406,8 +369,8 @@ def update_critic(critic: Critic, target: Critic, optimizer, obs, action, y, arg
     average_gradients(critic.parameters())
     optimizer.step()
     with torch.no_grad():
-        momentum = args.target_momentum
-        torch._foreach_lerp_(list(target.parameters()), list(critic.parameters()), 1 - momentum)
+        parameters = list(target.parameters()), list(critic.parameters())
+        torch._foreach_lerp_(*parameters, 1 - args.target_momentum)
     return {"losses/critic": loss.detach(), "diagnostics/q": q.detach().mean()}
 
 
@@ -421,8 +384,8 @@ def start_noise(shape, args: Args) -> torch.Tensor:
 def actor_losses(velocity, reference, critic: Critic, obs, obs_q, trajectory, args: Args, k=None):
     """The three losses of eq. (16) on states obs (B, obs_dim) with trajectories (K + 1, B, P, D).
 
-    The critic sees them as obs_q (B, .). Each particle has one step k (B, P) of its trajectory, drawn
-    where it is not given.
+    The critic sees obs_q (B, .). Each particle has one step k (B, P) of its trajectory, drawn where it
+    is not given.
     """
     K, (_, B, P, D) = len(trajectory) - 1, trajectory.shape
     device, action = obs.device, trajectory[-1]  # a, (B, P, D)
@@ -435,19 +398,19 @@ def actor_losses(velocity, reference, critic: Critic, obs, obs_q, trajectory, ar
     x_c = interpolate(action, start_noise(action.shape, args), t_c)
     with autocast(args):
         both = torch.stack([x, x_c]), torch.stack([t, t_c]), obs.expand(2, -1, -1, -1)
-        v, v_c = velocity(*both)  # in one pass
+        v, v_c = velocity(*both)
         with torch.no_grad():
             v_ref = reference(x_c, t_c, obs)
     a_dagger = expected_target(x, t, v)  # eq. (8)
 
-    # the transport field moves the expected targets along grad Q at the particles
+    # transport: the expected targets move along the field, which grad Q at the particles makes
     query = a_dagger.detach()
     particles = (query if args.kernel == "delta" else action).clone().requires_grad_()
     with autocast(args):
         q = critic(obs_q.reshape(B * P, -1), particles.view(B * P, D)).mean(0)
     if args.q_gradient == "critic":
         (grad_q,) = torch.autograd.grad(q.sum(), particles)
-    else:  # where those particles of the state lie that have a high Q
+    else:  # toward those of a state's particles that have a high Q
         grad_q = particle_gradient(q.detach().to(particles.dtype).view(B, P), particles.detach())
     grad_q = args.transport_scale * grad_q
     phi = transport_field(query, particles.detach(), grad_q, args.alpha, args.kernel)  # eq. (6)
@@ -456,30 +419,31 @@ def actor_losses(velocity, reference, critic: Critic, obs, obs_q, trajectory, ar
     else:
         transport = -((v * phi).sum(-1) / (K * (1 - t))).mean()  # the authors' form of eq. (13)
 
-    # each step of a trajectory points at the action that the trajectory ends in
+    # consistency: every step of a trajectory points at the action that it ends in
     consistency = ((a_dagger - action).square().sum(-1) / (K * (1 - t)).square()).mean()  # eq. (14)
 
-    # the velocity stays near the reference's, on fresh points of the path
+    # constraint: on fresh points of the path, the velocity stays near the reference's
     constraint = (v_c - v_ref).square().sum(-1).mean()  # eq. (15)
 
     distance = torch.cdist(action, action).sum() / max(1, B * P * (P - 1))
     metrics = {
-        "losses/transport": transport, "losses/consistency": consistency, "losses/constraint": constraint,
-        "diagnostics/phi_norm": phi.norm(dim=-1).mean(), "diagnostics/grad_q_norm": grad_q.norm(dim=-1).mean(),
-        "diagnostics/q_policy": q.mean(), "diagnostics/particle_distance": distance,
+        "losses/transport": transport, "losses/consistency": consistency,
+        "losses/constraint": constraint, "diagnostics/q_policy": q.mean(),
+        "diagnostics/grad_q_norm": grad_q.norm(dim=-1).mean(),
+        "diagnostics/phi_norm": phi.norm(dim=-1).mean(), "diagnostics/particle_distance": distance,
     }  # fmt: skip
     return transport, consistency, constraint, {key: value.detach() for key, value in metrics.items()}
 
 
-def update_actor(policy: FlowPolicy, reference: FlowPolicy, critic: Critic, optimizer, obs, obs_q, args: Args):
-    """Samples P particles in each state of obs (B, obs_dim), then takes one step on the loss of eq. (16)."""
-    P = args.n_particles
+def update_actor(policy: FlowPolicy, reference: FlowPolicy, critic: Critic, optimizer, obs, obs_q, args):
+    """Samples P particles in each state of obs (B, obs_dim), then takes a step on eq. (16)."""
+    x0 = start_noise((len(obs), args.n_particles, policy.action_size), args)
     with torch.no_grad(), autocast(args):
-        x0 = start_noise((len(obs), P, policy.action_size), args)
-        trajectory = policy.sample(obs[:, None].expand(-1, P, -1), x0, trajectory=True)
+        trajectory = policy.sample(obs[:, None].expand(-1, args.n_particles, -1), x0, trajectory=True)
     losses = actor_losses(policy.velocity, reference.velocity, critic, obs, obs_q, trajectory, args)
     transport, consistency, constraint, metrics = losses
-    loss = transport + args.consistency_weight * consistency + args.constraint_weight * constraint  # eq. (16)
+    loss = transport + args.consistency_weight * consistency  # eq. (16)
+    loss += args.constraint_weight * constraint
     optimizer.zero_grad()
     loss.backward()
     average_gradients(policy.velocity.parameters())
@@ -490,7 +454,7 @@ def update_actor(policy: FlowPolicy, reference: FlowPolicy, critic: Critic, opti
 
 @torch.no_grad()
 def velocity_distance(policy: FlowPolicy, base: FlowPolicy, obs: torch.Tensor) -> torch.Tensor:
-    """How far the policy's velocity has moved from the base's, at x_0 ~ N(0, I) in states (B, obs_dim)."""
+    """How far the velocity has moved from the base's, at x_0 ~ N(0, I) in states (B, obs_dim)."""
     x0 = torch.randn(len(obs), policy.action_size, device=obs.device)
     t = torch.zeros((), device=obs.device)
     return (policy.velocity(x0, t, obs) - base.velocity(x0, t, obs)).norm(dim=-1).mean()
@@ -499,96 +463,103 @@ def velocity_distance(policy: FlowPolicy, base: FlowPolicy, obs: torch.Tensor) -
 # --------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
 def evaluate(policy: FlowPolicy, envs, args: Args, episodes: int, seed: int) -> dict[str, float]:
-    """Success and pairs assembled, from x_0 = 0 and, as `sampled`, from x_0 ~ N(0, I), from the same initial states."""
+    """Success and pairs assembled, from x_0 = 0 and, as `sampled`, from noise in the same states."""
     generator = torch.Generator(args.device).manual_seed(seed)
-    stages = np.zeros(2 * episodes, int)
-    waiting, N = list(range(2 * episodes)), envs.num_envs
-    job = np.array([waiting.pop(0) if waiting else -1 for _ in range(N)])
-    raw = envs.reset([seed + j % episodes for j in job], np.ones(N, bool))
-    while (job >= 0).any():
-        x0 = torch.randn(N, policy.action_size, device=args.device, generator=generator)
-        x0[torch.as_tensor(job < episodes)] = 0
+    stages = np.zeros(2 * episodes)  # first those from x_0 = 0
+    envs.reset(iter(2 * [*range(seed, seed + episodes)]))
+    while (envs.episode >= 0).any():
+        episode = envs.episode.copy()  # that each environment runs; -1: none is left
+        x0 = torch.randn(len(episode), policy.action_size, device=args.device, generator=generator)
+        x0[torch.as_tensor(episode < episodes)] = 0
         with autocast(args):
-            chunks = policy.to_env(policy.sample(policy.normalize(raw["state"]), x0))
-        raw, _, _, truncated, stage, _ = envs.step(chunks, active := job >= 0)
-        stages[job[active]] = stage[active]
-        job[truncated | (stage == stages_of(args))] = -1
-        free = job < 0
-        if args.backend == "isaac" and not free.all():
-            continue  # there a reset disturbs the other environments
-        job[free] = [waiting.pop(0) if waiting else -1 for _ in range(free.sum())]
-        if (renew := free & (job >= 0)).any():
-            raw = envs.reset([seed + j % episodes for j in job], renew)
+            action = policy.sample(policy.normalize(envs.obs), x0)
+        step = envs.step(policy.to_env(action))
+        stages[episode[episode >= 0]] = step.score[episode >= 0]
     return summary(stages[:episodes], "", args) | summary(stages[episodes:], "_sampled", args)
 
 
 def summary(stages: np.ndarray, name: str, args: Args) -> dict[str, float]:
-    """Success rate of episodes that assembled `stages` pairs, with its 95 % interval (Wilson), and their mean."""
+    """Success of episodes that assembled these pairs, with its 95 % interval (Wilson), and the pairs."""
     success = stages == stages_of(args)
     interval = binomtest(int(success.sum()), len(success)).proportion_ci(method="wilson")
-    return {
-        f"eval_success{name}": success.mean(),
-        f"eval_success{name}_low": interval.low, f"eval_success{name}_high": interval.high,
-        f"eval_stages{name}": stages.mean(), f"eval_stages{name}_std": stages.std(),
+    scores = {
+        f"eval_success{name}": success.mean(), f"eval_success{name}_low": interval.low,
+        f"eval_success{name}_high": interval.high, f"eval_stages{name}": stages.mean(),
+        f"eval_stages{name}_std": stages.std(),
     }  # fmt: skip
+    return {key: float(value) for key, value in scores.items()}
 
 
 # --------------------------------------------------------------------------------------- main
-def main(args: Args) -> dict | None:
-    set_up(args)
+def resolve(args: Args):
+    """Fills in what depends on the machine and on the task."""
     if args.backend == "auto":
         args.backend = "mujoco" if isaac_missing() else "isaac"
+    if args.backend == "isaac" and isaac_missing():
+        raise SystemExit(f"--backend isaac: {isaac_missing()}; use --backend mujoco.")
+    if args.q_gradient == "particles" and args.n_particles < 2:
+        raise SystemExit("--q-gradient particles needs --n-particles of at least 2, better 16.")
     args.horizon = args.horizon or FURNITURE[args.furniture].horizon
     args.transport_scale = args.transport_scale or TRANSPORT_SCALE[args.furniture]
-    eval_seed = 1_000_000 * (args.seed + 1)
+
+
+def main(args: Args) -> dict | None:
+    set_up(args)
+    resolve(args)
+    task, eval_seed = f"{args.furniture}-{args.randomness}", 1_000_000 * (args.seed + 1)
     if args.evaluate:
         policy = FlowPolicy.load(args.evaluate / "policy.safetensors").to(args.device)
-        envs = make_envs(args, args.num_envs, policy.chunk)
+        envs = make_envs(args, args.num_envs)
         scores = evaluate(policy, envs, args, args.final_eval_episodes, eval_seed)
+        envs.close()
         print(scores)
         return scores
 
-    run = Run(args, f"{args.furniture}-{args.randomness}__{args.exp_name}__{args.seed}")
-    policy = get_base(args, run)
-    args.rollout_chunks = args.rollout_chunks or math.ceil(args.horizon / policy.chunk) + 1
-    envs = make_envs(args, args.num_envs, policy.chunk)
+    run = Run(args, f"{task}__{args.exp_name}__{args.seed}")
+    envs = make_envs(args, args.num_envs)
+    policy = get_base(args, run, envs)
     base, reference = (copy.deepcopy(policy).requires_grad_(False) for _ in range(2))
-    obs_dim = critic_obs(torch.zeros(1, policy.obs_dim), torch.zeros(1), args).shape[1]
-    critic = Critic(obs_dim, policy.action_size, args.critic_layer_norm, CRITIC_WIDTH[args.preset]).to(args.device)
+    seen, width = policy.obs_dim + (stages_of(args) > 1), CRITIC_WIDTH[args.preset]
+    critic = Critic(seen, policy.action_size, args.critic_layer_norm, width).to(args.device)
     target = copy.deepcopy(critic).requires_grad_(False)
     actor_optimizer = torch.optim.Adam(policy.velocity.parameters(), args.actor_lr, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_lr, fused=True)
-    replay = Replay(args, policy.obs_dim, policy.action_size)
+    replay = Replay(args, policy)
     state = dict(env_steps=0, trained=0, actor_steps=0)
-    run.checkpoints(state, policy, reference=reference, critic=critic, target=target, replay=replay,
-                    actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer)  # fmt: skip
+    run.checkpoints(
+        state, policy, reference=reference, critic=critic, target=target, replay=replay,
+        actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer,
+    )  # fmt: skip
 
     for iteration, spent in run.iterations():
         row = {}
         if iteration % args.eval_every == 0 or spent == 1:  # this iteration only evaluates
             if run.rank == 0:
-                episodes = args.final_eval_episodes if iteration == 0 or spent == 1 else args.eval_episodes
+                final = iteration == 0 or spent == 1
+                episodes = args.final_eval_episodes if final else args.eval_episodes
                 row = evaluate(policy, envs, args, episodes, eval_seed)
                 run.keep_best(row["eval_stages"])
         else:
             # 1. roll out with exploration
             with run.timer(row, "rollout_s"):
-                first = 10_000 * (run.rank + run.world * iteration)
-                seeds = itertools.count(100_000_000 * (args.seed % 20 + 1) + first)
-                steps, assembled = collect(policy, envs, replay.next(), seeds, args)
+                first = 100_000_000 * (args.seed % 20 + 1) + 10_000 * (run.rank + run.world * iteration)
+                steps = collect(policy, envs, replay.next(), first, args)
             state["env_steps"] += steps * run.world
-            row["train_success"], row["train_stages"] = (assembled == stages_of(args)).mean(), assembled.mean()
+            pairs = replay.newest()["reached"][0]  # of the first episodes: later ones may be cut
+            row["train_success"] = (pairs == stages_of(args)).float().mean()
+            row["train_stages"] = pairs.mean()
 
             for _ in range(args.rounds):
                 # 2. the critic: TD(lambda) targets of some segments, then steps on minibatches of them
                 with run.timer(row, "critic_s"):
                     batch = replay.draw(args.segments)
-                    y = critic_target(policy, target, batch, args).flatten()
-                    valid = batch["valid"].flatten() > 0  # states after success are left out
-                    obs, action, y = batch["state"][:-1].flatten(0, 1)[valid], batch["action"].flatten(0, 1)[valid], y[valid]
-                    obs_q = critic_obs(obs, batch["stage"][:-1].flatten()[valid], args)
+                    y = critic_target(policy, target, batch, args)
+                    valid = batch["valid"] > 0
+                    obs, action, y = batch["state"][:-1][valid], batch["action"][valid], y[valid]
+                    obs_q = critic_obs(obs, batch["stage"][:-1][valid], args)
                     for i in minibatches(len(y), args.critic_batch, args.critic_steps, args.device):
-                        run.add(update_critic(critic, target, critic_optimizer, obs_q[i], action[i], y[i], args))
+                        batch = obs_q[i], action[i], y[i]
+                        run.add(update_critic(critic, target, critic_optimizer, *batch, args))
                 # 3. the actor: particles in some of the same states follow the transport field
                 with run.timer(row, "actor_s"):
                     warm = state["trained"] < args.warmup_iterations
@@ -598,10 +569,11 @@ def main(args: Args) -> dict | None:
                         decay = 1 + (args.actor_lr_end - 1) * spent
                         rise = min(1.0, state["actor_steps"] / ACTOR_WARMUP)
                         actor_optimizer.param_groups[0]["lr"] = args.actor_lr * decay * rise
-                        run.add(update_actor(policy, reference, critic, actor_optimizer, obs[i], obs_q[i], args))
+                        batch = obs[i], obs_q[i]
+                        run.add(update_actor(policy, reference, critic, actor_optimizer, *batch, args))
             # 4. the reference of the constraint follows, or stays the base
             state["trained"] += 1
-            run.add({"diagnostics/base_distance": velocity_distance(policy, base, obs[:256])})
+            run.add({"diagnostics/base_distance": velocity_distance(policy, base, obs[:512])})
             if args.reference_every and state["trained"] % args.reference_every == 0:
                 reference.load_state_dict(policy.state_dict())
         run.log(row, state["env_steps"])
@@ -609,9 +581,11 @@ def main(args: Args) -> dict | None:
 
     if run.rank > 0:
         return None
-    measure = lambda policy: evaluate(policy, envs, args, args.final_eval_episodes, eval_seed + 500_000)
-    result = run.finish("eval_stages", measure, task=f"{args.furniture}-{args.randomness}", backend=args.backend,
-                        env_steps=state["env_steps"])  # fmt: skip
+    other_seed = eval_seed + 500_000
+    measure = lambda policy: evaluate(policy, envs, args, args.final_eval_episodes, other_seed)
+    if args.capture_video:
+        record_video(policy, args.furniture, args.randomness, run.path / "videos")
+    result = run.finish("eval_stages", measure, task=task, env_steps=state["env_steps"])
     envs.close()
     return result
 

@@ -9,7 +9,6 @@ import numpy as np
 from demos.hdf5 import DatasetError, check_array, in_order, join, reading, require
 from envs.furniture_mujoco import FURNITURE
 
-
 DEMOS = Path(__file__).parent
 
 
@@ -53,3 +52,15 @@ def get(furniture: str, randomness: str, source: Path | None, max_episodes: int 
         print(f"Recording demonstrations of the scripted assembler in MuJoCo to {path} ...")
         make(Args(furniture=furniture, randomness=randomness, out=path))
     return load(path, furniture, max_episodes)
+
+
+def limits(data: dict, spread: float) -> dict[str, np.ndarray]:
+    """What becomes -1 and 1 in the networks: `spread` deviations from the mean, or with 0 the range."""
+    result = {}
+    for name, x in ("obs", data["state"]), ("action", data["action"]):
+        low, high = x.min(0), x.max(0)
+        if spread:
+            mean, deviation = x.mean(0, dtype=float), x.std(0, dtype=float)
+            low, high = mean - spread * deviation, mean + spread * deviation
+        result |= {f"{name}_min": low, f"{name}_max": high}
+    return result

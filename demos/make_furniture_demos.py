@@ -23,7 +23,7 @@ from demos.furniture_lamp import Lamp
 from demos.furniture_one_leg import OneLeg
 from demos.furniture_skills import OPEN, Arm
 from demos.make_robomimic_demos import record, replacing, write_arrays
-from envs.furniture_mujoco import FurnitureEnv, PhysicsError
+from envs.furniture_mujoco import FURNITURE, FurnitureEnv, PhysicsError
 
 DEMOS = Path(__file__).parent
 ASSEMBLERS: dict[str, Callable] = {"one_leg": OneLeg, "lamp": Lamp}
@@ -52,12 +52,14 @@ def wilson(successes: int, attempts: int) -> tuple[float, float]:
 
 def load_clone(path: Path, furniture: str) -> Callable[[np.ndarray, np.random.Generator], np.ndarray]:
     """A base policy, from a state (obs_dim,) and a source of noise to a chunk (chunk, 10)."""
-    import torch  # only here: a demonstration needs neither it nor the script
+    import torch  # only here: a demonstration needs neither it nor a policy
 
-    import rldt_furniture
+    from common.flow import FlowPolicy
 
     torch.set_num_threads(1)
-    policy = rldt_furniture.load_base(path, rldt_furniture.Args(furniture=furniture, device="cpu"))
+    policy = FlowPolicy.load(path)
+    if (policy.obs_dim, policy.chunk) != (FURNITURE[furniture].obs_dim, CHUNK):
+        raise SystemExit(f"{path}: not a policy of {furniture} with chunks of {CHUNK} actions.")
 
     def act(state: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         noise = torch.from_numpy(rng.standard_normal((1, policy.action_size), np.float32))

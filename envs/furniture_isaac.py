@@ -1,16 +1,19 @@
-"""FurnitureSim, the furniture tasks in Isaac Gym on an NVIDIA GPU, behind the interface of envs/furniture_mujoco.py.
+"""FurnitureSim, the furniture tasks in Isaac Gym on an NVIDIA GPU, behind envs/interface.py.
 
-Isaac Gym is a download of NVIDIA's for Python 3.8, and the environment is the fork of FurnitureBench that DPPO (Ren et al. 2024)
-trains in (github.com/ankile/furniture-bench). Both have to be installed by hand; nothing of them is in this repository.
+Isaac Gym is a download of NVIDIA's for Python 3.8; the environment is DPPO's (Ren et al. 2024) fork of
+FurnitureBench, github.com/ankile/furniture-bench. Both have to be installed by hand.
 """
 
 import importlib.util
+import itertools
 import sys
+from collections.abc import Iterator
 
-import gymnasium as gym
 import numpy as np
+import torch
 
 from envs.furniture_mujoco import FURNITURE
+from envs.interface import Step
 
 
 def isaac_missing() -> str:
@@ -20,70 +23,79 @@ def isaac_missing() -> str:
             return f"{what} is not installed"
     if "isaacgym" not in sys.modules:
         return "Isaac Gym was not imported: it needs Python 3.8 and must come before torch"
-    try:
-        found = importlib.util.find_spec("furniture_bench.envs.furniture_rl_sim_env")  # imports the package, and its requirements
+    try:  # imports the package, and its requirements
+        found = importlib.util.find_spec("furniture_bench.envs.furniture_rl_sim_env")
     except ImportError as error:
         return f"furniture-bench cannot be imported ({error})"
-    return "" if found else "the installed furniture-bench has no FurnitureRLSimEnv (it is in the fork ankile/furniture-bench)"
+    return "" if found else "the installed furniture-bench is not the fork ankile/furniture-bench"
 
 
 class IsaacVectorEnv:
     """`num_envs` FurnitureRLSimEnvs with DPPO's arguments, stepped in lockstep on the GPU.
 
-    The methods are those of FurnitureVectorEnv. Differences: the simulator draws its initial states itself, so seeds have no effect;
-    environments that are not active move on unobserved, and all of them do, for a few steps of the physics, when some are reset. In Lamp
-    a reset also holds the bulbs of all other environments where they are until the hand comes near: reset all of them together.
+    A reset disturbs the other environments: all move on for a few steps of the physics. So episodes run
+    to the time limit, also after success, and all start together, as many as there are seeds. What the
+    seeds are has no effect: the simulator draws its initial states itself.
     """
 
-    def __init__(self, num_envs: int, furniture: str, randomness: str, chunk: int = 8, horizon: int = 0, stop_on_success: bool = False):
+    def __init__(self, num_envs: int, furniture: str, randomness: str, horizon=None):
         from furniture_bench.controllers.control_utils import proprioceptive_quat_to_6d_rotation
         from furniture_bench.envs.furniture_rl_sim_env import FurnitureRLSimEnv
         from furniture_bench.envs.observation import DEFAULT_STATE_OBS
 
         spec = FURNITURE[furniture]
-        self.num_envs, self.chunk, self.stages, self.stop_on_success = num_envs, chunk, len(spec.pairs), stop_on_success
+        self.num_envs, self.obs_dim, self.action_dim = num_envs, spec.obs_dim, 10
         self.horizon = horizon or spec.horizon
-        self.observation_space = gym.spaces.Dict({"state": gym.spaces.Box(-np.inf, np.inf, (spec.obs_dim,), np.float32)})
         self.env = FurnitureRLSimEnv(
-            act_rot_repr="rot_6d", action_type="pos", april_tags=False, concat_robot_state=True, ctrl_mode="diffik",
-            obs_keys=DEFAULT_STATE_OBS, furniture=furniture, gpu_id=0, headless=True, num_envs=num_envs, observation_space="state",
-            randomness=randomness, max_env_steps=self.horizon, record=False, pos_scalar=1, rot_scalar=1, stiffness=1_000, damping=200,
+            furniture=furniture, randomness=randomness, num_envs=num_envs, max_env_steps=self.horizon,
+            act_rot_repr="rot_6d", action_type="pos", april_tags=False, concat_robot_state=True,
+            ctrl_mode="diffik", obs_keys=DEFAULT_STATE_OBS, observation_space="state", headless=True,
+            record=False, gpu_id=0, pos_scalar=1, rot_scalar=1, stiffness=1_000, damping=200,
         )  # fmt: skip
         self.to_rot6d = proprioceptive_quat_to_6d_rotation
-        self.stage, self.t = np.zeros(num_envs, int), np.zeros(num_envs, int)
+        self.t, self.score, self.episode = np.zeros((3, num_envs), int)
 
-    def observe(self, obs: dict) -> dict[str, np.ndarray]:
-        """The robot's state with its rotation as 6 numbers, then the parts' poses, (N, obs_dim), as DPPO's wrapper has them."""
+    def observe(self, obs: dict) -> np.ndarray:
+        """The robot's state with its rotation as 6 numbers, then the parts' poses, as DPPO's wrapper."""
         parts = [self.to_rot6d(obs["robot_state"]), obs["parts_poses"]]
         state = np.concatenate([np.asarray(part.cpu(), np.float32) for part in parts], -1)
         if not np.isfinite(state).all():
             raise FloatingPointError("the simulator returned a non-finite observation")
-        return {"state": state}
+        return state
 
-    def reset(self, seeds: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
-        """Starts episodes where `mask` (N,); returns all observations."""
-        import torch
+    def reset(self, seeds: int | Iterator[int]):
+        self.seeds, self.started = itertools.count(seeds) if isinstance(seeds, int) else seeds, 0
+        self.start()
 
-        mask = np.asarray(mask, bool)
-        self.stage[mask] = self.t[mask] = 0
-        return self.observe(self.env.reset(torch.as_tensor(np.flatnonzero(mask), dtype=torch.int32, device=self.env.device)))
+    def start(self):
+        """Starts episodes in all environments, or in as many as there are seeds for."""
+        count = len(list(itertools.islice(self.seeds, self.num_envs)))
+        self.episode[:] = -1
+        self.episode[:count] = self.started + np.arange(count)
+        self.started += count
+        self.t[:] = self.score[:] = 0
+        if count:
+            self.obs = self.observe(self.env.reset(torch.arange(count, device=self.env.device).int()))
 
-    def step(self, chunks: np.ndarray, active: np.ndarray):
-        """Chunks (N, chunk, 10) where `active` (N,); returns obs, reward, terminated, truncated, stages, steps."""
-        import torch
-
+    def step(self, chunks: np.ndarray, active: np.ndarray | None = None) -> Step:
+        """See envs/interface.py; environments that are not active move on unobserved."""
         if not np.isfinite(chunks).all():
             raise FloatingPointError("the policy returned a non-finite action")
-        actions = torch.as_tensor(chunks, dtype=torch.float32, device=self.env.device)
-        total, steps = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
-        for i in range(self.chunk):
-            obs, reward, _, _ = self.env.step(actions[:, i])
-            counts = active & (self.t < self.horizon) & ~(self.stop_on_success & (self.stage == self.stages))
-            reward = np.where(counts, np.asarray(reward.squeeze(-1).cpu(), float), 0)
-            total, steps, self.t = total + reward, steps + counts, self.t + counts
-            self.stage = self.stage + reward.astype(int)
-        terminated = active & (self.stage == self.stages) & self.stop_on_success
-        return self.observe(obs), total, terminated, active & ~terminated & (self.t >= self.horizon), self.stage.copy(), steps
+        running = self.episode >= 0 if active is None else active & (self.episode >= 0)
+        total, length = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
+        for action in torch.as_tensor(chunks, dtype=torch.float32, device=self.env.device).unbind(1):
+            obs, reward, _, _ = self.env.step(action)
+            counts = running & (self.t < self.horizon)
+            total += np.where(counts, np.asarray(reward.squeeze(-1).cpu(), float), 0)
+            length += counts
+            self.t += counts
+        self.score += total.astype(int)
+        next_obs, score = self.observe(obs), self.score.copy()
+        self.obs, truncated = next_obs, running & (self.t >= self.horizon)
+        self.episode[truncated] = -1
+        if (self.episode < 0).all():
+            self.start()
+        return Step(next_obs, total, np.zeros(self.num_envs, bool), truncated, length, score)
 
     def close(self):
         self.env = None
