@@ -1,6 +1,8 @@
 """Reads robomimic's HDF5 demonstrations, published ones or those of demos/make_robomimic_demos.py."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import numpy as np
 from demos.hdf5 import DatasetError, check_array, in_order, join, reading, require
 from envs.robomimic import IMAGE_SIZE, TASKS, metadata
 
+DEMOS = Path(__file__).parent
 RENDER = "render them with `python -m demos.make_robomimic_demos --images-from FILE`"
 
 
@@ -87,3 +90,23 @@ def load(path: str | Path, task: str, images: bool, max_episodes: int = 0, split
             raise DatasetError(f"{path}: has no mask/{split}")
         names = [name.decode() for name in file[f"mask/{split}"]] if split else file["data"]
         return join(path, episodes(file["data"], in_order(names)), max_episodes) | {"meta": meta}
+
+
+def get(task: str, obs: str, source: Path | None, fast_render: bool) -> dict:
+    """The given dataset, or that of the scripted expert, made when it is first needed."""
+    images, folder = obs == "image", DEMOS / task
+    path = source or folder / ("image.hdf5" if images else "low_dim.hdf5")
+
+    def make(out: Path, *flags: str):  # in its own process, as simulators must not be forked from a renderer
+        print(f"Making demonstrations of {task}: {out} ...")
+        module = [sys.executable, "-m", "demos.make_robomimic_demos"]
+        if subprocess.run([*module, "--task", task, "--out", out, *flags], cwd=DEMOS.parent).returncode:
+            raise SystemExit("The demonstrations could not be made, see above.")
+
+    if source is None and not path.exists():
+        states = folder / "low_dim.hdf5"
+        if not states.exists():
+            make(states)
+        if images:
+            make(path, "--images-from", str(states), f"--{'' if fast_render else 'no-'}fast-render")
+    return load(path, task, images, fast_render=fast_render)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import types
 from dataclasses import dataclass
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -307,6 +308,8 @@ class RobomimicVectorEnv:
     """
 
     def __init__(self, num_envs: int, timeout: float = 300.0, **kwargs):
+        if kwargs["images"]:
+            choose_renderer()
         main = os.getpid()
 
         def make() -> RobomimicEnv:
@@ -318,7 +321,7 @@ class RobomimicVectorEnv:
         renders = opened and (kwargs["images"] or kwargs.get("record"))  # a forked copy of an open renderer would hang
         context = "fork" if sys.platform == "linux" and not renders else "spawn"
         self.envs = gym.vector.AsyncVectorEnv([make] * num_envs, context=context, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
-        self.num_envs, self.timeout = num_envs, timeout
+        self.num_envs, self.timeout, self.settings = num_envs, timeout, kwargs
         example = make()
         self.horizon, (self.chunk, self.action_dim) = example.horizon, example.action_space.shape
         self.observation_space = example.observation_space
@@ -364,3 +367,26 @@ class RobomimicVectorEnv:
     def close(self):
         if not self.envs.closed:
             self.envs.close()
+
+
+def record_video(policy, envs: RobomimicVectorEnv, folder: Path):
+    """One episode of a policy from x_0 = 0 as mp4."""
+    import imageio.v2 as imageio
+    import torch
+
+    try:
+        choose_renderer()
+        env = RobomimicEnv(**envs.settings, record=True)
+        obs, over = env.reset(seed=0)[0], False
+        with torch.no_grad():
+            while not over:
+                cond = policy.encode(policy.observe({name: value[None] for name, value in obs.items()}))
+                x0 = torch.zeros(1, policy.action_size, device=cond.device)
+                chunk = policy.to_env(policy.sample(cond, x0))[0].clip(-1, 1)
+                obs, _, terminated, truncated, _ = env.step(chunk)
+                over = terminated or truncated
+        env.close()
+        folder.mkdir(parents=True, exist_ok=True)
+        imageio.mimwrite(folder / "episode.mp4", env.frames, fps=20)
+    except (SystemExit, Exception) as error:  # GL drivers fail in many ways; none may cost the trained policy
+        print(f"No video: {error}")
