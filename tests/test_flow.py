@@ -1,12 +1,20 @@
+"""common/flow.py and the three losses of the actor, which are made of it."""
+
+import json
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import rldt_gym
 from common.flow import (
     ACTIVATIONS,
+    FlowPolicy,
     VelocityMLP,
     expected_target,
     flow_matching_loss,
@@ -27,27 +35,20 @@ class QuadraticCritic(torch.nn.Module):
         return torch.stack([q, q / 2])
 
 
-def networks(seed=0):
-    torch.manual_seed(seed)
-    velocity, reference = (VelocityMLP(D, OBS, width=8, time_dim=4, activation="silu").double() for _ in range(2))
-    return velocity, reference.requires_grad_(False)
-
-
 def losses(transport_loss, kernel="rbf", seed=0):
-    """The three losses on random trajectories, with all that went into them; K = 8, t known from the seed."""
-    velocity, reference = networks()
-    args = rldt_gym.Args(
-        euler_steps=K, bf16=False, device="cpu", transport_loss=transport_loss, kernel=kernel, alpha=0.3
-    )
+    """The three losses on random trajectories, with all that went into them."""
+    torch.manual_seed(seed)
+    network = dict(width=8, time_dim=4, activation="silu")
+    velocity, reference = (VelocityMLP(D, OBS, **network).double() for _ in range(2))
+    settings = dict(bf16=False, device="cpu", transport_loss=transport_loss, kernel=kernel, alpha=0.3)
     obs = torch.randn(B, OBS, dtype=torch.float64)
-    start = torch.randn(B, P, D, dtype=torch.float64)
-    trajectory = sample(velocity, obs[:, None].expand(-1, P, -1), start, K, trajectory=True)
-    torch.manual_seed(seed)
-    k = torch.randint(K, (B, P))  # the first draw inside actor_losses
-    torch.manual_seed(seed)
-    result = rldt_gym.actor_losses(velocity, reference, QuadraticCritic(), obs, trajectory, args)
+    start, states = torch.randn(B, P, D, dtype=torch.float64), obs[:, None].expand(-1, P, -1)
+    trajectory = sample(velocity, states, start, K, trajectory=True)
+    k = torch.randint(K, (B, P))
+    critic, args = QuadraticCritic(), rldt_gym.Args(**settings)
+    result = rldt_gym.actor_losses(velocity, reference, critic, obs, trajectory, args, k)
     x = trajectory[k, torch.arange(B)[:, None], torch.arange(P)]
-    return velocity, obs[:, None].expand(-1, P, -1), trajectory, x, k / K, result
+    return velocity, states, trajectory, x, k / K, result
 
 
 def field(velocity, obs, trajectory, x, t, kernel="rbf"):
@@ -57,7 +58,7 @@ def field(velocity, obs, trajectory, x, t, kernel="rbf"):
 
 
 def gradients(velocity, scalar):
-    return torch.autograd.grad(scalar, list(velocity.parameters()))
+    return torch.autograd.grad(scalar, list(velocity.parameters()), retain_graph=True)
 
 
 def jacobian_product(velocity, x, t, obs, vectors):
@@ -82,23 +83,6 @@ def test_gradient_of_the_authors_transport_loss_is_weighted_by_one_over_one_minu
     torch.testing.assert_close(gradients(velocity, transport), expected)
 
 
-def test_the_two_transport_losses_differ_by_twice_one_minus_t_squared():
-    # one particle in all, so that there is one t per loss
-    velocity, reference = networks()
-    obs, start = torch.randn(1, OBS, dtype=torch.float64), torch.randn(1, 1, D, dtype=torch.float64)
-    trajectory = sample(velocity, obs[:, None], start, K, trajectory=True)
-    for seed in range(6):
-        gradient = {}
-        for form in ("literal", "authors"):
-            args = rldt_gym.Args(euler_steps=K, bf16=False, device="cpu", transport_loss=form)
-            torch.manual_seed(seed)
-            t = (torch.randint(K, (1, 1)) / K).item()
-            torch.manual_seed(seed)
-            transport = rldt_gym.actor_losses(velocity, reference, QuadraticCritic(), obs, trajectory, args)[0]
-            gradient[form] = torch.cat([g.flatten() for g in gradients(velocity, transport)])
-        torch.testing.assert_close(gradient["literal"], 2 * (1 - t) ** 2 * gradient["authors"])
-
-
 def test_literal_transport_loss_has_the_value_of_eq_13():
     velocity, obs, trajectory, x, t, (transport, *_) = losses("literal")
     phi = field(velocity, obs, trajectory, x, t)
@@ -114,74 +98,72 @@ def test_consistency_loss_has_the_value_and_gradient_of_eq_14():
     torch.testing.assert_close(gradients(velocity, consistency), gradients(velocity, expected))
 
 
-def test_consistency_loss_of_a_straight_flow_is_zero():
-    straight = lambda x, t, obs: torch.ones_like(x)
-    obs, start = torch.zeros(B, OBS), torch.randn(B, P, D)
-    trajectory = sample(straight, obs[:, None].expand(-1, P, -1), start, K, trajectory=True)
-    args = rldt_gym.Args(euler_steps=K, bf16=False, device="cpu")
-    result = rldt_gym.actor_losses(straight, straight, QuadraticCritic(), obs, trajectory, args)
-    assert result[1] < 1e-10
-    assert result[2] == 0
+def test_constraint_loss_is_the_squared_distance_of_the_velocities_on_the_path():
+    seen = {}
+
+    def policy(x, t, obs):  # the second half is the constraint's
+        seen["policy"] = x[1], t[1]
+        return 3 * x
+
+    def reference(x, t, obs):
+        seen["reference"] = x, t
+        return x
+
+    action = torch.zeros(2000, P, D, dtype=torch.float64)
+    trajectory = action.expand(K + 1, -1, -1, -1)
+    args, obs = rldt_gym.Args(bf16=False, device="cpu"), torch.zeros(2000, OBS)
+    constraint = rldt_gym.actor_losses(policy, reference, QuadraticCritic(), obs, trajectory, args)[2]
+    for ours, theirs in zip(seen["policy"], seen["reference"], strict=True):
+        assert torch.equal(ours, theirs)  # both at the same points
+    x, t = seen["reference"]
+    torch.testing.assert_close(constraint, 4 * x.square().sum(-1).mean())
+    assert set((t * K).flatten().tolist()) == {*range(K)}
+    for k in range(K):  # x = (1 - t) noise, for an action of zero
+        assert x[t == k / K].std().item() == pytest.approx(1 - k / K, rel=0.15)
 
 
-def test_constraint_loss_of_two_constant_velocities_is_their_squared_distance():
-    fast = lambda x, t, obs: torch.full_like(x, 3.0)
-    slow = lambda x, t, obs: torch.ones_like(x)
-    trajectory = torch.randn(K + 1, B, P, D)
-    args = rldt_gym.Args(euler_steps=K, bf16=False, device="cpu")
-    result = rldt_gym.actor_losses(fast, slow, QuadraticCritic(), torch.zeros(B, OBS), trajectory, args)
-    assert result[2].item() == pytest.approx(4.0 * D)
+def test_actor_draws_every_step_of_the_trajectory():
+    steps = torch.arange(K + 1.0).view(-1, 1, 1, 1).expand(-1, 500, P, D)
+    seen = []
+
+    def velocity(x, t, obs):
+        seen.append((x[0], t[0]))
+        return torch.zeros_like(x)
+
+    args = rldt_gym.Args(bf16=False, device="cpu")
+    rldt_gym.actor_losses(velocity, velocity, QuadraticCritic(), torch.zeros(500, OBS), steps, args)
+    x, t = seen[0][0][..., 0], seen[0][1]
+    assert torch.equal(x, t * K)
+    assert set(x.flatten().tolist()) == {*range(K)}
 
 
-def test_update_actor_steps_along_the_weighted_sum_of_the_losses():
-    velocity, obs, trajectory, _, _, _ = losses("literal")
-    reference = networks(5)[1]
-    args = rldt_gym.Args(
-        euler_steps=K, bf16=False, device="cpu", alpha=0.3, consistency_weight=0.7, constraint_weight=0.1
-    )
-    torch.manual_seed(0)
-    parts = rldt_gym.actor_losses(velocity, reference, QuadraticCritic(), obs[:, 0], trajectory, args)
-    total = gradients(velocity, parts[0] + 0.7 * parts[1] + 0.1 * parts[2])
-    before = [p.detach().clone() for p in velocity.parameters()]
-    torch.manual_seed(0)
-    optimizer = torch.optim.SGD(velocity.parameters(), 0.1)
-    metrics = rldt_gym.update_actor(velocity, reference, QuadraticCritic(), optimizer, obs[:, 0], trajectory, args)
-    torch.testing.assert_close(list(velocity.parameters()), [b - 0.1 * g for b, g in zip(before, total, strict=True)])
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
+def test_update_actor_steps_along_the_weighted_sum_of_the_losses(monkeypatch, fraction):
+    policy, reference = (FlowPolicy(OBS, D, 1, K, width=8, time_dim=4) for _ in range(2))
+    settings = dict(alpha=0.3, consistency_weight=0.7, constraint_weight=0.1, n_particles=5)
+    args = rldt_gym.Args(bf16=False, device="cpu", zero_fraction=fraction, **settings)
+    losses, seen = rldt_gym.actor_losses, []
+
+    def record(velocity, theirs, critic, obs, trajectory, args):
+        assert theirs is reference.velocity
+        result = losses(velocity, theirs, critic, obs, trajectory, args)
+        seen.append((trajectory, [gradients(velocity, loss) for loss in result[:3]]))
+        return result
+
+    monkeypatch.setattr(rldt_gym, "actor_losses", record)
+    before = [p.detach().clone() for p in policy.velocity.parameters()]
+    optimizer = torch.optim.SGD(policy.velocity.parameters(), 0.1)
+    obs = torch.randn(200, OBS)
+    metrics = rldt_gym.update_actor(policy, reference, QuadraticCritic(), optimizer, obs, args)
+    trajectory, parts = seen[0]
+    total = [a + 0.7 * b + 0.1 * c for a, b, c in zip(*parts, strict=True)]
+    expected = [b - 0.1 * g for b, g in zip(before, total, strict=True)]
+    torch.testing.assert_close([p.detach() for p in policy.velocity.parameters()], expected)
     norm = torch.cat([g.flatten() for g in total]).norm()
     torch.testing.assert_close(metrics["diagnostics/actor_grad_norm"], norm)
-
-
-def gaussian_velocity(x, t, mean, std):
-    """E[a - eps | x_t = x] for a ~ N(mean, std^2), eps ~ N(0, 1): the exact flow of eq. (1)."""
-    variance = t**2 * std**2 + (1 - t) ** 2
-    return mean + (t * std**2 - (1 - t)) / variance * (x - t * mean)
-
-
-def gaussian_score(x, t, mean, std):
-    x = x.clone().requires_grad_()
-    marginal = torch.distributions.Normal(t * mean, torch.sqrt(t**2 * std**2 + (1 - t) ** 2))
-    return torch.autograd.grad(marginal.log_prob(x).sum(), x)[0]
-
-
-gaussians = st.tuples(st.floats(-2, 2), st.floats(0.1, 3)).map(
-    lambda g: [torch.tensor(v, dtype=torch.float64) for v in g]
-)
-times = st.floats(0.01, 0.95).map(lambda t: torch.tensor(t, dtype=torch.float64))
-
-
-@given(gaussian=gaussians, t=times)
-def test_score_of_a_gaussian_flow_follows_from_its_velocity(gaussian, t):
-    x = torch.linspace(-3, 3, 13, dtype=torch.float64)
-    velocity = gaussian_velocity(x, t, *gaussian)
-    torch.testing.assert_close(gaussian_score(x, t, *gaussian), (t * velocity - x) / (1 - t), rtol=1e-7, atol=1e-8)
-
-
-@given(first=gaussians, second=gaussians, t=times)
-def test_score_difference_of_two_flows_is_t_over_one_minus_t_times_the_velocity_difference(first, second, t):
-    x = torch.linspace(-3, 3, 13, dtype=torch.float64)
-    score = gaussian_score(x, t, *first) - gaussian_score(x, t, *second)
-    velocity = gaussian_velocity(x, t, *first) - gaussian_velocity(x, t, *second)
-    torch.testing.assert_close(score, t / (1 - t) * velocity, rtol=1e-7, atol=1e-8)
+    assert trajectory.shape == (K + 1, 200, 5, D)
+    zero = (trajectory[0] == 0).all(-1).float().mean().item()
+    assert zero == pytest.approx(fraction, abs=0.07 if 0 < fraction < 1 else 0)
 
 
 @given(t=st.floats(0, 1), seed=st.integers(0, 1000))
@@ -227,30 +209,20 @@ def test_trajectory_holds_all_points_from_the_start_to_the_action():
     assert torch.equal(points[0], x0)
     assert torch.equal(points[-1], sample(velocity, cond, x0, 6))
     torch.testing.assert_close(points[3], points[2] + velocity(points[2], torch.tensor(2 / 6), cond) / 6)
-
-
-def test_sampling_from_zeros_is_deterministic():
-    velocity, cond = VelocityMLP(3, 4, width=8), torch.randn(5, 4)
-    first, second = (sample(velocity, cond, torch.zeros(5, 3), 4) for _ in range(2))
-    assert torch.equal(first, second)
-    assert not torch.equal(first, sample(velocity, cond, torch.randn(5, 3), 4))
-
-
-def test_sampler_keeps_no_graph():
-    assert not sample(VelocityMLP(3, 4, width=8), torch.randn(5, 4), torch.zeros(5, 3), 2).requires_grad
+    assert not points.requires_grad
 
 
 def test_flow_matching_loss_of_a_zero_velocity_is_the_second_moment_of_the_target():
     # E|a - eps|^2 per dimension = |a|^2 + 1; standard error of 4e5 draws of (2 - eps)^2 is below 0.01
-    loss = flow_matching_loss(
-        lambda x, t, cond: torch.zeros_like(x), torch.full((200_000, 2), 2.0), torch.zeros(200_000, 0)
-    )
+    zero = lambda x, t, cond: torch.zeros_like(x)
+    loss = flow_matching_loss(zero, torch.full((200_000, 2), 2.0), torch.zeros(200_000, 0))
     assert loss.item() == pytest.approx(5.0, abs=0.05)
 
 
 def test_flow_matching_loss_of_a_constant_data_point_is_zero_for_its_exact_velocity():
     exact = lambda x, t, cond: (1.5 - x) / (1 - t[..., None])  # x_t = (1 - t) eps + t a gives a - eps
-    loss = flow_matching_loss(exact, torch.full((1000, 2), 1.5, dtype=torch.float64), torch.zeros(1000, 0))
+    action = torch.full((1000, 2), 1.5, dtype=torch.float64)
+    loss = flow_matching_loss(exact, action, torch.zeros(1000, 0))
     assert loss.item() < 1e-8
 
 
@@ -270,7 +242,7 @@ def test_flow_matching_loss_draws_times_uniformly_and_one_per_sample():
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("cond_mlp", [(), (7,), (9, 6)])
-def test_every_option_of_the_velocity_network_gives_finite_velocities_and_gradients(activation, layer_norm, cond_mlp):
+def test_every_weight_of_every_velocity_network_has_a_gradient(activation, layer_norm, cond_mlp):
     velocity = VelocityMLP(3, 5, 8, 5, 4, activation, layer_norm, cond_mlp)
     out = velocity(torch.randn(6, 2, 3), torch.rand(6, 2), torch.randn(6, 2, 5))
     assert out.shape == (6, 2, 3)
@@ -285,15 +257,8 @@ def test_every_option_of_the_velocity_network_gives_finite_velocities_and_gradie
 def test_one_time_for_all_equals_the_same_time_for_each(cond_mlp):
     velocity = VelocityMLP(3, 5, width=8, layer_norm=True, cond_mlp=cond_mlp)
     x, cond = torch.randn(6, 2, 3), torch.randn(6, 2, 5)
-    torch.testing.assert_close(velocity(x, torch.tensor(0.3), cond), velocity(x, torch.full((6, 2), 0.3), cond))
-
-
-def test_velocity_depends_on_action_time_and_state():
-    velocity = VelocityMLP(3, 5, width=8)
-    x, t, cond = torch.randn(1, 3), torch.tensor(0.25), torch.randn(1, 5)
-    out = velocity(x, t, cond)
-    for other in ((x + 1, t, cond), (x, t + 0.5, cond), (x, t, cond + 1)):
-        assert not torch.allclose(velocity(*other), out)
+    each = velocity(x, torch.full((6, 2), 0.3), cond)
+    torch.testing.assert_close(velocity(x, torch.tensor(0.3), cond), each)
 
 
 def test_residual_trunk_is_the_published_network():
@@ -319,14 +284,6 @@ def test_even_or_small_depth_is_an_error(depth):
         VelocityMLP(2, 2, depth=depth)
 
 
-def test_config_rebuilds_the_network():
-    velocity = VelocityMLP(3, 5, 8, 5, 4, "gelu", True, (7, 6))
-    copy = VelocityMLP(**velocity.config)
-    copy.load_state_dict(velocity.state_dict())
-    x, t, cond = torch.randn(6, 3), torch.rand(6), torch.randn(6, 5)
-    assert torch.equal(copy(x, t, cond), velocity(x, t, cond))
-
-
 @given(t=st.floats(0, 1), other=st.floats(0, 1))
 def test_time_embedding_tells_all_times_apart(t, other):
     first, second = (time_embedding(torch.tensor(v, dtype=torch.float64), 16) for v in (t, other))
@@ -334,3 +291,72 @@ def test_time_embedding_tells_all_times_apart(t, other):
     assert first.abs().max() <= 1
     if abs(t - other) > 1e-3:
         assert (first - second).abs().max() > 1e-4
+
+
+# ---------------------------------------------------------------------------------- FlowPolicy
+def scaled_policy():
+    policy = FlowPolicy(2, 2, chunk=3, euler_steps=4, width=8, depth=3, time_dim=4)
+    limits = dict(obs_min=[-2.0, 0], obs_max=[4.0, 10], action_min=[-0.5, -1], action_max=[0.5, 3])
+    policy.set_limits(**limits)
+    return policy
+
+
+def test_limits_of_observations_and_actions_become_minus_one_and_one():
+    policy = scaled_policy()
+    obs = policy.normalize(np.array([[-2, 0], [4, 10], [1, 5], [-99, 99]]))
+    expected = torch.tensor([[-1.0, -1], [1, 1], [0, 0], [-5, 5]])  # at most +-5
+    torch.testing.assert_close(obs, expected, atol=1e-6, rtol=0)
+    raw = np.array([[[-0.5, -1], [0.5, 3], [0, 1]]], np.float32)  # a chunk of three actions
+    flat = policy.from_env(raw)
+    torch.testing.assert_close(flat, torch.tensor([[-1.0, -1, 1, 1, 0, 0]]), atol=3e-6, rtol=0)
+    np.testing.assert_allclose(policy.to_env(flat), raw, atol=1e-6)
+
+
+def test_policy_samples_from_noise_unless_a_start_is_given():
+    policy, cond = scaled_policy(), torch.randn(5, 2)
+    torch.manual_seed(3)
+    x0 = torch.randn(5, 6)
+    torch.manual_seed(3)
+    assert torch.equal(policy.sample(cond), policy.sample(cond, x0))
+    assert torch.equal(policy.sample(cond, x0), sample(policy.velocity, cond, x0, 4))
+    assert policy.sample(cond, x0, trajectory=True).shape == (5, 5, 6)
+
+
+def test_saved_policy_comes_back_with_its_scaling_sizes_and_info(tmp_path):
+    policy, cond = scaled_policy(), torch.randn(5, 2)
+    policy.save(tmp_path / "new" / "a.safetensors", task="some", loss=0.25)
+    loaded = FlowPolicy.load(tmp_path / "new" / "a.safetensors")
+    assert loaded.config == policy.config
+    assert loaded.info == dict(task="some", loss=0.25)
+    assert torch.equal(loaded.sample(cond, torch.zeros(5, 6)), policy.sample(cond, torch.zeros(5, 6)))
+    for name in "obs_min", "obs_max", "action_min", "action_max":
+        assert torch.equal(getattr(loaded, name), getattr(policy, name))
+
+
+DAMAGES = {
+    "empty": lambda path: path.write_bytes(b""),
+    "garbage": lambda path: path.write_bytes(b"garbage that is no safetensors file"),
+    "half": lambda path: path.write_bytes(path.read_bytes()[:2000]),
+    "missing": lambda path: path.unlink(),
+    "foreign": lambda path: save_file({"w": torch.zeros(2)}, path),
+    "config": lambda path: rewrite(path, "{"),
+    "list": lambda path: rewrite(path, "[]"),
+    "sizes": lambda path: rewrite(path, json.dumps(scaled_policy().config | {"width": 16})),
+    "depth": lambda path: rewrite(path, json.dumps(scaled_policy().config | {"depth": 4})),
+}
+
+
+def rewrite(path, config):
+    with safe_open(path, "pt") as file:
+        state = {key: file.get_tensor(key) for key in file.keys()}
+    save_file(state, path, metadata={"config": config, "info": "{}"})
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_policy_stops_with_its_name_in_one_line(tmp_path, damage):
+    path = tmp_path / "mine.safetensors"
+    scaled_policy().save(path)
+    DAMAGES[damage](path)
+    with pytest.raises(SystemExit, match=r"mine\.safetensors: not a policy") as stop:
+        FlowPolicy.load(path)
+    assert "\n" not in str(stop.value)

@@ -1,149 +1,200 @@
-import csv
+"""rldt_gym.py: whole runs, interruption, rollouts, the base policy and the command line."""
+
 import dataclasses
 import itertools
 import json
+import math
 import os
-import pickle
-import re
-import runpy
 import shutil
-import signal
 import subprocess
 import sys
 
+import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICE, ROOT, WALL_COLUMNS
-from pickle_bomb import LOADED, Bomb
-from safetensors import safe_open
-from safetensors.torch import save_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from conftest import DEVICE, ROOT, metrics, parse
+from safetensors.torch import load_file
 
-import demos.train_demonstrator
-import pretrain_fm
-import rldt_furniture
 import rldt_gym
-import rldt_robomimic
+from common import runs
+from common.flow import FlowPolicy
 from demos import dataset
+from demos.dataset import Demonstrations
+from envs.vector import VectorEnv
 
-
-def metrics(run):
-    """The rows of metrics.csv without the columns of wall time."""
-    rows = list(csv.DictReader((run / "metrics.csv").open()))
-    return [{key: value for key, value in row.items() if key not in WALL_COLUMNS} for row in rows]
-
-
-def saved_state(run):
-    return torch.load(run / "checkpoint.pt", weights_only=True)["state"]
+NETWORK = dict(chunk=2, euler_steps=4, width=16, depth=3, time_dim=8)
+TINY_PRETRAINING = dict(epochs=1, batch=32, lr=1e-3) | NETWORK
 
 
 def resume(run):
-    return rldt_gym.main(rldt_gym.parse_args(["--resume", str(run)]))
+    return rldt_gym.main(parse(rldt_gym, ["--resume", run]))
 
 
-@pytest.fixture
-def copied_run(finished_run, tmp_path):
-    """A copy of the finished run, to be damaged."""
-    return shutil.copytree(finished_run[0], tmp_path / "copy")
+def checkpoint(run, name="checkpoint.pt"):
+    return torch.load(run / name, weights_only=True)
+
+
+def assert_same(run, expected):
+    """Equal to the last bit: the metrics, and the weights of the final policy."""
+    assert metrics(run) == metrics(expected)
+    weights = load_file(expected / "policy.safetensors")
+    for key, value in load_file(run / "policy.safetensors").items():
+        assert torch.equal(value, weights[key]), key
+
+
+def recorded(monkeypatch, name, of):
+    """What `of(*args)` was at each call of rldt_gym's function."""
+    calls, function = [], getattr(rldt_gym, name)
+
+    def record(*args):
+        calls.append(of(*args))
+        return function(*args)
+
+    monkeypatch.setattr(rldt_gym, name, record)
+    return calls
 
 
 # ------------------------------------------------------------------------------------ whole runs
-def test_run_writes_every_file(finished_run):
+def test_run_keeps_arguments_base_policy_and_final_policy(finished_run, tiny_base):
     run, _ = finished_run
+    assert run.name.startswith("Hopper-v4__rldt__3__")
     assert not list(run.glob("*.partial"))
     args = json.loads((run / "args.json").read_text())
     assert set(args) == {field.name for field in dataclasses.fields(rldt_gym.Args)}
     assert args["seed"] == 3
-    assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
-    policy = rldt_gym.load_policy(run / "policy.pt", "cpu")
-    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
-    assert checkpoint["state"]["iteration"] == 7
+    policy, base = FlowPolicy.load(run / "policy.safetensors"), FlowPolicy.load(run / "base.safetensors")
     for key, value in policy.state_dict().items():
-        assert torch.equal(value, checkpoint["policy"][key].cpu())
-    assert run.name.startswith("Hopper-v4__rldt__3__")
+        assert torch.equal(value, checkpoint(run)["policy"][key].cpu())
+    for key, value in FlowPolicy.load(tiny_base).state_dict().items():
+        assert torch.equal(value, base.state_dict()[key])
+        assert torch.equal(value, policy.state_dict()[key]) == (not key.startswith("velocity"))
 
 
 def test_result_agrees_with_the_metrics(finished_run):
-    run, returned = finished_run
-    result, rows = json.loads((run / "result.json").read_text()), metrics(run)
-    assert result == json.loads(json.dumps(returned))
-    assert result["task"] == "Hopper-v4"
-    assert result["base_return"] == pytest.approx(float(rows[0]["eval_return"]))
-    assert result["base_return_sampled"] == pytest.approx(float(rows[0]["eval_return_sampled"]))
-    assert result["final_return"] == pytest.approx(float(rows[-1]["eval_return"]))
-    assert result["final_return_sampled_std"] == pytest.approx(float(rows[-1]["eval_return_sampled_std"]))
+    run, result = finished_run
+    rows = metrics(run)
+    for name, row in ("base", rows[0]), ("final", rows[-1]):
+        for end in "return", "return_std", "return_sampled", "return_sampled_std":
+            assert result[f"{name}_{end}"] == float(row[f"eval_{end}"])
     assert result["best_return"] >= result["final_return"]
     assert result["env_steps"] == int(rows[-1]["env_steps"])
-    assert {"torch", "numpy", "gymnasium", "mujoco", "python"} <= set(result["versions"])
+    assert result["task"] == "Hopper-v4"
 
 
-def test_best_policy_is_measured_again_on_episodes_that_did_not_choose_it(scripted_evaluations, tiny_flags, tmp_path):
-    episodes, policies = scripted_evaluations(rldt_gym, [7.0, 9.0, 1.0, 5.0])  # base, iteration 3, final, measured again
-    result = rldt_gym.main(rldt_gym.parse_args([*tiny_flags, f"--runs={tmp_path}", "--eval-every=3"]))
-    assert (result["base_return"], result["final_return"], result["best_return"]) == (7.0, 1.0, 5.0)
+def test_best_policy_is_measured_again_on_other_episodes(scripted_evaluations, tiny_args):
+    scores = [7.0, 9.0, 1.0, 5.0]  # base, iteration 3, final, measured again
+    episodes, policies = scripted_evaluations(rldt_gym, scores)
+    result = rldt_gym.main(tiny_args(eval_every=3))
+    assert [result[f"{name}_return"] for name in ("base", "final", "best")] == [7.0, 1.0, 5.0]
+    assert [len(some) for some in episodes] == [6, 4, 6, 6]
     assert not any(episodes[-1] & others for others in episodes[:-1])
     for key, value in policies[1].state_dict().items():
         assert torch.equal(policies[-1].state_dict()[key], value)
 
 
-def test_metrics_have_a_row_per_iteration_and_train_and_evaluation_columns_in_turn(finished_run):
+def test_iterations_evaluate_and_train_in_turn(finished_run):
     rows = metrics(finished_run[0])
     assert [int(row["iteration"]) for row in rows] == list(range(7))
     for i, row in enumerate(rows):
         assert (row["eval_return"] != "") == (i in (0, 4, 6))
         assert (row["losses/critic"] != "") == (i in (1, 2, 3, 5))
-        assert (row["losses/transport"] != "") == (i in (2, 3, 5))  # the actor waits for one training iteration
+        assert (row["losses/transport"] != "") == (i in (2, 3, 5))  # the actor waits for one
     steps = np.diff([int(row["env_steps"]) for row in rows])
     assert (steps[[3, 5]] == 0).all()  # evaluations do not count
     trained = steps[[0, 1, 2, 4]]
     assert ((trained > 4 * 12) & (trained <= 4 * 12 * 2)).all()  # envs, chunks, at most two steps each
-    assert float(rows[1]["diagnostics/base_distance"]) == 0
-    assert float(rows[5]["diagnostics/base_distance"]) > 0
+    distances = [float(rows[i]["diagnostics/base_distance"]) for i in (1, 2, 3, 5)]
+    assert distances[0] == 0 and distances == sorted({*distances})
 
 
-def test_tensorboard_holds_the_scalars_of_the_metrics(finished_run):
-    run, _ = finished_run
-    events = EventAccumulator(str(run))
-    events.Reload()
-    tags = events.Tags()["scalars"]
-    assert {
-        "charts/eval_return",
-        "charts/eval_return_sampled",
-        "losses/critic",
-        "losses/transport",
-        "diagnostics/q",
-    } <= set(tags)
-    expected = [(int(r["env_steps"]), float(r["losses/critic"])) for r in metrics(run) if r["losses/critic"]]
-    assert [(e.step, e.value) for e in events.Scalars("losses/critic")] == [(s, pytest.approx(v)) for s, v in expected]
-
-
-def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(finished_run, tiny_args, tmp_path):
-    runs = []
-    for seed in (3, 4):
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished_run, tiny_args, tmp_path):
+    found = []
+    for seed in 3, 4:
         rldt_gym.main(tiny_args(seed=seed, runs=tmp_path / str(seed)))
-        runs += list((tmp_path / str(seed)).iterdir())
-    assert metrics(runs[0]) == metrics(finished_run[0])
-    assert metrics(runs[1]) != metrics(finished_run[0])
+        found += list((tmp_path / str(seed)).iterdir())
+    assert_same(found[0], finished_run[0])
+    assert metrics(found[1]) != metrics(finished_run[0])
 
 
 @pytest.mark.parametrize("changes", [
-    dict(backend="gymnasium", td_lambda=0.0, critic_layer_norm=False, critic_init="normal", exploration_steps=0),
-    dict(transport_loss="authors", kernel="delta", reference="pretrained", bf16=False, n_particles=1),
+    dict(td_lambda=0.0, critic_layer_norm=False, exploration_steps=0, transport_loss="literal"),
+    dict(kernel="delta", reference_every=0, bf16=False, n_particles=1, buffer_iterations=1),
 ])  # fmt: skip
-def test_run_with_the_other_choices_ends_with_finite_numbers(tiny_args, only_run, changes):
-    result = rldt_gym.main(tiny_args(iterations=3, **changes))
-    assert np.isfinite([result["final_return"], result["final_return_sampled"]]).all()
+def test_run_with_the_other_choices_moves_its_policy(tiny_args, only_run, changes):
+    rldt_gym.main(tiny_args(iterations=3, **changes))
     assert float(metrics(only_run())[2]["diagnostics/base_distance"]) > 0
 
 
-@pytest.mark.parametrize("reference, moves", [("previous", True), ("pretrained", False)])
-def test_reference_follows_the_actor_only_where_it_is_the_previous_policy(tiny_args, only_run, reference, moves):
-    rldt_gym.main(tiny_args(iterations=3, reference=reference))
-    checkpoint = torch.load(only_run() / "checkpoint.pt", weights_only=True)
-    actor = {k.removeprefix("velocity."): v for k, v in checkpoint["policy"].items() if k.startswith("velocity.")}
-    same = all(torch.equal(value, actor[key]) for key, value in checkpoint["reference"].items())
-    assert same == moves
+@pytest.mark.parametrize("every, follows", [(0, None), (1, 3), (2, 2)])
+def test_reference_follows_every_nth_iteration(tiny_args, monkeypatch, only_run, every, follows):
+    name = "velocity.trunk.0.bias"
+    after = recorded(monkeypatch, "velocity_distance", lambda *args: args[0].state_dict()[name].clone())
+    rldt_gym.main(tiny_args(iterations=4, eval_every=9, reference_every=every))  # trains three times
+    expected = load_file(only_run() / "base.safetensors")[name]
+    if follows:
+        expected = after[follows - 1].cpu()
+    assert torch.equal(checkpoint(only_run())["reference"][name].cpu(), expected)
+
+
+def test_training_episodes_are_never_those_of_an_evaluation(tiny_args, monkeypatch):
+    seeds, evaluating = {True: [], False: []}, [False]
+    evaluate, reset = rldt_gym.evaluate, VectorEnv.reset
+
+    def noted(envs, first):
+        seeds[evaluating[0]].append({*range(first, first + envs.num_envs)})
+        reset(envs, first)
+
+    def flagged(*args):
+        evaluating[0] = True
+        result = evaluate(*args)
+        evaluating[0] = False
+        return result
+
+    monkeypatch.setattr(VectorEnv, "reset", noted)
+    monkeypatch.setattr(rldt_gym, "evaluate", flagged)
+    rldt_gym.main(tiny_args(eval_every=2))
+    assert len(seeds[False]) == 4 and len(set.union(*seeds[False])) == 4 * 4  # each reset has its own
+    assert not set.union(*seeds[False]) & set.union(*seeds[True])
+
+
+def test_rewards_are_scaled_by_their_running_magnitude(tiny_args, monkeypatch, only_run):
+    used = recorded(monkeypatch, "critic_target", lambda *args: args[3])
+    rldt_gym.main(tiny_args(iterations=5, eval_every=9, buffer_iterations=9))
+    rows, scale = metrics(only_run())[1:5], None
+    for i, row in enumerate(rows):
+        magnitude = checkpoint(only_run(), f"checkpoint.replay{i}")["reward"].abs().mean().item()
+        scale = magnitude if scale is None else 0.99 * scale + 0.01 * magnitude
+        assert float(row["diagnostics/reward_scale"]) == pytest.approx(scale, rel=1e-6)
+        assert used[2 * i : 2 * i + 2] == [float(row["diagnostics/reward_scale"])] * 2
+
+
+def test_critic_takes_more_steps_and_a_longer_lambda_before_the_actor_starts(tiny_args, monkeypatch):
+    lambdas = recorded(monkeypatch, "critic_target", lambda *args: args[4])
+    steps = recorded(monkeypatch, "update_critic", lambda *args: len(lambdas))
+    rldt_gym.main(tiny_args(iterations=4, eval_every=9, warmup_iterations=2))  # trains three times
+    assert lambdas == [0.95] * 4 + [0.5] * 2
+    assert [steps.count(i + 1) for i in range(6)] == [6] * 4 + [2] * 2
+
+
+def test_actor_steps_grow_in_a_warm_up_and_shrink_with_what_is_spent(tiny_args, monkeypatch):
+    rates = recorded(monkeypatch, "update_actor", lambda *args: args[3].param_groups[0]["lr"])
+    rldt_gym.main(tiny_args(iterations=5, eval_every=9, actor_steps=10, actor_lr=1e-3, actor_lr_end=0.2))
+    expected, step = [], 0
+    for spent in 2 / 5, 3 / 5, 4 / 5:
+        for _ in range(2 * 10):
+            step += 1
+            expected.append(1e-3 * (1 - 0.8 * spent) * min(1, step / 32))
+    assert rates == pytest.approx(expected)
+
+
+def test_without_iterations_the_task_or_the_wall_budget_ends_a_run(tiny_args, monkeypatch):
+    taken = []
+    monkeypatch.setattr(rldt_gym, "Run", lambda args, name: taken.append(args.iterations) or 1 / 0)
+    for changes in {}, dict(env_id="Walker2d-v4"), dict(wall_budget_s=9.0):
+        with pytest.raises(ZeroDivisionError):
+            rldt_gym.main(tiny_args(**{"iterations": 0, **changes}))
+    assert taken == [25, 85, 0]
 
 
 # ---------------------------------------------------------------------- interrupted and continued
@@ -151,614 +202,412 @@ KILLED = """
 import os, signal, sys
 import torch
 import rldt_gym
+from common import runs
+from common.flow import FlowPolicy
 
-saves, save, update = 0, torch.save, rldt_gym.update_critic
+MOMENTS = dict(
+    base=(FlowPolicy, "save", 1), critic=(rldt_gym, "update_critic", 15),
+    actor=(rldt_gym, "update_actor", 3), checkpoint=(torch, "save", 8), over=(runs.Run, "finish", 1),
+)
 
-def kill():
-    os.kill(os.getpid(), signal.SIGKILL)
 
-def counted(saved, path):
-    global saves
-    saves += 1
-    if sys.argv[1] == "saving" and saves == 3:
-        path.write_bytes(b"half a file")
-        kill()
-    save(saved, path)
+def kill_at(owner, name, call):
+    function, calls = getattr(owner, name), []
 
-def interrupted(*args):
-    if sys.argv[1] == "training" and saves == 3:
-        kill()
-    return update(*args)
+    def counted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            if name == "save" and owner is torch:
+                args[1].write_bytes(b"half a file")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
 
-torch.save, rldt_gym.update_critic = counted, interrupted
-rldt_gym.main(rldt_gym.parse_args(sys.argv[2:]))
+    setattr(owner, name, counted)
+
+
+for moment, where in MOMENTS.items():
+    pid = os.fork()
+    if pid == 0:
+        kill_at(*where)
+        flags = [*sys.argv[2:], f"--runs={sys.argv[1]}/{moment}"]
+        rldt_gym.main(rldt_gym.parse_args(rldt_gym.Args, rldt_gym.PRESETS, "", flags))
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, moment
 """
 
 
-@pytest.mark.parametrize("when, saved", [("training", 3), ("saving", 2)])
-def test_run_killed_and_resumed_gives_the_metrics_of_one_never_killed(
-    finished_run, tiny_flags, tmp_path, only_run, when, saved
-):
-    command = [sys.executable, "-c", KILLED, when, *tiny_flags, f"--runs={tmp_path / 'runs'}"]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert process.returncode == -signal.SIGKILL, process.stderr
-    run = only_run()
-    assert saved_state(run)["iteration"] == saved
+@pytest.fixture(scope="module")
+def killed_runs(tiny_flags, tmp_path_factory):
+    """The directory of a tiny run for each moment at which one was killed."""
+    parent = tmp_path_factory.mktemp("killed")
+    command = [sys.executable, "-c", KILLED, str(parent), *tiny_flags]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    return {folder.name: next(folder.iterdir()) for folder in parent.iterdir()}
+
+
+@pytest.mark.parametrize("moment, saved", [
+    ("base", None), ("critic", 2), ("actor", 3), ("checkpoint", 3), ("over", 7),
+])  # fmt: skip
+def test_run_killed_and_resumed_equals_one_never_killed(killed_runs, finished_run, moment, saved):
+    run = killed_runs[moment]
     assert not (run / "result.json").exists()
+    assert (run / "checkpoint.pt").exists() == (saved is not None)
+    if saved is not None:
+        assert checkpoint(run)["progress"]["iteration"] == saved
     result = resume(run)
-    assert metrics(run) == metrics(finished_run[0])
-    for key in ("base_return", "final_return", "best_return", "best_return_sampled", "env_steps"):
-        assert result[key] == finished_run[1][key]
-    for name in ("policy", "critic", "target", "reference"):
-        expected = torch.load(finished_run[0] / "checkpoint.pt", weights_only=True)[name]
-        for key, value in torch.load(run / "checkpoint.pt", weights_only=True)[name].items():
-            assert torch.equal(value, expected[key]), (name, key)
+    assert_same(run, finished_run[0])
+    for key in finished_run[1].keys() - {"date", "wall_s", "args", "commit"}:
+        assert result[key] == finished_run[1][key], key
+    for name in "critic", "target", "reference", "actor_optimizer", "critic_optimizer", "envs", "state":
+        assert str(checkpoint(run)[name]) == str(checkpoint(finished_run[0])[name])
 
 
-def test_ctrl_c_finishes_the_iteration_saves_and_names_the_command_that_continues(
-    monkeypatch, finished_run, tiny_args, only_run
-):
-    update, calls = rldt_gym.update_critic, []
-
-    def pressed(*args):
-        calls.append(1)
-        if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        return update(*args)
-
-    monkeypatch.setattr(rldt_gym, "update_critic", pressed)
-    with pytest.raises(SystemExit) as stop:
-        rldt_gym.main(tiny_args())
-    run = only_run()
-    assert str(stop.value).endswith(f"Continue with: python rldt_gym.py --resume {run}")
-    assert "Stopped after iteration 1, saved" in str(stop.value)
-    assert len(calls) == 2 * 2  # both rounds of the first training iteration
-    assert saved_state(run)["iteration"] == 2
-    argv = str(stop.value).split("rldt_gym.py ")[1].split()
-    rldt_gym.main(rldt_gym.parse_args(argv))
-    assert metrics(run) == metrics(finished_run[0])
-    events = EventAccumulator(str(run))  # those of both processes
-    events.Reload()
-    assert len(events.Scalars("losses/critic")) == 4
+def test_resumed_run_does_not_need_the_base_policy_of_its_arguments(killed_runs, finished_run, tmp_path):
+    run = shutil.copytree(killed_runs["critic"], tmp_path / "copy")
+    arguments = json.loads((run / "args.json").read_text())
+    (run / "args.json").write_text(json.dumps(arguments | {"base": "gone.safetensors"}))
+    resume(run)
+    assert_same(run, finished_run[0])
 
 
-def test_second_ctrl_c_stops_at_once(monkeypatch, tiny_args, only_run):
-    calls = []
+def without_base(flags):
+    return [flag for flag in flags if not flag.startswith("--base=")]
 
-    def pressed(*args):
-        calls.append(1)
+
+WORKER = """
+import json, os, signal, sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+import rldt_gym
+from common import runs
+
+parent, pretraining, *flags = sys.argv[1:]
+rldt_gym.PRETRAINING["laptop"] = json.loads(pretraining)
+collect, rollouts = rldt_gym.collect, []
+
+
+def main(*flags):
+    rldt_gym.main(rldt_gym.parse_args(rldt_gym.Args, rldt_gym.PRESETS, "", flags))
+
+
+def pressed(*args):
+    rollouts.append(1)
+    if len(rollouts) == 3:
         os.kill(os.getpid(), signal.SIGINT)
-        return {}
-
-    monkeypatch.setattr(rldt_gym, "update_critic", pressed)
-    with pytest.raises(KeyboardInterrupt):
-        rldt_gym.main(tiny_args())
-    assert len(calls) == 2
-    assert saved_state(only_run())["iteration"] == 1
+    return collect(*args)
 
 
-def test_nan_in_a_loss_stops_with_its_name_and_keeps_the_last_checkpoint(
-    monkeypatch, finished_run, tiny_args, only_run
-):
-    update, calls = rldt_gym.update_critic, []
-
-    def broken(*args):
-        calls.append(1)
-        nan = {"losses/critic": torch.tensor(torch.nan)} if len(calls) == 6 else {}
-        return update(*args) | nan
-
-    with monkeypatch.context() as patch:
-        patch.setattr(rldt_gym, "update_critic", broken)
-        with pytest.raises(FloatingPointError, match=r"losses/critic became nan in iteration 2.*checkpoint\.pt"):
-            rldt_gym.main(tiny_args())
-    run = only_run()
-    assert saved_state(run)["iteration"] == 2
-    assert len(metrics(run)) == 2
-    resume(run)
-    assert metrics(run) == metrics(finished_run[0])
+main(*flags, f"--runs={parent}/whole")
+rank, x = dist.get_rank(), torch.nn.Parameter(torch.zeros(2, 3))
+x.grad = torch.arange(6.0).view(2, 3) * (1 + 2 * rank)
+runs.average_gradients([x])
+assert runs.average(torch.tensor([1.0, 2.0]) * (1 + 2 * rank)).tolist() == [2, 4]
+assert x.grad.tolist() == [[0, 2, 4], [6, 8, 10]]
+rldt_gym.collect = pressed
+try:
+    main(*flags, f"--runs={parent}/parts")
+except SystemExit as stop:
+    print(stop)
+rldt_gym.collect = collect
+(run,) = Path(parent, "parts").iterdir()
+main("--resume", str(run))
+"""
 
 
-def test_full_disk_stops_with_the_file_and_keeps_the_old_one(monkeypatch, finished_run, tiny_args, only_run):
-    save, calls = torch.save, []
-
-    def full(saved, path):
-        calls.append(1)
-        if len(calls) == 3:
-            path.write_bytes(b"as much as fits")
-            raise OSError(28, "No space left on device")
-        save(saved, path)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full)
-        with pytest.raises(SystemExit, match=r"Cannot write .*checkpoint\.pt.*No space left.*disk full"):
-            rldt_gym.main(tiny_args())
-    run = only_run()
-    assert saved_state(run)["iteration"] == 2
-    assert not list(run.glob("*.partial"))
-    resume(run)
-    assert metrics(run) == metrics(finished_run[0])
-
-
-@pytest.mark.parametrize("error", [OSError("disk"), RuntimeError("PytorchStreamWriter failed writing file")])
-def test_write_atomically_keeps_the_old_file_when_the_new_one_fails(tmp_path, error):
-    path = tmp_path / "file"
-    rldt_gym.write_atomically(path, lambda p: p.write_text("old"))
-
-    def fail(partial):
-        partial.write_text("half")
-        raise error
-
-    with pytest.raises(SystemExit, match="The last good file is kept"):
-        rldt_gym.write_atomically(path, fail)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("content", [b"", b"garbage", "half", "pickle"])
-@pytest.mark.parametrize("name, flag", [("checkpoint.pt", "--resume"), ("policy.pt", "--evaluate")])
-def test_damaged_file_stops_with_its_name(copied_run, content, name, flag):
-    path = copied_run / name
-    if content == "half":
-        content = path.read_bytes()[: path.stat().st_size // 2]
-    elif content == "pickle":
-        content = pickle.dumps(Bomb())
-    path.write_bytes(content)
-    with pytest.raises(SystemExit, match=f"{name}: cannot be loaded"):
-        rldt_gym.main(rldt_gym.parse_args([flag, str(copied_run)]))
-    assert LOADED == []
-
-
-def test_missing_checkpoint_stops_with_its_name(copied_run):
-    (copied_run / "checkpoint.pt").unlink()
-    with pytest.raises(SystemExit, match=r"checkpoint\.pt: cannot be loaded"):
-        resume(copied_run)
-
-
-def test_resuming_what_is_no_run_directory_says_so(tmp_path):
-    with pytest.raises(SystemExit, match="not a run directory"):
-        resume(tmp_path)
-
-
-def test_wall_budget_ends_the_run_with_its_final_evaluation(tiny_args, only_run):
-    result = rldt_gym.main(tiny_args(iterations=0, wall_budget_s=1e-6))  # spent after the first evaluation
-    rows = metrics(only_run())
-    assert [int(row["iteration"]) for row in rows] == [0, 1]
-    assert rows[-1]["eval_return"] != "" and result["env_steps"] == 0
-    assert resume(only_run())["final_return"] == result["final_return"]
-    assert metrics(only_run()) == rows  # nothing is added
-
-
-def test_step_size_and_progress_follow_the_time_spent_where_that_ends_the_run(tiny_args, monkeypatch, capsys):
-    clock, rates, update = itertools.count(), [], rldt_gym.update_actor
-
-    def recorded(velocity, reference, critic, optimizer, *rest):
-        rates.append(optimizer.param_groups[0]["lr"])
-        return update(velocity, reference, critic, optimizer, *rest)
-
-    monkeypatch.setattr(rldt_gym, "update_actor", recorded)
-    monkeypatch.setattr(rldt_gym.time, "perf_counter", lambda: float(next(clock)))  # a second a call
-    rldt_gym.main(tiny_args(iterations=0, wall_budget_s=60.0, actor_warmup=1, actor_lr=1.0e-3, actor_lr_end=0.1))
-    assert rates == sorted(rates, reverse=True) and rates[0] > 5e-4 > rates[-1] > 1e-4
-    shown = [int(n) for n in re.findall(r"(\d+)/60 \[", capsys.readouterr().err)]  # seconds of 60
-    assert shown == sorted(shown) and shown[0] == 0 and shown[-1] == 60 and any(10 < n < 50 for n in shown)
-
-
-def test_resuming_a_finished_run_writes_its_result_again(finished_run, copied_run):
-    (copied_run / "result.json").unlink()  # as if killed between the last checkpoint and the result
-    (copied_run / "policy.pt").unlink()
-    result = resume(copied_run)
-    assert metrics(copied_run) == metrics(finished_run[0])
-    for key in ("base_return", "final_return", "best_return", "best_return_sampled", "env_steps"):
-        assert result[key] == finished_run[1][key]
-    assert (copied_run / "policy.pt").exists()
-
-
-def test_resuming_with_damaged_arguments_names_the_file(copied_run):
-    (copied_run / "args.json").write_text('{"env_id": "Hop')
-    with pytest.raises(SystemExit, match=r"args\.json"):
-        resume(copied_run)
-
-
-def test_resume_takes_the_stored_arguments_and_says_which_flags_it_does_not_use(copied_run, capsys):
-    args = rldt_gym.resolve(rldt_gym.parse_args(["--resume", str(copied_run), "--seed", "99"]))
-    stored = json.loads((copied_run / "args.json").read_text())
-    assert args.seed == stored["seed"] == 3
-    assert args.actor_width == stored["actor_width"] == 16
-    assert "not used: --seed\n" in capsys.readouterr().out
-    rldt_gym.resolve(rldt_gym.parse_args(["--resume", str(copied_run)]))
-    assert "not used" not in capsys.readouterr().out
+def test_two_processes_train_one_policy_and_go_on_after_ctrl_c(tiny_flags, tmp_path, only_run):
+    data = dataset.make(dataset.Args(env_id="Hopper-v4", steps=400, num_envs=8, out=tmp_path / "a.hdf5"))
+    (tmp_path / "worker.py").write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [tmp_path / "worker.py", tmp_path / "runs", json.dumps(TINY_PRETRAINING)]
+    command += [*without_base(tiny_flags), f"--dataset={data}"]  # the first process pretrains
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("Continue with --resume") == 2
+    whole, parts = only_run(tmp_path / "runs" / "whole"), only_run(tmp_path / "runs" / "parts")
+    assert_same(parts, whole)
+    rows = metrics(whole)
+    assert float(rows[5]["diagnostics/base_distance"]) > 0
+    assert 2 * 4 * 12 * 4 < int(rows[-1]["env_steps"]) <= 2 * 4 * 12 * 4 * 2
+    first, second = checkpoint(whole), checkpoint(whole, "checkpoint1.pt")
+    for name in "policy", "critic", "target", "actor_optimizer":
+        assert str(first[name]) == str(second[name])
+    assert first["state"]["reward_scale"] == second["state"]["reward_scale"]
+    slots = [checkpoint(whole, f"checkpoint{rank}.replay0")["obs"] for rank in ("", "1")]
+    assert not torch.equal(*slots)
+    with pytest.raises(SystemExit, match="other settings"):  # a run of two processes is none of one
+        resume(whole)
 
 
 # --------------------------------------------------------------------------------- evaluation
-def test_evaluating_a_run_gives_the_returns_of_its_last_evaluation(finished_run, capsys):
+def test_evaluating_a_run_gives_its_final_numbers_to_the_last_digit(finished_run, capsys):
     run, result = finished_run
-    seed = 3  # the run's
-    scores = rldt_gym.main(rldt_gym.parse_args([f"--evaluate={run}", "--final-eval-episodes=3", f"--seed={seed}"]))
-    assert scores == {"zero": result["final_return"], "noise": result["final_return_sampled"]}
-    printed = capsys.readouterr().out
-    assert f"{scores['zero']:.0f} +-" in printed
-    assert "3 episodes from x_0 = 0" in printed
+    scores = rldt_gym.main(parse(rldt_gym, ["--evaluate", run, f"--device={DEVICE}"]))
+    ends = "return", "return_std", "return_sampled", "return_sampled_std"
+    assert scores == {f"eval_{end}": result[f"final_{end}"] for end in ends}
+    assert str(scores["eval_return"]) in capsys.readouterr().out
+    assert {path.name for path in run.parent.iterdir()} == {run.name}
 
 
 def test_evaluation_counts_first_episodes_only(tiny_args, tiny_base):
-    args = rldt_gym.resolve(tiny_args())
-    envs = rldt_gym.VectorEnv("Hopper-v4", 6, 2, seed=21)
-    policy = rldt_gym.load_base(tiny_base, args, envs)
-    returns = rldt_gym.evaluate(policy, args, 3, 21)["zero"]
-    obs, total, alive = envs.reset(), np.zeros(6), np.ones(6, bool)
-    generator = torch.Generator(args.device).manual_seed(21)
+    args = tiny_args()
+    policy, envs = FlowPolicy.load(tiny_base).to(DEVICE), VectorEnv("Hopper-v4", 6)
+    scores = rldt_gym.evaluate(policy, args, 3, 21)
+    envs.reset(21)
+    total, alive = np.zeros(6), np.ones(6, bool)
+    generator = torch.Generator(DEVICE).manual_seed(21)
     while alive.any():
-        x0 = torch.randn(6, 6, device=args.device, generator=generator)
+        x0 = torch.randn(6, 6, device=DEVICE, generator=generator)
         x0[:3] = 0
-        with torch.no_grad(), rldt_gym.autocast(args):
-            chunks = policy.to_env(policy.sample(policy.normalize(obs), x0))
-        _, reward, terminated, truncated, _ = envs.step(chunks)
-        total += reward * alive
-        alive &= ~(terminated | truncated)
-        obs = envs.obs
-    np.testing.assert_allclose(returns, total[:3], rtol=0.05)  # other matrix shapes, other rounding in bfloat16
+        with torch.no_grad(), runs.autocast(args):
+            chunks = policy.to_env(policy.sample(policy.normalize(envs.obs), x0))
+        step = envs.step(chunks)
+        total += step.reward * alive
+        alive &= ~(step.terminated | step.truncated)
+    # other matrix shapes, other rounding in bfloat16
+    assert scores["eval_return"] == pytest.approx(total[:3].mean(), rel=0.05)
+    assert scores["eval_return_sampled"] == pytest.approx(total[3:].mean(), rel=0.05)
 
 
 # ----------------------------------------------------------------------------------- rollouts
+def test_exploration_noise_is_the_distance_to_the_expected_target_of_a_late_step():
+    K, D, N = 8, 3, 200_000
+    path = torch.randn(K + 1, D, dtype=torch.float64)
+    trajectory = path[:, None].expand(-1, N, -1)
+    for steps in 2, 5:
+        noise = rldt_gym.explore(trajectory, rldt_gym.Args(exploration_steps=steps)) - path[-1]
+        variance = 0.0
+        for k in range(K - steps, K):
+            a_dagger = path[k] + (1 - k / K) * K * (path[k + 1] - path[k])
+            variance += (path[-1] - a_dagger).square().sum().item() / steps
+        noise /= math.sqrt(variance)
+        assert noise.mean(0).abs().max() < 0.01
+        torch.testing.assert_close(noise.T @ noise / N, torch.eye(D).double(), rtol=0, atol=0.03)
+    for steps in 0, 1:  # the last step's expected target is the action
+        action = rldt_gym.explore(trajectory, rldt_gym.Args(exploration_steps=steps))
+        torch.testing.assert_close(action, trajectory[-1])
+
+
+def test_exploration_draws_a_step_for_each_environment():
+    path = torch.zeros(5, 4000, 1)
+    path[2] = 1  # of the last two steps only k = 2 has another expected target: 1 - 2 * 1 / 4 * 4 = -1
+    noise = rldt_gym.explore(path, rldt_gym.Args(exploration_steps=2))[:, 0]
+    assert 0.45 < (noise == 0).float().mean() < 0.55
+
+
 def rollout(tiny_args, tiny_base, **changes):
-    args = rldt_gym.resolve(tiny_args(bf16=False, **changes))
-    envs = rldt_gym.VectorEnv("Hopper-v4", args.num_envs, args.chunk, seed=5)
-    envs.reset()
-    policy, replay, tape, returns = (
-        rldt_gym.load_base(tiny_base, args, envs),
-        rldt_gym.Replay(args, 11, 6),
-        [],
-        np.zeros(4),
-    )
-    torch.manual_seed(2)
-    steps, finished = rldt_gym.collect(policy, envs, replay.rollout(), tape, returns, args)
-    return policy, envs, replay.newest(), tape, returns, steps, finished
-
-
-@pytest.mark.parametrize("exploration_steps, noisy", [(0, False), (1, False), (4, True)])
-def test_exploration_adds_noise_only_from_steps_before_the_last(tiny_args, tiny_base, exploration_steps, noisy):
-    policy, _, slot, *_ = rollout(tiny_args, tiny_base, exploration_steps=exploration_steps, zero_fraction=0.0)
-    torch.manual_seed(2)
-    with torch.no_grad():
-        clean = policy.sample(slot["obs"][0])
-    assert torch.allclose(slot["action"][0], clean, atol=1e-5) != noisy
+    args = tiny_args(bf16=False, **changes)
+    envs = rldt_gym.make_envs(args, args.num_envs)
+    envs.reset(5)
+    policy, replay = FlowPolicy.load(tiny_base).to(DEVICE), rldt_gym.Replay(args, 11, 6)
+    steps, returns = rldt_gym.collect(policy, envs, replay.next(), args)
+    return policy, envs, replay.newest(), steps, returns
 
 
 @pytest.mark.parametrize("fraction, count", [(0.0, 0), (0.5, 2), (1.0, 4)])
-def test_share_of_the_environments_acts_from_zero(tiny_args, tiny_base, fraction, count):
+def test_a_share_of_the_environments_acts_from_zero(tiny_args, tiny_base, fraction, count):
     policy, _, slot, *_ = rollout(tiny_args, tiny_base, exploration_steps=0, zero_fraction=fraction)
-    with torch.no_grad():
-        deterministic = policy.sample(slot["obs"], torch.zeros(12, 4, 6, device=DEVICE))
-    same = (slot["action"] - deterministic).abs().amax((0, 2)) < 1e-5
+    zeros = policy.sample(slot["obs"], torch.zeros(12, 4, 6, device=DEVICE))
+    same = (slot["action"] - zeros).abs().amax((0, 2)) < 1e-5
     assert same.tolist() == [True] * count + [False] * (4 - count)
 
 
-def test_rollout_stores_what_was_executed(tiny_args, tiny_base):
-    policy, envs, slot, tape, returns, steps, finished = rollout(tiny_args, tiny_base, rollout_chunks=60)
-    again = rldt_gym.VectorEnv("Hopper-v4", 4, 2, seed=5)
-    obs, total, count, ended = again.reset(), np.zeros(4), 0, []
-    for t, chunks in enumerate(tape):
-        np.testing.assert_array_equal(chunks, policy.to_env(slot["action"][t]))
-        torch.testing.assert_close(slot["obs"][t], policy.normalize(obs))
-        next_obs, reward, terminated, truncated, length = again.step(chunks)
-        torch.testing.assert_close(slot["next_obs"][t], policy.normalize(next_obs))
-        np.testing.assert_allclose(slot["reward"][t].cpu(), reward, rtol=1e-6)
-        np.testing.assert_array_equal(slot["terminated"][t].cpu(), terminated)
-        np.testing.assert_array_equal(slot["truncated"][t].cpu(), truncated)
-        total, count, done = total + reward, count + length.sum(), terminated | truncated
+def test_a_rollout_explores_and_stores_what_was_executed(tiny_args, tiny_base):
+    changes = dict(rollout_chunks=60, zero_fraction=1.0)
+    policy, envs, slot, steps, returns = rollout(tiny_args, tiny_base, **changes)
+    zeros = policy.sample(slot["obs"], torch.zeros(60, 4, 6, device=DEVICE))
+    assert (slot["action"] != zeros).any(-1).float().mean() > 0.3  # half of the noise has length 0
+    again = VectorEnv("Hopper-v4", 4)
+    again.reset(5)
+    total, count, ended = np.zeros(4), 0, []
+    for t in range(60):
+        torch.testing.assert_close(slot["obs"][t], policy.normalize(again.obs))
+        step = again.step(policy.to_env(slot["action"][t]))
+        torch.testing.assert_close(slot["next_obs"][t], policy.normalize(step.next_obs))
+        for name in "reward", "terminated", "truncated":
+            np.testing.assert_allclose(slot[name][t].cpu(), getattr(step, name), rtol=1e-6)
+        total += step.reward
+        count += step.length.sum()
+        done = step.terminated | step.truncated
         ended += total[done].tolist()
         total[done] = 0
-        obs = again.obs
-    assert len(tape) == 60
-    assert steps == count
+    assert (steps, returns) == (count, ended)
     assert len(ended) >= 4
-    assert finished == ended
-    np.testing.assert_array_equal(returns, total)
-    np.testing.assert_array_equal(envs.obs, obs)
+    np.testing.assert_array_equal(envs.obs, again.obs)
 
 
 # -------------------------------------------------------------------------------- base policy
-def test_base_policy_of_another_chunk_stops_in_one_line_that_names_both(tiny_args):
-    with pytest.raises(SystemExit) as stop:
-        rldt_gym.main(tiny_args(chunk=4))
-    assert "has chunk 2, the run wants 4" in str(stop.value)
-    assert "\n" not in str(stop.value)
-
-
-@pytest.mark.parametrize(
-    "field, value", [("euler_steps", 8), ("actor_width", 32), ("actor_depth", 5), ("time_dim", 16)]
-)
-def test_base_policy_of_other_sizes_stops(tiny_args, field, value):
-    with pytest.raises(SystemExit, match=rf"has {field.removeprefix('actor_')} \d+, the run wants {value}"):
-        rldt_gym.main(tiny_args(**{field: value}))
-
-
-def test_base_policy_of_another_task_stops(tiny_args):
-    with pytest.raises(SystemExit, match="has obs_dim 11, the run wants 17"):
-        rldt_gym.main(tiny_args(env_id="HalfCheetah-v4"))
-
-
-@pytest.mark.parametrize("config", ["{", "[]", '{"obs_dim": 11}', '{"depth": 4}'])
-def test_base_policy_with_a_damaged_config_stops_with_its_name(tiny_args, tiny_base, tmp_path, config):
-    path = tmp_path / "mine.safetensors"
-    with safe_open(tiny_base, "pt") as file:
-        state, stored = {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["config"])
-    if config == '{"depth": 4}':
-        config = json.dumps(stored | {"depth": 4})
-    save_file(state, path, metadata={"config": config})
-    with pytest.raises(SystemExit, match=r"mine\.safetensors: not a base policy"):
-        rldt_gym.main(tiny_args(base=path))
-
-
-@pytest.mark.parametrize("content", [b"", b"garbage that is no safetensors file", "half", None])
-def test_damaged_or_missing_base_policy_stops_with_its_name(tiny_args, tiny_base, tmp_path, content):
-    path = tmp_path / "mine.safetensors"
-    if content is not None:
-        path.write_bytes(tiny_base.read_bytes()[:2000] if content == "half" else content)
-    with pytest.raises(SystemExit, match=r"mine\.safetensors: not a base policy"):
-        rldt_gym.main(tiny_args(base=path))
-
-
-def test_demonstrations_of_other_sizes_stop(tiny_args, tmp_path, d4rl_arrays):
-    import h5py
-
-    with h5py.File(tmp_path / "a.hdf5", "w") as file:
-        for key, value in d4rl_arrays.items():
-            file[key] = value
-    with pytest.raises(SystemExit, match=r"sizes \(3, 2\) are not Hopper-v4's \(11, 3\)"):
-        rldt_gym.main(tiny_args(base=None, dataset=str(tmp_path / "a.hdf5")))
-
-
-def test_base_policy_round_trip(tmp_path, tiny_args):
-    args = rldt_gym.resolve(tiny_args())
-    policy = rldt_gym.FlowPolicy(11, 3, 2, 4, 16, 3, 8)
-    policy.obs_min.uniform_(-3, -2), policy.action_max.uniform_(2, 3)
-    rldt_gym.save_base(policy, tmp_path / "deeper" / "b.safetensors", env_id="Hopper-v4")
-    copy = rldt_gym.load_base(tmp_path / "deeper" / "b.safetensors", args, rldt_gym.VectorEnv("Hopper-v4", 1))
-    assert copy.config == policy.config
-    for key, value in policy.state_dict().items():
-        assert torch.equal(copy.state_dict()[key].cpu(), value)
-
-
-def test_policy_scales_observations_and_actions_by_the_demonstrations():
-    policy = rldt_gym.FlowPolicy(2, 2, chunk=3, euler_steps=4, width=8, depth=3, time_dim=4)
-    policy.obs_min.copy_(torch.tensor([-2.0, 0.0])), policy.obs_max.copy_(torch.tensor([4.0, 10.0]))
-    policy.action_min.copy_(torch.tensor([-0.5, -1.0])), policy.action_max.copy_(torch.tensor([0.5, 3.0]))
-    obs = np.array([[-2, 0], [4, 10], [1, 5]], np.float32)
-    torch.testing.assert_close(policy.normalize(obs), torch.tensor([[-1.0, -1], [1, 1], [0, 0]]), atol=1e-6, rtol=0)
-    action = torch.tensor([[-1.0, -1, 1, 1, 0, 0]])  # three actions of two dimensions, one after the other
-    np.testing.assert_allclose(policy.to_env(action), [[[-0.5, -1], [0.5, 3], [0, 1]]], atol=2e-6)
-
-
 def demonstrations(episodes=12, length=30):
     """Actions that are a linear function of the observations."""
-    rng = np.random.default_rng(0)
-    obs = rng.uniform(-1, 1, (episodes * length, 3)).astype(np.float32)
+    obs = np.random.default_rng(0).uniform(-1, 1, (episodes * length, 3)).astype(np.float32)
     actions = np.stack([obs[:, 0] - obs[:, 1], 0.5 * obs[:, 2]], 1)
-    return dataset.Demonstrations(obs, actions, np.arange(1, episodes + 1) * length)
+    return Demonstrations(obs, actions, np.arange(1, episodes + 1) * length)
 
 
 def pretrain(data, **changes):
-    fields = dict(device="cpu", chunk=1, euler_steps=4, actor_width=32, time_dim=8, bc_batch=64, bc_ema=0.9, bf16=False)
-    return rldt_gym.pretrain(rldt_gym.Args(**fields | changes), data, log=lambda line: None)
+    settings = dict(epochs=1, batch=64, lr=1e-3, chunk=1, euler_steps=4, width=32, depth=3, time_dim=8)
+    return rldt_gym.pretrain(rldt_gym.Args(device="cpu", bf16=False), data, **settings | changes)
 
 
-def test_pretraining_lowers_the_validation_loss_and_learns_the_demonstrators_actions():
-    data = demonstrations()
-    torch.manual_seed(0)
-    short = pretrain(data, bc_epochs=1)
-    torch.manual_seed(0)
-    long = pretrain(data, bc_epochs=150)
-    assert long.validation_loss < 0.5 * short.validation_loss
+def test_pretraining_learns_the_demonstrators_actions():
+    data, loss, error = demonstrations(), [], []
+    for epochs in 1, 150:
+        torch.manual_seed(0)
+        policy = pretrain(data, epochs=epochs)
+        action = policy.to_env(policy.sample(policy.normalize(data.observations), torch.zeros(360, 2)))
+        loss.append(policy.info["validation_loss"])
+        error.append(np.abs(action[:, 0] - data.actions).mean())
+    assert loss[1] < 0.5 * loss[0]
+    assert error[1] < 0.25 * error[0]
 
-    def error(policy):
-        with torch.no_grad():
-            action = policy.sample(policy.normalize(data.observations), torch.zeros(len(data.actions), 2))
-        return np.abs(policy.to_env(action)[:, 0] - data.actions).mean()
 
-    assert error(long) < 0.25 * error(short)
+def test_pretrained_weights_are_averaged_over_the_steps():
+    moved = []
+    for lr in 0.0, 1e-2:
+        torch.manual_seed(0)
+        policy = pretrain(demonstrations(), epochs=1, batch=342, lr=lr)  # one step
+        moved.append(policy.velocity.trunk[2].bias.detach())
+    expected = torch.full((2,), 0.005 * 1e-2)  # Adam's first step is of length lr
+    torch.testing.assert_close((moved[1] - moved[0]).abs(), expected, rtol=0.02, atol=0)
 
 
 def test_pretrained_policy_keeps_the_scaling_of_the_data_or_of_the_file():
     data = demonstrations()
-    policy = pretrain(data, bc_epochs=1)
+    policy = pretrain(data)
     np.testing.assert_array_equal(policy.obs_min, data.observations.min(0))
     np.testing.assert_array_equal(policy.action_max, data.actions.max(0))
     data.normalization = {"obs_min": np.full(3, -5.0), "obs_max": np.full(3, 5.0),
                           "action_min": np.full(2, -7.0), "action_max": np.full(2, 7.0)}  # fmt: skip
-    policy = pretrain(data, bc_epochs=1)
+    policy = pretrain(data)
     assert policy.obs_min.tolist() == [-5] * 3
     assert policy.action_max.tolist() == [7] * 2
 
 
 def test_pretraining_chunks_are_consecutive_and_stay_inside_an_episode(monkeypatch):
-    seen, loss = [], rldt_gym.flow_matching_loss
-    monkeypatch.setattr(rldt_gym, "flow_matching_loss", lambda v, a, o: seen.append((a, o)) or loss(v, a, o))
-    steps = np.arange(40, dtype=np.float32)  # episodes of 3, 17 and 20 steps; actions = (step number, episode)
+    seen = recorded(monkeypatch, "flow_matching_loss", lambda velocity, action, obs: (action, obs))
+    steps = np.arange(40, dtype=np.float32)  # episodes of 3, 17 and 20 steps
     ends = np.array([3, 20, 40])
-    actions = np.stack([steps, np.digitize(steps, ends)], 1).astype(np.float32)
-    policy = pretrain(dataset.Demonstrations(steps[:, None], actions, ends), chunk=4, bc_epochs=60, bc_batch=32)
+    actions = np.stack([steps, np.digitize(steps, ends)], 1).astype(np.float32)  # (step, episode)
+    pretrain(Demonstrations(steps[:, None], actions, ends), chunk=4, epochs=60, batch=32)
     chunk = torch.cat([a for a, _ in seen]).view(-1, 4, 2)
     obs = torch.cat([o for _, o in seen])
-    raw = ((chunk + 1) / 2 * (policy.action_max - policy.action_min + 1e-6) + policy.action_min).round()
-    assert (raw[:, 1:, 0] - raw[:, :-1, 0] == 1).all()
-    assert (raw[:, :, 1] == raw[:, :1, 1]).all()
-    assert ((obs[:, 0] + 1) / 2 * 39).round().tolist() == raw[:, 0, 0].tolist()
-    assert set(raw[:, 0, 0].int().tolist()) == {*range(3, 17), *range(20, 37)}  # every start but those too late
+    step, episode = ((chunk + 1) / 2 * torch.tensor([39.0, 2])).round().unbind(-1)
+    assert (step[:, 1:] - step[:, :-1] == 1).all()
+    assert (episode == episode[:, :1]).all()
+    assert ((obs[:, 0] + 1) / 2 * 39).round().tolist() == step[:, 0].tolist()
+    assert set(step[:, 0].int().tolist()) == {*range(3, 17), *range(20, 37)}  # but those too late
 
 
-def test_demonstrations_shorter_than_a_chunk_stop():
-    with pytest.raises(SystemExit, match=r"0 chunks .* as long as a chunk \(31 steps\)"):
+def test_demonstrations_of_fewer_than_20_chunks_stop():
+    with pytest.raises(SystemExit, match="0 chunks of 31 steps are too few"):
         pretrain(demonstrations(), chunk=31)
-    with pytest.raises(SystemExit, match=r"19 chunks to clone are too few"):
+    with pytest.raises(SystemExit, match="19 chunks of 1 steps are too few"):
         pretrain(demonstrations(episodes=1, length=19))
-    pretrain(demonstrations(episodes=1, length=20), bc_epochs=1, bc_batch=8)
+    pretrain(demonstrations(episodes=1, length=20), batch=8)
 
 
-def test_run_without_a_base_policy_pretrains_one_and_keeps_it(tiny_args, tmp_path, only_run):
-    path = dataset.make(dataset.Args(env_id="Walker2d-v4", steps=400, num_envs=8, out=tmp_path / "a.hdf5"))
-    args = tiny_args(env_id="Walker2d-v4", base=None, dataset=str(path), bc_epochs=2, bc_batch=32, iterations=2)
-    rldt_gym.main(args)
-    run = only_run()
-    before = metrics(run)
-    assert (run / "base.safetensors").exists()
-    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
-    low = dataset.load(path).observations.min(0)
-    np.testing.assert_array_equal(checkpoint["policy"]["obs_min"].cpu(), low)
-    assert len(before) == 3
+@pytest.mark.parametrize("changes, expected", [
+    ({}, "shipped"), (dict(pretrain=True), "made"), (dict(dataset="a"), "made"), (dict(base=1), "given"),
+    (dict(base=1, pretrain=True), "given"), (dict(env_id="Other-v4"), "made"),
+])  # fmt: skip
+def test_base_policy_is_given_shipped_or_made(tiny_args, monkeypatch, tmp_path, changes, expected):
+    def policy(name):
+        result = FlowPolicy(11, 3, chunk=2, euler_steps=4, width=8, time_dim=4)
+        result.info = dict(name=name)
+        return result
+
+    monkeypatch.setattr(dataset, "DEMOS", tmp_path)
+    monkeypatch.setattr(dataset, "get", lambda *_: None)
+    monkeypatch.setattr(rldt_gym, "pretrain", lambda *_, **__: policy("made"))
+    policy("shipped").save(tmp_path / "Hopper-v4" / "base.safetensors", name="shipped")
+    policy("given").save(tmp_path / "given.safetensors", name="given")
+    if "base" in changes:
+        changes = changes | dict(base=tmp_path / "given.safetensors")
+    args = tiny_args(**{"base": None, **changes})
+    run = runs.Run(args, "test")
+    assert rldt_gym.get_base(args, run, VectorEnv("Hopper-v4", 1)).info["name"] == expected
+    assert FlowPolicy.load(run.path / "base.safetensors").info["name"] == expected
+
+
+def test_base_policy_of_another_task_stops(tiny_args):
+    with pytest.raises(SystemExit, match=r"base\.safetensors: .* other sizes .* HalfCheetah-v4"):
+        rldt_gym.main(tiny_args(env_id="HalfCheetah-v4"))
+
+
+OWN = """
+import gymnasium
+import numpy as np
+
+class Own(gymnasium.Env):
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (3,))
+    action_space = gymnasium.spaces.Box(-1, 1, (2,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.state = self.np_random.normal(size=3).astype(np.float32)
+        return self.state, {}
+
+    def step(self, action):
+        self.state = self.state + np.append(action, 0).astype(np.float32) / 5
+        return self.state, -float(np.abs(self.state).sum()), False, False, {}
+
+gymnasium.register("Own-v0", Own, max_episode_steps=20)
+"""
+
+
+def test_own_environment_and_demonstrations(tmp_path, monkeypatch, tiny_flags, only_run, d4rl_arrays):
+    (tmp_path / "own_tasks.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(rldt_gym.PRETRAINING, "laptop", TINY_PRETRAINING)
+    with h5py.File(tmp_path / "own.hdf5", "w") as file:
+        for key, value in d4rl_arrays.items():
+            file[key] = np.tile(value, (4, *[1] * (value.ndim - 1)))
+    flags = "--env-id=own_tasks:Own-v0", f"--dataset={tmp_path / 'own.hdf5'}", "--iterations=3"
+    flags = *without_base(tiny_flags), *flags, f"--runs={tmp_path / 'runs'}"
+    result = rldt_gym.main(parse(rldt_gym, flags))
+    base = FlowPolicy.load(only_run() / "base.safetensors")
+    assert (base.obs_dim, base.action_dim, base.chunk) == (3, 2, 2)
+    np.testing.assert_array_equal(base.obs_min, d4rl_arrays["observations"].min(0))
+    assert result["task"] == "own_tasks:Own-v0"
+    assert result["env_steps"] == 2 * 4 * 12 * 2  # no episode ends inside a chunk
+    assert -1000 < result["final_return"] < 0
+    assert float(metrics(only_run())[2]["diagnostics/base_distance"]) > 0
 
 
 # ------------------------------------------------------------------------------- command line
-@pytest.mark.parametrize("argv", [["--preset", "paper"], ["--preset=paper"]])
-def test_paper_preset_sets_the_values_of_the_paper(argv):
-    args = rldt_gym.parse_args(argv)
+def test_paper_preset_has_the_values_of_the_paper():
+    args = parse(rldt_gym, ["--preset", "paper"])
     paper = dict(
-        n_particles=8, chunk=4, euler_steps=8, actor_width=512, actor_depth=3, time_dim=16, bc_epochs=200, bc_batch=128,
-        iterations=70, num_envs=100, rollout_chunks=500, buffer_iterations=20, gamma=0.99, td_lambda=0.0,
-        target_momentum=0.998, rounds=16, critic_steps=64, critic_batch=50_000, critic_lr=1e-3, critic_width=256,
-        critic_depth=3, actor_steps=2, actor_lr=2e-5, actor_warmup=32, warmup_iterations=2, alpha=1e-3, kernel="rbf",
-        consistency_weight=0.5, constraint_weight=0.2, fresh_fraction=0.33, value_samples=2, eval_every=5,
-        preset="paper",
+        n_particles=8, iterations=70, num_envs=100, rollout_chunks=500, buffer_iterations=20, gamma=0.99,
+        td_lambda=0.0, target_momentum=0.998, rounds=16, critic_steps=64, critic_batch=50_000,
+        critic_lr=1e-3, critic_layer_norm=False, actor_steps=2, actor_lr=2e-5, warmup_iterations=2,
+        alpha=1e-3, kernel="rbf", consistency_weight=0.5, constraint_weight=0.2, eval_every=5,
     )  # fmt: skip
     assert {key: getattr(args, key) for key in paper} == paper
-    assert dataclasses.asdict(args) == dataclasses.asdict(rldt_gym.Args(preset="paper", **rldt_gym.PAPER))
+    network = dict(epochs=200, batch=128, chunk=4, euler_steps=8, width=512, depth=3, time_dim=16)
+    assert network.items() <= rldt_gym.PRETRAINING["paper"].items()
+    constants = rldt_gym.FRESH, rldt_gym.REWARD_RATE, rldt_gym.ACTOR_WARMUP
+    assert constants == (0.33, 0.01, 32)
 
 
-def test_explicit_flags_win_over_the_preset():
-    args = rldt_gym.parse_args(["--n-particles", "5", "--preset", "paper", "--critic-batch=64"])
-    assert (args.n_particles, args.critic_batch, args.critic_steps) == (5, 64, 64)
+def test_every_number_has_bounds():
+    for field in dataclasses.fields(rldt_gym.Args):
+        if type(field.default) in (int, float):
+            with pytest.raises(SystemExit, match=f"--{field.name.replace('_', '-')} -1"):
+                parse(rldt_gym, [f"--{field.name.replace('_', '-')}=-1"])
 
 
-def test_without_iterations_only_the_wall_budget_ends_a_run():
-    iterations = lambda *flags: rldt_gym.resolve(rldt_gym.parse_args(["--env-id=Hopper-v4", *flags])).iterations
-    assert iterations() == 25 and iterations("--wall-budget-s=9") > 1_000_000
-    assert iterations("--wall-budget-s=9", "--iterations=7") == 7
-
-
-def test_no_flags_give_the_defaults():
-    assert rldt_gym.parse_args([]) == rldt_gym.Args()
-    assert rldt_gym.parse_args(["--preset", "laptop"]) == rldt_gym.Args()
-
-
-@pytest.mark.parametrize("name", [
-    "chunk", "euler_steps", "n_particles", "num_envs", "rollout_chunks", "rounds", "segments", "value_samples",
-    "critic_steps", "critic_batch", "actor_batch", "buffer_iterations", "eval_every", "eval_episodes", "final_eval_episodes",
-])  # fmt: skip
-def test_numbers_below_one_stop_with_the_flag(name):
-    with pytest.raises(SystemExit, match=f"--{name.replace('_', '-')} must be at least 1, got 0"):
-        rldt_gym.resolve(rldt_gym.Args(**{name: 0}))
-
-
-@pytest.mark.parametrize("script", [rldt_gym, rldt_robomimic, rldt_furniture])
-@pytest.mark.parametrize("depth", [1, 4])
-def test_depths_that_blocks_cannot_have_stop_with_the_flag(script, depth):
-    with pytest.raises(SystemExit, match=f"--actor-depth must be odd and at least 3 .* got {depth}"):
-        script.resolve(script.Args(actor_depth=depth))
-
-
-@pytest.mark.parametrize("steps", [-1, 9])
-def test_exploration_from_steps_that_do_not_exist_stops(steps):
-    with pytest.raises(SystemExit, match="--exploration-steps"):
-        rldt_gym.resolve(rldt_gym.Args(exploration_steps=steps, euler_steps=8))
-
-
-def test_segments_are_at_most_a_rollout_long():
-    assert rldt_gym.resolve(rldt_gym.Args(segment_chunks=500, rollout_chunks=20)).segment_chunks == 20
-
-
-def test_cuda_without_a_cuda_device_stops(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="sees no CUDA device"):
-        rldt_gym.resolve(rldt_gym.Args(device="cuda"))
-
-
-@pytest.mark.parametrize("argv, options", [
-    (["rldt_gym.py"], rldt_gym.Args),
-    (["pretrain_fm.py", "gym"], rldt_gym.Args),
-    (["demos/dataset.py"], dataset.Args),
-    (["demos/train_demonstrator.py"], demos.train_demonstrator.Args),
-])  # fmt: skip
-def test_help_exits_with_zero_and_mentions_every_field(monkeypatch, capsys, argv, options):
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(sys, "argv", [*argv, "--help"])
-    name = argv[0].removesuffix(".py").replace("/", ".")
-    with monkeypatch.context() as patch:
-        patch.delitem(sys.modules, name, raising=False)
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_module(name, run_name="__main__")
-    assert stop.value.code == 0
-    text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
-    assert argv[0].split("/")[0].removesuffix(".py") in text
-    for field in dataclasses.fields(options):
-        flag = f"--{field.name.replace('_', '-')}"
-        assert re.search(rf"{flag}(?![\w-])", text), flag
-    if "gym" in argv:
-        assert "--out" in text
-
-
-@pytest.mark.parametrize("flags", [["--preset", "paper"], ["--preset=paper"], []])
-@pytest.mark.parametrize("family, script", [("gym", rldt_gym), ("robomimic", rldt_robomimic), ("furniture", rldt_furniture)])
-def test_pretraining_alone_takes_the_preset_and_flags_win(monkeypatch, tmp_path, family, script, flags):
-    taken = []
-    monkeypatch.setattr(pretrain_fm, family, lambda args, out: taken.append((args, out)))
-    pretrain_fm.main([family, *flags, "--bc-batch=77", f"--out={tmp_path / 'a'}"])
-    preset = script.Args(preset="paper", **script.PAPER) if flags else script.Args()
-    assert taken == [(dataclasses.replace(preset, bc_batch=77), tmp_path / "a")]
-
-
-def test_pretraining_alone_evaluates_where_the_demonstrations_do_not_start_and_makes_the_folder(scripted_evaluations, tiny_args, tmp_path):
-    data = dataset.make(dataset.Args(env_id="Hopper-v4", steps=400, num_envs=8, out=tmp_path / "a.hdf5"))
-    episodes, policies = scripted_evaluations(rldt_gym, [7.0])
-    out = tmp_path / "new" / "base.safetensors"
-    info = pretrain_fm.gym(tiny_args(dataset=str(data), bc_epochs=1, bc_batch=32, final_eval_episodes=50), out)
-    assert (info["return_zero"], info["return_sampled"]) == (7.0, 6.0)
-    assert len(episodes[0]) == 100 and min(episodes[0]) >= 1000  # the demonstrators' environments have seeds 0 to 99
-    with safe_open(out, "pt") as file:
-        assert all(torch.equal(file.get_tensor(key), value) for key, value in policies[0].state_dict().items())
-
-
-# ---------------------------------------------------------------------------- several processes
-@pytest.mark.parametrize("device", ["auto", "cuda:0"])
-def test_each_process_takes_a_gpu_of_its_own_also_with_the_arguments_of_the_first(monkeypatch, device):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert rldt_gym.resolve(rldt_gym.Args(device="cuda:3")).device == "cuda:3"
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert rldt_gym.resolve(rldt_gym.Args(device=device)).device == "cuda:1"
-    assert rldt_gym.resolve(rldt_gym.Args(device="cpu")).device == "cpu"
-
-
-def test_gradients_are_averaged_over_the_processes(monkeypatch):
-    parameters = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))]
-    for p in parameters:
-        p.grad = torch.randn_like(p)
-    own = [p.grad.clone() for p in parameters]
-    monkeypatch.setattr(rldt_gym.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(rldt_gym.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(rldt_gym.dist, "all_reduce", lambda flat: flat.add_(torch.arange(10.0)))  # the other's gradient
-    rldt_gym.average_gradients(parameters)
-    torch.testing.assert_close(parameters[0].grad, (own[0] + torch.arange(6.0).view(2, 3)) / 2)
-    torch.testing.assert_close(parameters[1].grad, (own[1] + torch.arange(6.0, 10.0)) / 2)
-
-
-@pytest.mark.parametrize("pretrained", ["given", "first"])
-def test_two_processes_train_one_actor_on_their_own_rollouts(tiny_flags, tmp_path, only_run, pretrained):
-    if pretrained == "first":
-        data = dataset.make(dataset.Args(env_id="Hopper-v4", steps=400, num_envs=8, out=tmp_path / "a.hdf5"))
-        tiny_flags = [*tiny_flags, "--pretrain", f"--dataset={data}", "--bc-epochs=2", "--bc-batch=32"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "rldt_gym.py"]
-    process = subprocess.run(
-        [*command, *tiny_flags, "--iterations=3", f"--runs={tmp_path / 'runs'}"],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr
-    run = only_run()
-    result = json.loads((run / "result.json").read_text())
-    assert result["env_steps"] == int(metrics(run)[-1]["env_steps"])
-    first, second = (torch.load(run / name, weights_only=True) for name in ("checkpoint.pt", "checkpoint1.pt"))
-    for name in ("policy", "critic", "target"):
-        for key, value in first[name].items():
-            assert torch.equal(value, second[name][key]), (name, key)
-    assert float(metrics(run)[2]["diagnostics/base_distance"]) > 0
-    assert not torch.equal(first["replay"]["obs"], second["replay"]["obs"])
-    assert first["state"]["reward_scale"] == second["state"]["reward_scale"]
+def test_settings_are_few_and_help_shows_all_of_them_on_two_screens(capsys):
+    fields = dataclasses.fields(rldt_gym.Args)
+    assert len(fields) <= 46
+    with pytest.raises(SystemExit):
+        parse(rldt_gym, ["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 100
+    flags = [line.split()[0] for line in lines if line.startswith("  --")]
+    assert flags == [f"--{field.name.replace('_', '-')}" for field in fields]
+    sections = {above for above, line in itertools.pairwise(lines) if line.startswith("  --")}
+    assert {"the run", "base policy", "critic", "actor"} <= sections
