@@ -93,13 +93,14 @@ def save_parts(path: Path, parts: dict):
     """Writes parts (dicts, Rings, or what has a state_dict) and torch's random generators."""
     saved = {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
     for name, part in parts.items():
-        if isinstance(part, Ring):  # only its newest slot has changed; it has a file of its own
+        if not isinstance(part, Ring):
+            saved[name] = part if isinstance(part, dict) else part.state_dict()
+            continue
+        saved[name] = part.added
+        if part.added:  # only its newest slot has changed; it has a file of its own
             newest = {key: value.clone() for key, value in part.newest().items()}
             file = path.with_suffix(f".{name}{part.slot}")
             write_atomically(file, lambda p, newest=newest: torch.save(newest, p))
-            saved[name] = part.added
-        else:
-            saved[name] = part if isinstance(part, dict) else part.state_dict()
     write_atomically(path, lambda p: torch.save(saved, p))
 
 
