@@ -15,7 +15,7 @@ from scipy.spatial import ConvexHull
 from scipy.spatial.transform import Rotation
 
 import envs.furniture_mujoco as module
-import rldt_furniture
+from common.flow import FlowPolicy
 from demos import make_furniture_demos
 from demos.furniture_one_leg import OneLeg
 from demos.furniture_skills import CLOSED, Arm, Lost, from_rotation_vector
@@ -450,11 +450,11 @@ def test_clone_moves_the_hand_for_whole_chunks_and_is_not_recorded(envs, monkeyp
 
 def test_recording_follows_a_base_policy_from_its_file(tmp_path):
     args = dict(furniture="lamp", episodes=1, seed=6, clone_share=0.3)
-    base = rldt_furniture.DEMOS / "lamp" / "base_low.safetensors"
+    base = make_furniture_demos.DEMOS / "lamp" / "base_low.safetensors"
     with h5py.File(make_furniture_demos.make(make_furniture_demos.Args(out=tmp_path / "clone.hdf5", clone=base, **args))) as file:
         assert file["data"].attrs["clone"] == str(base) and file["data"].attrs["clone_share"] == 0.3
         recorded = file["data/demo_0/obs/state"][()]
-    policy = rldt_furniture.load_base(base, rldt_furniture.Args(furniture="lamp", device="cpu"))
+    policy = FlowPolicy.load(base)
     state, noise = recorded[0], np.random.default_rng(5).standard_normal((1, 80), np.float32)
     expected = policy.to_env(policy.sample(policy.normalize(state)[None], torch.from_numpy(noise)))[0]
     assert np.array_equal(make_furniture_demos.load_clone(base, "lamp")(state, np.random.default_rng(5)), expected)
@@ -498,56 +498,74 @@ def test_demonstrations_are_written(tmp_path, capsys):
 
 
 # --------------------------------------------------------------------------- vector environment
-def chunk_of(vector, rng) -> np.ndarray:
-    return np.stack([wander(env, rng, vector.chunk) for env in vector.envs])
+def vector_envs(num_envs, horizon=None, threads=1):
+    return FurnitureVectorEnv(num_envs, "one_leg", "low", horizon, threads)
+
+
+def chunk_of(vector, rng, length) -> np.ndarray:
+    return np.stack([wander(env, rng, length) for env in vector.envs])
+
+
+def first_state(seed):
+    return FurnitureEnv().reset(seed=seed)[0]
 
 
 def test_vector_environment_agrees_with_single_ones(envs):
-    vector, single = FurnitureVectorEnv(3, chunk=4, threads=2), envs()
-    everyone, rng = np.ones(3, bool), np.random.default_rng(0)
-    first = vector.reset([7, 8, 9], everyone)["state"]
-    chunks = [chunk_of(vector, rng) for _ in range(2)]
-    results = [vector.step(chunk, everyone) for chunk in chunks]
+    vector, single = vector_envs(3, threads=2), envs()
+    vector.reset(7)
+    first, rng = vector.obs.copy(), np.random.default_rng(0)
+    chunks = [chunk_of(vector, rng, 4) for _ in range(2)]
+    steps = [vector.step(chunk) for chunk in chunks]
+    np.testing.assert_array_equal(vector.obs, steps[1].next_obs)
     for i in range(3):
         np.testing.assert_array_equal(single.reset(seed=7 + i)[0], first[i])
-        for chunk, (obs, reward, terminated, truncated, stages, length) in zip(chunks, results, strict=True):
+        for chunk, step in zip(chunks, steps, strict=True):
             for action in chunk[i]:
                 state = single.step(action)[0]
-            np.testing.assert_array_equal(obs["state"][i], state)
-            assert (reward[i], terminated[i], truncated[i], stages[i], length[i]) == (0, False, False, 0, 4)
+            np.testing.assert_array_equal(step.next_obs[i], state)
+            found = step.reward[i], step.terminated[i], step.truncated[i], step.score[i], step.length[i]
+            assert found == (0, False, False, 0, 4)
     vector.close()
 
 
-def test_one_environment_resets_and_sits_out_alone():
-    vector, rng = FurnitureVectorEnv(3, chunk=2, threads=2), np.random.default_rng(0)
-    everyone = np.ones(3, bool)
-    vector.reset([1, 2, 3], everyone)
-    vector.step(chunk_of(vector, rng), everyone)
-    before = [env.data.qpos.copy() for env in vector.envs]
-    obs = vector.reset([0, 5, 0], np.array([False, True, False]))["state"]
-    for i in (0, 2):
-        np.testing.assert_array_equal(vector.envs[i].data.qpos, before[i])
-    chunk = chunk_of(vector, rng)
+def test_what_is_not_active_stays_as_it_is():
+    vector, rng = vector_envs(3, threads=2), np.random.default_rng(0)
+    vector.reset(1)
+    chunk, before = chunk_of(vector, rng, 2), vector.obs.copy()
     chunk[1] = np.nan  # never read
-    after, _, _, _, _, length = vector.step(chunk, np.array([True, False, True]))
-    np.testing.assert_array_equal(after["state"][1], obs[1])
-    assert length.tolist() == [2, 0, 2] and (after["state"][[0, 2]] != obs[[0, 2]]).any(1).all()
+    step = vector.step(chunk, np.array([True, False, True]))
+    np.testing.assert_array_equal(step.next_obs[1], before[1])
+    assert step.length.tolist() == [2, 0, 2]
+    assert (step.next_obs[[0, 2]] != before[[0, 2]]).any(1).all()
     with pytest.raises(FloatingPointError, match="policy"):
-        vector.step(chunk, everyone)
+        vector.step(chunk)
     vector.close()
 
 
-def test_time_limit_and_success_end_episodes(monkeypatch):
-    vector, rng = FurnitureVectorEnv(2, chunk=4, horizon=6, threads=1, stop_on_success=True), np.random.default_rng(0)
-    everyone = np.ones(2, bool)
-    vector.reset([1, 2], everyone)
-    assert not np.any(vector.step(chunk_of(vector, rng), everyone)[2:4])
-    actions, first = chunk_of(vector, rng), vector.envs[0]
-    monkeypatch.setattr(first, "newly_assembled", lambda: float(first.assembled.fill(True) is None))
-    _, reward, terminated, truncated, stages, length = vector.step(actions, everyone)
-    assert reward.tolist() == [1, 0] and stages.tolist() == [1, 0]
-    assert terminated.tolist() == [True, False] and truncated.tolist() == [False, True] and length.tolist() == [1, 2]
+def test_time_limit_and_success_end_episodes_and_the_next_seeds_begin_new_ones(monkeypatch):
+    vector, rng = vector_envs(3, horizon=6), np.random.default_rng(0)
+    vector.reset(iter([1, 2, 3, 4, 5]))
+    assert vector.episode.tolist() == [0, 1, 2]
+    step = vector.step(chunk_of(vector, rng, 4))
+    assert not (step.terminated | step.truncated).any()
+    actions, first = chunk_of(vector, rng, 4), vector.envs[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(first, "newly_assembled", lambda: float(first.assembled.fill(True) is None))
+        step = vector.step(actions)
+    assert (step.reward.tolist(), step.score.tolist()) == ([1, 0, 0], [1, 0, 0])
+    assert step.terminated.tolist() == [True, False, False]
+    assert step.truncated.tolist() == [False, True, True]
+    assert step.length.tolist() == [1, 2, 2]
+    assert vector.episode.tolist() == [3, 4, -1]  # no seed is left for the last
+    for i, seed in enumerate((4, 5)):
+        np.testing.assert_array_equal(vector.obs[i], first_state(seed))
+        assert not np.array_equal(step.next_obs[i], vector.obs[i])
+    step = vector.step(chunk_of(vector, rng, 4))
+    assert (step.length.tolist(), step.score.tolist()) == ([4, 4, 0], [0, 0, 0])
     vector.close()
+
+
+def test_time_limits_are_those_of_furniturebench():
     env = FurnitureEnv(horizon=2)
     env.reset(seed=0)
     assert [env.step(stay(env))[2:4] for _ in range(2)] == [(False, False), (False, True)]
@@ -555,7 +573,7 @@ def test_time_limit_and_success_end_episodes(monkeypatch):
 
 
 def test_a_reset_that_diverges_is_drawn_again():
-    vector = FurnitureVectorEnv(2, chunk=2, threads=1)
+    vector = vector_envs(2)
     env, calls = vector.envs[0], []
     reset = env.reset
 
@@ -567,26 +585,26 @@ def test_a_reset_that_diverges_is_drawn_again():
         return result
 
     env.reset = diverging
-    obs = vector.reset([1, 2], np.ones(2, bool))["state"]
+    vector.reset(1)
     assert calls == [1, None, None] and vector.diverged.tolist() == [2, 0]
-    assert np.isfinite(obs).all() and not np.array_equal(obs[0], FurnitureEnv().reset(seed=1)[0])
-    np.testing.assert_array_equal(obs[1], FurnitureEnv().reset(seed=2)[0])
+    assert np.isfinite(vector.obs).all() and not np.array_equal(vector.obs[0], first_state(1))
+    np.testing.assert_array_equal(vector.obs[1], first_state(2))
     env.reset = lambda seed=None: diverging(calls.clear())
     with pytest.raises(PhysicsError, match="ten resets"):
-        vector.reset([1, 2], np.array([True, False]))
+        vector.reset(1)
     vector.close()
 
 
-def test_divergence_truncates_and_resets():
-    vector, rng = FurnitureVectorEnv(2, chunk=2, threads=1), np.random.default_rng(0)
-    everyone = np.ones(2, bool)
-    last = vector.reset([1, 2], everyone)["state"]
-    chunk = chunk_of(vector, rng)
-    vector.envs[0].data.qvel[:], vector.envs[0].assembled[:] = np.nan, True
-    obs, reward, terminated, truncated, stages, _ = vector.step(chunk, everyone)
-    np.testing.assert_array_equal(obs["state"][0], last[0])
-    assert truncated.tolist() == [True, False] and not terminated.any() and not reward.any()
-    assert vector.diverged.tolist() == [1, 0] and stages.tolist() == [1, 0]
-    obs, _, _, _, stages, _ = vector.step(chunk_of(vector, rng), everyone)
-    assert np.isfinite(obs["state"]).all() and stages.tolist() == [0, 0]
+def test_divergence_truncates_an_episode_with_the_last_finite_observation():
+    vector, rng = FurnitureVectorEnv(2, "lamp", "low", threads=1), np.random.default_rng(0)
+    vector.reset(1)
+    last, chunk = vector.obs.copy(), chunk_of(vector, rng, 2)
+    vector.envs[0].data.qvel[:], vector.envs[0].assembled[0] = np.nan, True
+    step = vector.step(chunk)
+    np.testing.assert_array_equal(step.next_obs[0], last[0])
+    assert step.truncated.tolist() == [True, False] and not step.terminated.any()
+    assert not step.reward.any() and step.score.tolist() == [1, 0]
+    assert vector.diverged.tolist() == [1, 0]
+    step = vector.step(chunk_of(vector, rng, 2))
+    assert np.isfinite(step.next_obs).all() and step.score.tolist() == [0, 0]
     vector.close()
