@@ -1,0 +1,137 @@
+"""FPO (Flow Policy Optimization, McAllister et al. 2025, arXiv 2507.21053) and FPO++.
+
+    python -m baselines.fpo --env-id Hopper-v4                  # FPO++: a ratio per sample, and ASPO
+    python -m baselines.fpo --env-id Hopper-v4 --form fpo       # FPO: one ratio per action
+
+finetunes a pretrained flow policy by PPO whose likelihood ratio is that of flow-matching losses.
+baselines/ppo.py has the loop, docs/baselines.md the equations.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn as nn
+
+import rldt_gym as family
+from baselines import ppo
+from common.flow import interpolate
+from common.runs import autocast, average_gradients
+from common.settings import Count, Size, Weight, parse_args
+
+
+# ---------------------------------------------------------------------------------- arguments
+@dataclass
+class Args(ppo.PPOArgs):
+    """`official` are the settings of the methods' own code, `paper` those of RLDT's authors."""
+
+    exp_name: str = "fpo"  # name of the experiment, part of the run directory's name
+
+    # FPO
+    form: Literal["fpo", "fpo++"] = "fpo++"  # a ratio of mean losses, or one per sample and ASPO
+    samples: Size = 0  # N, pairs (epsilon, t) per action; 0: SAMPLES of the form and preset
+    clip: Weight = 0.0  # trust region of the ratio; 0: TRUST of the form and preset
+    batch: Count = 5000  # chunks per update, each with N samples (official FPO: 1024 segments of 30)
+    actor_lr: Weight = 2e-4  # Adam step size of the actor (official FPO: 3e-4, from scratch)
+    actor_lr_end: Weight = 0.1  # factor on actor_lr, reached linearly at the end (official: 1)
+
+
+PRESETS = {
+    "paper": dict(
+        iterations=80, bf16=False, num_envs=100, rollout_chunks=500, zero_fraction=0.0, eval_every=5,
+        eval_episodes=100, batch=50_000, actor_lr=1e-4, actor_lr_end=1.0, lr_warmup=10,
+    )
+}  # fmt: skip
+SAMPLES = {  # N
+    ("fpo", "laptop"): 8, ("fpo", "paper"): 8,  # official
+    ("fpo++", "laptop"): 8, ("fpo++", "paper"): 16,  # paper
+}  # fmt: skip
+TRUST = {  # clip
+    ("fpo", "laptop"): 0.05, ("fpo", "paper"): 0.05,  # official
+    ("fpo++", "laptop"): 0.04, ("fpo++", "paper"): 0.01,  # paper: the best of 0.01, 0.02 and 0.04
+}  # fmt: skip
+LOSS_CLAMP = 20.0  # at which flow-matching losses are cut off (official FPO++)
+LOG_RATIO_CLAMP = 10.0  # at which log-ratios are cut off, both ways (official: 3 of FPO, 10 of FPO++)
+MAX_GRAD_NORM = 1.0  # to which the actor's gradient is scaled down (official FPO++)
+
+
+# -------------------------------------------------------------------- exploration and rollout
+def make_policy(base: family.FlowPolicy, args: Args) -> family.FlowPolicy:
+    return copy.deepcopy(base)
+
+
+def act(policy: family.FlowPolicy, obs: torch.Tensor, x0: torch.Tensor, args: Args):
+    """Actions (N, D) of the flow, which are kept."""
+    with autocast(args):
+        action = policy.sample(obs, x0)
+    return action, {"action": action}
+
+
+# -------------------------------------------------------------------------------------- actor
+def cfm_losses(policy: family.FlowPolicy, batch: dict, args: Args) -> torch.Tensor:
+    """Flow-matching losses (B, N) of actions (B, D) at their N pairs noise (B, N, D) and t (B, N)."""
+    action, noise, t = batch["action"][:, None], batch["noise"], batch["t"]
+    obs = batch["obs"][:, None].expand(-1, t.shape[1], -1)
+    with autocast(args):
+        v = policy.velocity(interpolate(action, noise, t), t, obs)
+    return (v - (action - noise)).square().mean(-1).clamp_max(LOSS_CLAMP)
+
+
+@torch.no_grad()
+def make_batch(policy: family.FlowPolicy, rollout: dict, args: Args) -> dict[str, torch.Tensor]:
+    """A rollout (T, N, ...) as rows (T * N, ...), with pairs (epsilon, t) and losses at these."""
+    batch = {name: rollout[name].flatten(0, 1) for name in ("obs", "action", "advantage", "target")}
+    shape, device = (len(batch["obs"]), args.samples), batch["obs"].device
+    batch["noise"] = torch.randn(*shape, policy.action_size, device=device)
+    batch["t"] = torch.randint(policy.euler_steps, shape, device=device) / policy.euler_steps
+    old = []
+    for i in torch.arange(len(batch["obs"]), device=device).split(args.batch):
+        old.append(cfm_losses(policy, {name: x[i] for name, x in batch.items()}, args))
+    return batch | {"old_losses": torch.cat(old)}
+
+
+def surrogate(ratio: torch.Tensor, advantage: torch.Tensor, args: Args) -> torch.Tensor:
+    """What is maximised, per ratio rho (B, N) and advantage A (B, 1).
+
+    fpo:   min(rho A, clip(rho, 1 - c, 1 + c) A)
+    fpo++: the same where A > 0, else SPO (Xie et al. 2024), rho A - |A| (rho - 1)^2 / (2 c)
+    """
+    clipped = ppo.clipped(ratio, advantage, args.clip)
+    if args.form == "fpo":
+        return clipped
+    pulled_back = ratio * advantage - advantage.abs() * (ratio - 1).square() / (2 * args.clip)
+    return torch.where(advantage > 0, clipped, pulled_back)  # (F2) of docs/baselines.md
+
+
+def update_actor(policy: family.FlowPolicy, optimizer, batch: dict, args: Args) -> dict:
+    """One step of PPO with the ratio exp(L_old - L_theta), of the mean losses or per sample."""
+    log_ratio = batch["old_losses"] - cfm_losses(policy, batch, args)  # (B, N)
+    if args.form == "fpo":
+        log_ratio = log_ratio.mean(-1, keepdim=True)  # (B, 1)
+    log_ratio = log_ratio.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
+    advantage = ppo.normalize(batch["advantage"])[:, None]
+    loss = -surrogate(log_ratio.exp(), advantage, args).mean()  # (F1)
+    optimizer.zero_grad()
+    loss.backward()
+    parameters = list(policy.velocity.parameters())
+    average_gradients(parameters)
+    norm = nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+    optimizer.step()
+    metrics = {
+        "losses/policy": loss.detach(), "losses/flow_matching": batch["old_losses"].mean(),
+        "diagnostics/actor_grad_norm": norm,
+    }  # fmt: skip
+    return metrics | ppo.ratio_metrics(log_ratio, args.clip)
+
+
+# --------------------------------------------------------------------------------------- main
+def main(args: Args) -> dict | None:
+    args.samples = args.samples or SAMPLES[args.form, args.preset]
+    args.clip = args.clip or TRUST[args.form, args.preset]
+    functions = make_policy, act, make_batch, update_actor
+    return ppo.main(args, ppo.Method(family.FlowPolicy, *functions))
+
+
+if __name__ == "__main__":
+    main(parse_args(Args, PRESETS, __doc__))
