@@ -254,9 +254,7 @@ class Lamp:
     def screw_in(self) -> Skill:
         """Turns the bulb clockwise from above until it is assembled. Raises Lost if it falls over."""
         arm, env = self.arm, self.env
-
-        def around(height: float) -> Pose:
-            return self.globe() + [0, 0, height], self.leaning(FIRST)
+        around = lambda height: (self.globe() + [0, 0, height], self.leaning(FIRST))
 
         def approach(height: float, near: float, rough: bool = False) -> Skill:
             def ready() -> bool:
@@ -293,9 +291,7 @@ class Lamp:
         """Grasps the hood's narrow end and lifts it a little: high over its foot the arm is singular."""
         arm = self.arm
 
-        def over(height: float) -> Pose:
-            return arm.part(HOOD)[0] + [0, 0, height], self.leaning(0.0)
-
+        over = lambda height: (arm.part(HOOD)[0] + [0, 0, height], self.leaning(0.0))
         yield from arm.go(lambda: over(RIM + 0.10), 60, 0.03, 0.3, rough=True)
         yield from arm.go(lambda: over(RIM + 0.03), 40, 0.008, 0.1, reach=2 * SLOW)
         yield from arm.go(lambda: over(RIM), 20, 0.004, 0.06, reach=SLOW)

@@ -71,17 +71,12 @@ class Arm:
 
     def __init__(self, env: FurnitureEnv, rng: np.random.Generator):
         self.env, self.rng, self.gripper, self.rough = env, rng, OPEN, False
+        self.part, self.width = env.part_pose, env.gripper_width
         self.speed = rng.uniform(0.85, 1.0)  # per episode, so that demonstrations differ
 
     @property
     def pose(self) -> Pose:
         return self.env.ee_pose()
-
-    def part(self, index: int) -> Pose:
-        return self.env.part_pose(index)
-
-    def width(self) -> float:
-        return self.env.gripper_width()
 
     def shifted(self, offset: np.ndarray) -> Pose:
         """The gripper's pose, moved by `offset` (3,)."""

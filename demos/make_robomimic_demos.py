@@ -92,13 +92,11 @@ class Arm:
         self.closing_yaw = np.arctan2(y, x)  # direction in which the fingers close at yaw 0
 
     @property
-    def position(self) -> np.ndarray:
-        """(3,), m."""
+    def position(self) -> np.ndarray:  # (3,), m
         return np.array(self.sim.data.site_xpos[self.robot.eef_site_id])
 
     @property
-    def rotation(self) -> np.ndarray:
-        """(3, 3)."""
+    def rotation(self) -> np.ndarray:  # (3, 3)
         return np.array(self.sim.data.site_xmat[self.robot.eef_site_id]).reshape(3, 3)
 
     def facing(self, yaw: float) -> np.ndarray:
@@ -147,8 +145,7 @@ class Arm:
             yield self.act(goal, rotation, gripper, speed)
 
     def hold(self, rotation, gripper: float, steps: int):
-        """Stays where it is."""
-        yield from self.go(self.position, rotation, gripper, steps)
+        return self.go(self.position, rotation, gripper, steps)
 
     def close(self, rotation):
         """Closes the gripper until the fingers have stopped, which takes 10 to 15 steps."""
@@ -162,9 +159,8 @@ class Arm:
 
 
 # ------------------------------------------------------------------------------------- experts
-def lift(env, arms, rng):
+def lift(env, rng, arm):
     """Picks the cube up."""
-    (arm,) = arms
     cube = lambda: body(env, env.cube_body_id)
     rotation = arm.facing(wrap(yaw_of(body_axes(env, env.cube_body_id)), np.pi / 2))
     yield from arm.go(cube() + rng.uniform(0.06, 0.10) * UP, rotation, OPEN, 60, near=0.015, turned=0.1)
@@ -173,9 +169,8 @@ def lift(env, arms, rng):
     yield from arm.go(arm.position + 0.12 * UP, rotation, CLOSED, 60)
 
 
-def can(env, arms, rng):
+def can(env, rng, arm):
     """Picks the can up, carries it over its compartment, lowers it and lets go."""
-    (arm,) = arms
     can = lambda: body(env, env.obj_body_id[env.objects[env.object_id].name])
     rotation = arm.facing(rng.uniform(-0.2, 0.2))
     grasp = rng.uniform(0.0, 0.02) * UP
@@ -206,9 +201,8 @@ def square_grasp(arm, nut_yaw: float) -> tuple[float, float] | None:
     return min(options)[1:] if options else None
 
 
-def square(env, arms, rng):
+def square(env, rng, arm):
     """Takes the nut by its handle, turns and centres it over the peg, lowers it and lets go."""
-    (arm,) = arms
     index, site = env.obj_body_id["SquareNut"], env.object_site_ids[env.nut_to_id["square"]]
     nut = lambda: body(env, index)
     nut_yaw = lambda: yaw_of(body_axes(env, index))
@@ -335,7 +329,7 @@ def transport_second_arm(env, arm, rng, handover):
     yield from go(arm.position + 0.1 * UP, level, OPEN, FOREVER)
 
 
-def transport(env, arms, rng):
+def transport(env, rng, *arms):
     """The second arm clears the target bin, the first opens the other; then the hammer changes hands."""
     place = rng.uniform((-0.03, -0.065, 1.03), (0.03, -0.055, 1.07))  # of the handover (m)
     handover = SimpleNamespace(place=place, offered=False, taken=False, released=False)
@@ -368,7 +362,7 @@ def run_episode(env, task: str, seed: int, horizon: int = 0, noise: float = 0.05
     actions, rewards, states = [], [], []
     arms = [Arm(sim, i, rng, noise) for i in range(TASKS[task].robots)]
     horizon = horizon or TASKS[task].horizon
-    for action in itertools.islice(EXPERTS[task](sim, arms, rng), horizon):
+    for action in itertools.islice(EXPERTS[task](sim, rng, *arms), horizon):
         actions.append(action.astype(np.float32))
         states.append(sim.sim.get_state().flatten())
         rewards.append(control_step(sim, actions[-1], observe=True))
