@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rldt_gym
-from common.flow import VelocityMLP, flow_matching_loss, sample
+from common.flow import FlowPolicy, flow_matching_loss, sample
 from common.svgd import transport_field
 
-# Two Gaussian modes of an action of two dimensions; the target puts four fifths of its mass on the left one.
+# Two Gaussian modes of a two-dimensional action; the target puts four fifths of its mass on the left one.
 MODES, STD, LEFT, K = torch.tensor([[-1.0, 0.5], [1.0, -0.5]]), 0.5, 0.8, 8
-ALPHA = 0.41  # 1 / E|grad Q| under the target, for which alpha' = 1 and the target is its own Boltzmann density
+ALPHA = 0.41  # 1 / E|grad Q| under the target: alpha' = 1, the target is its own Boltzmann density
 
 
 def log_mixture(x, modes, std, left):
@@ -36,7 +36,7 @@ class MixtureCritic(torch.nn.Module):
 
 
 def shares(actions):
-    """Fraction of the actions that are closer to the left and to the right mode, and within 3 STD of it."""
+    """Fractions of the actions that are nearest to the left and to the right mode, within 3 STD."""
     distance = (actions[:, None] - MODES).norm(dim=-1)  # (n, 2)
     near = (distance == distance.min(1, keepdim=True).values) & (distance < 3 * STD)
     return near.float().mean(0).tolist()
@@ -46,40 +46,37 @@ def shares(actions):
 def pretrained():
     """A flow fitted to the two modes in equal parts."""
     torch.manual_seed(0)
-    velocity = VelocityMLP(2, 1, width=64, activation="mish")
-    optimizer = torch.optim.Adam(velocity.parameters(), 3e-3)
+    policy = FlowPolicy(1, 2, 1, K, width=64, activation="mish")
+    optimizer = torch.optim.Adam(policy.velocity.parameters(), 3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1500)
     for _ in range(1500):
         action = MODES[torch.randint(2, (256,))] + STD * torch.randn(256, 2)
-        loss = flow_matching_loss(velocity, action, torch.zeros(256, 1))
+        loss = flow_matching_loss(policy.velocity, action, torch.zeros(256, 1))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    return velocity
+    return policy
 
 
-def draw(velocity, steps=K, count=2000, seed=11):
+def draw(policy, steps=K, count=2000, seed=11):
     noise = torch.randn(count, 2, generator=torch.Generator().manual_seed(seed))
-    return sample(velocity, torch.zeros(count, 1), noise, steps)
+    return sample(policy.velocity, torch.zeros(count, 1), noise, steps)
 
 
-def finetune(velocity, critic, updates, **changes):
-    """The actor's part of the algorithm on a bandit of one state, with `previous` reference every 32 updates."""
-    fields = dict(euler_steps=K, bf16=False, device="cpu", n_particles=16, alpha=ALPHA, actor_lr=1e-3) | changes
-    args = rldt_gym.Args(**fields)
+def finetune(policy, critic, updates, **changes):
+    """The actor's part of the algorithm on a bandit of one state, a new reference every 32 updates."""
+    fields = dict(bf16=False, device="cpu", n_particles=16, alpha=ALPHA, actor_lr=1e-3) | changes
+    args = rldt_gym.Args(zero_fraction=0.0, **fields)
     torch.manual_seed(1)
-    velocity = copy.deepcopy(velocity)
-    reference = copy.deepcopy(velocity).requires_grad_(False)
-    optimizer = torch.optim.Adam(velocity.parameters(), args.actor_lr)
-    obs = torch.zeros(16, 1)
+    policy = copy.deepcopy(policy)
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    optimizer = torch.optim.Adam(policy.velocity.parameters(), args.actor_lr)
     for update in range(updates):
-        x0 = torch.randn(16, args.n_particles, 2)
-        trajectory = sample(velocity, obs[:, None].expand(-1, args.n_particles, -1), x0, K, trajectory=True)
-        rldt_gym.update_actor(velocity, reference, critic, optimizer, obs, trajectory, args)
+        rldt_gym.update_actor(policy, reference, critic, optimizer, torch.zeros(16, 1), args)
         if update % 32 == 31:
-            reference.load_state_dict(velocity.state_dict())
-    return velocity
+            reference.load_state_dict(policy.state_dict())
+    return policy
 
 
 def test_flow_matching_recovers_both_modes(pretrained):
@@ -99,10 +96,10 @@ def test_alpha_of_these_tests_makes_the_target_its_own_boltzmann_density():
     assert ALPHA * gradient.norm(dim=1).mean().item() == pytest.approx(1, abs=0.02)
 
 
-# The field is zero at the density exp(Q / alpha'), alpha' = alpha E|grad Q|. The actor takes it at expected targets of
-# points on the way and from a few particles, so a flow's weights approach the Boltzmann weights (0.79 left of the
-# middle) but are not exactly they: a direction and both modes are asked of the flow, the weights themselves of the
-# particles further down.
+# The field is zero at the density exp(Q / alpha'), alpha' = alpha E|grad Q|. The actor takes it at expected
+# targets of points on the way and from a few particles, so a flow's weights approach the Boltzmann weights
+# (0.79 left of the middle) but are not exactly they. So a direction and both modes are asked of the flow,
+# the weights themselves of the particles further down.
 @pytest.mark.parametrize("transport_loss", ["literal", "authors"])
 def test_finetuning_moves_mass_to_the_better_mode_and_keeps_the_other(pretrained, transport_loss):
     before = draw(pretrained)
@@ -138,14 +135,15 @@ def test_a_critic_that_is_indifferent_moves_nothing(pretrained):
     torch.testing.assert_close(draw(tuned), draw(pretrained), atol=1e-3, rtol=0)
 
 
-# The particles themselves, without a network: P = 100, one dimension, modes at -1 and 1, started with other weights.
-# The scaling alpha' = alpha mean|grad Q| is undone, so that the density is exactly exp(Q / temperature), whose mass
-# left of zero is 0.739; 100 particles that repel each other come within 0.06 of it.
+# The particles themselves, without a network: P = 100, one dimension, modes at -1 and 1, started with other
+# weights. The scaling alpha' = alpha mean|grad Q| is undone, so that the density is exp(Q / temperature),
+# whose mass left of zero is 0.739; 100 particles that repel each other come within 0.06 of it.
 @pytest.mark.parametrize("start", [0.3, 0.5, 0.7])
 def test_particles_take_the_boltzmann_weights_of_two_modes(start):
     temperature, std, modes, P = 0.2, 0.5, torch.tensor([[-1.0], [1.0]]), 100
     count = int(start * P)
-    x = torch.cat([modes[0] + std * torch.randn(count, 1), modes[1] + std * torch.randn(P - count, 1)])[None]
+    means = torch.cat([modes[0].expand(count, 1), modes[1].expand(P - count, 1)])
+    x = (means + std * torch.randn(P, 1))[None]
     for _ in range(1500):
         x.requires_grad_()
         q = temperature * log_mixture(x, modes, std, 0.75)
@@ -153,8 +151,9 @@ def test_particles_take_the_boltzmann_weights_of_two_modes(start):
         x = x.detach()
         alpha = float(temperature / grad_q.norm(dim=-1).mean())
         x = x + transport_field(x, x, grad_q, alpha)
-    cdf = lambda z: 0.5 * (1 + math.erf(z / math.sqrt(2)))
-    assert (x < 0).float().mean().item() == pytest.approx(0.75 * cdf(1 / std) + 0.25 * cdf(-1 / std), abs=0.06)
+    below = torch.distributions.Normal(0, std).cdf(torch.tensor([1.0, -1.0]))  # of each mode, below zero
+    share = 0.75 * below[0].item() + 0.25 * below[1].item()
+    assert (x < 0).float().mean().item() == pytest.approx(share, abs=0.06)
     assert x.mean().item() == pytest.approx(0.75 * -1 + 0.25 * 1, abs=0.12)
     assert x.var().item() == pytest.approx(1 - 0.5**2 + std**2, abs=0.2)
 
