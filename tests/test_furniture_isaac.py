@@ -11,13 +11,17 @@ import torch
 from conftest import ROOT
 
 import rldt_furniture
+from common.flow import FlowPolicy
 from envs.furniture_isaac import IsaacVectorEnv, isaac_missing
+from envs.furniture_mujoco import FurnitureVectorEnv
 
 OBS_KEYS = ["robot_state/ee_pos", "robot_state/ee_quat", "parts_poses"]
+NOT_IMPORTED = "Isaac Gym was not imported: it needs Python 3.8 and must come before torch"
 PARTS = {"one_leg": 5, "lamp": 3}
 DPPO = dict(
-    act_rot_repr="rot_6d", action_type="pos", april_tags=False, concat_robot_state=True, ctrl_mode="diffik", obs_keys=OBS_KEYS, gpu_id=0, headless=True,
-    observation_space="state", record=False, pos_scalar=1, rot_scalar=1, stiffness=1_000, damping=200,
+    act_rot_repr="rot_6d", action_type="pos", april_tags=False, concat_robot_state=True,
+    ctrl_mode="diffik", obs_keys=OBS_KEYS, gpu_id=0, headless=True, observation_space="state",
+    record=False, pos_scalar=1, rot_scalar=1, stiffness=1_000, damping=200,
 )  # fmt: skip
 
 
@@ -50,7 +54,8 @@ def fake_env(simulator):
         def observe(self):
             robot = torch.arange(14, dtype=simulator.dtype).repeat(self.num_envs, 1)
             robot[:, 0] = torch.tensor([code(i, t) for i, t in enumerate(self.t)])
-            poses = -torch.arange(1, 7 * (self.parts + 1) + 1, dtype=simulator.dtype).repeat(self.num_envs, 1)
+            pose = -torch.arange(1, 7 * (self.parts + 1) + 1, dtype=simulator.dtype)
+            poses = pose.repeat(self.num_envs, 1)
             if simulator.nan:
                 poses[0, 3] = torch.nan
             return {"robot_state": robot, "parts_poses": poses}
@@ -69,7 +74,7 @@ def fake_env(simulator):
             simulator.actions.append(action.clone())
             reward = torch.tensor([[simulator.rewards(t, i)] for i, t in enumerate(self.t)])
             self.t += 1
-            done = torch.ones(self.num_envs, 1, dtype=torch.bool)  # the simulator's own ends are not asked for
+            done = torch.ones(self.num_envs, 1, dtype=torch.bool)  # not asked for
             return self.observe(), reward, done, {"obs_success": True, "action_success": True}
 
     return FurnitureRLSimEnv
@@ -84,7 +89,7 @@ def module(name, **content):
 
 @pytest.fixture
 def simulator(monkeypatch):
-    """Isaac Gym and the fork of FurnitureBench, as far as they are used; the robot's rotation becomes -1 to -6."""
+    """Isaac Gym and the fork of FurnitureBench, as far as they are used; a rotation becomes -1 to -6."""
     simulator = Simulator()
 
     def to_rot6d(robot):
@@ -94,7 +99,8 @@ def simulator(monkeypatch):
         return torch.cat([robot[:, :3], rotation, robot[:, 7:]], -1)
 
     content = {
-        "isaacgym": {}, "furniture_bench": dict(__path__=[]), "furniture_bench.envs": dict(__path__=[]), "furniture_bench.controllers": dict(__path__=[]),
+        "isaacgym": {}, "furniture_bench": dict(__path__=[]), "furniture_bench.envs": dict(__path__=[]),
+        "furniture_bench.controllers": dict(__path__=[]),
         "furniture_bench.envs.furniture_rl_sim_env": dict(FurnitureRLSimEnv=fake_env(simulator)),
         "furniture_bench.envs.observation": dict(DEFAULT_STATE_OBS=OBS_KEYS),
         "furniture_bench.controllers.control_utils": dict(proprioceptive_quat_to_6d_rotation=to_rot6d),
@@ -104,11 +110,7 @@ def simulator(monkeypatch):
     return simulator
 
 
-def everyone(envs):
-    return np.ones(envs.num_envs, bool)
-
-
-def chunks(envs, chunk=8):
+def chunks(envs, chunk=4):
     """Numbered actions (N, chunk, 10)."""
     return np.arange(envs.num_envs * chunk * 10, dtype=np.float64).reshape(envs.num_envs, chunk, 10)
 
@@ -117,121 +119,94 @@ def chunks(envs, chunk=8):
 @pytest.mark.parametrize("furniture, horizon", [("one_leg", 700), ("lamp", 1000)])
 @pytest.mark.parametrize("randomness", ["low", "med"])
 def test_the_simulator_gets_exactly_dppos_arguments(simulator, furniture, horizon, randomness):
-    envs = IsaacVectorEnv(3, furniture, randomness)
-    assert simulator.arguments == [DPPO | dict(furniture=furniture, randomness=randomness, num_envs=3, max_env_steps=horizon)]
-    assert (envs.num_envs, envs.chunk, envs.horizon) == (3, 8, horizon)
+    task = dict(furniture=furniture, randomness=randomness)
+    IsaacVectorEnv(3, furniture, randomness)
+    assert simulator.arguments == [DPPO | task | dict(num_envs=3, max_env_steps=horizon)]
     IsaacVectorEnv(1, furniture, randomness, horizon=48)
     assert simulator.arguments[1]["max_env_steps"] == 48
 
 
 @pytest.mark.parametrize("furniture, dim", [("one_leg", 58), ("lamp", 44)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_observations_are_the_robots_state_with_a_6d_rotation_then_the_parts(simulator, furniture, dim, dtype):
+def test_observations_are_the_robots_state_with_a_6d_rotation_then_the_parts(
+    simulator, furniture, dim, dtype
+):
     simulator.dtype = dtype
     envs = IsaacVectorEnv(2, furniture, "low")
-    obs = envs.reset([7, 8], everyone(envs))
-    assert list(obs) == ["state"]
-    assert obs["state"].dtype == np.float32
-    assert obs["state"].shape == (2, *envs.observation_space["state"].shape) == (2, dim)
+    envs.reset(7)
+    assert envs.obs.dtype == np.float32
+    assert envs.obs.shape == (2, envs.obs_dim) == (2, dim)
     parts = [-i for i in range(1, dim - 16 + 1)]
     for i in range(2):
-        assert obs["state"][i].tolist() == [code(i, 0), 1, 2, *range(-1, -7, -1), *range(7, 14), *parts]
+        assert envs.obs[i].tolist() == [code(i, 0), 1, 2, *range(-1, -7, -1), *range(7, 14), *parts]
     assert len(simulator.rotated) == 1
 
 
-def test_a_subset_is_reset_and_all_are_observed(simulator):
-    envs = IsaacVectorEnv(4, "one_leg", "low", chunk=2)
-    envs.reset(range(4), everyone(envs))
-    envs.step(chunks(envs, 2), everyone(envs))
-    obs = envs.reset([0, 5, 0, 6], np.array([False, True, False, True]))
-    assert simulator.resets == [[0, 1, 2, 3], [1, 3]]
-    assert obs["state"][:, 0].tolist() == [code(0, 2), code(1, 0), code(2, 2), code(3, 0)]
-
-
 def test_every_environment_executes_its_own_actions_in_their_order(simulator):
-    envs = IsaacVectorEnv(3, "one_leg", "low", chunk=4)
-    envs.reset(range(3), everyone(envs))
-    actions = chunks(envs, 4)
-    obs, *_ = envs.step(actions, everyone(envs))
+    envs = IsaacVectorEnv(3, "one_leg", "low")
+    envs.reset(0)
+    actions = chunks(envs)
+    step = envs.step(actions)
     assert len(simulator.actions) == 4
     for t, action in enumerate(simulator.actions):
         np.testing.assert_array_equal(action.numpy(), actions[:, t])
-    assert obs["state"][:, 0].tolist() == [code(i, 4) for i in range(3)]
+    assert step.next_obs[:, 0].tolist() == [code(i, 4) for i in range(3)]
+    np.testing.assert_array_equal(step.next_obs, envs.obs)
 
 
-def test_rewards_and_pairs_are_counted_over_chunks_and_start_anew_with_the_episode(simulator):
+def test_rewards_and_pairs_are_counted_over_chunks(simulator):
     pairs = {0: (1, 5), 1: (3,), 2: ()}  # steps of an episode in which an environment assembles one
     simulator.rewards = lambda t, i: float(t in pairs[i])
-    envs = IsaacVectorEnv(3, "lamp", "low", chunk=4)
-    envs.reset(range(3), everyone(envs))
-    _, reward, terminated, truncated, stages, steps = envs.step(chunks(envs, 4), everyone(envs))
-    assert (reward.tolist(), stages.tolist(), steps.tolist()) == ([1, 1, 0], [1, 1, 0], [4, 4, 4])
-    kept = stages
-    _, reward, *_, stages, _ = envs.step(chunks(envs, 4), everyone(envs))
-    assert (reward.tolist(), stages.tolist()) == ([1, 0, 0], [2, 1, 0])
-    assert kept.tolist() == [1, 1, 0]  # not written to later
-    assert stages.dtype.kind == "i"
-    assert not terminated.any()
-    assert not truncated.any()
-    envs.reset(range(3), np.array([True, False, False]))
-    _, reward, *_, stages, _ = envs.step(chunks(envs, 4), everyone(envs))
-    assert (reward.tolist(), stages.tolist()) == ([1, 0, 0], [1, 1, 0])
+    envs = IsaacVectorEnv(3, "lamp", "low")
+    envs.reset(0)
+    first, second = (envs.step(chunks(envs)) for _ in range(2))
+    assert (first.reward.tolist(), first.score.tolist()) == ([1, 1, 0], [1, 1, 0])
+    assert (second.reward.tolist(), second.score.tolist()) == ([1, 0, 0], [2, 1, 0])
+    assert first.length.tolist() == [4, 4, 4]
+    assert not (second.terminated | second.truncated).any()  # also where both pairs are assembled
 
 
-@pytest.mark.parametrize("stop_on_success", [False, True])
-def test_an_episode_ends_with_the_last_pair_where_asked_for(simulator, stop_on_success):
-    simulator.rewards = lambda t, i: float(i == 0 and t in (1, 2, 3))  # more than there are pairs
-    envs = IsaacVectorEnv(2, "one_leg", "low", chunk=4, stop_on_success=stop_on_success)
-    envs.reset(range(2), everyone(envs))
-    _, reward, terminated, truncated, stages, steps = envs.step(chunks(envs, 4), everyone(envs))
-    assert terminated.tolist() == [stop_on_success, False]
-    assert steps.tolist() == [2 if stop_on_success else 4, 4]
-    assert not truncated.any()
-    if stop_on_success:
-        assert (reward.tolist(), stages.tolist()) == ([1, 0], [1, 0])
+def test_episodes_end_together_at_the_horizon_and_begin_anew_while_there_are_seeds(simulator):
+    simulator.rewards = lambda t, i: float(t == 6 + i)  # of 0 in the last step, of 1 after it
+    envs = IsaacVectorEnv(2, "one_leg", "low", horizon=7)
+    envs.reset(iter([5, 6, 7]))
+    for wave, episodes in enumerate(([0, 1], [2, -1])):
+        assert envs.episode.tolist() == episodes
+        first, last = (envs.step(chunks(envs)) for _ in range(2))
+        running = np.array(episodes) >= 0
+        assert not first.truncated.any() and not last.terminated.any()
+        assert (last.truncated == running).all()
+        assert (first.length == 4 * running).all() and (last.length == 3 * running).all()
+        assert last.reward.tolist() == last.score.tolist() == [1, 0]
+        assert last.next_obs[:, 0].tolist() == [code(0, 8), code(1, 8 if wave == 0 else 16)]
+    assert envs.episode.tolist() == [-1, -1]
+    assert simulator.resets == [[0, 1], [0]]  # never while another environment is in an episode
 
 
-def test_episodes_are_truncated_at_the_horizon_within_a_chunk(simulator):
-    simulator.rewards = lambda t, i: float(t == 6 + i)  # of environment 0 in the last step, of 1 after the time limit
-    envs = IsaacVectorEnv(2, "one_leg", "low", chunk=4, horizon=7)
-    envs.reset(range(2), everyone(envs))
-    results = [envs.step(chunks(envs, 4), everyone(envs))[1:] for _ in range(2)]
-    for (reward, terminated, truncated, stages, steps), last in zip(results, (False, True), strict=True):
-        assert reward.tolist() == stages.tolist() == [float(last), 0]
-        assert not terminated.any()
-        assert truncated.tolist() == [last, last]
-        assert steps.tolist() == ([3, 3] if last else [4, 4])
-    envs.reset(range(2), everyone(envs))
-    assert envs.step(chunks(envs, 4), everyone(envs))[3].tolist() == [False, False]
-
-
-def test_success_in_the_last_step_is_no_truncation(simulator):
-    simulator.rewards = lambda t, i: float(t == 3)
-    envs = IsaacVectorEnv(1, "one_leg", "low", chunk=4, horizon=4, stop_on_success=True)
-    envs.reset([0], everyone(envs))
-    _, _, terminated, truncated, *_ = envs.step(chunks(envs, 4), everyone(envs))
-    assert (terminated.tolist(), truncated.tolist()) == ([True], [False])
-
-
-def test_environments_that_are_not_active_count_nothing(simulator):
-    simulator.rewards = lambda t, i: 1.0 if t == 0 else 0.0
-    envs = IsaacVectorEnv(2, "lamp", "low", chunk=4, horizon=4)
-    envs.reset(range(2), everyone(envs))
-    _, reward, _, truncated, stages, steps = envs.step(chunks(envs, 4), np.array([True, False]))
-    assert (reward.tolist(), stages.tolist(), steps.tolist(), truncated.tolist()) == ([1, 0], [1, 0], [4, 0], [True, False])
+def test_what_has_ended_waits_for_the_others(simulator):
+    envs = IsaacVectorEnv(2, "one_leg", "low", horizon=4)
+    envs.reset(0)
+    step = envs.step(chunks(envs), np.array([True, False]))
+    assert (step.truncated.tolist(), step.length.tolist()) == ([True, False], [4, 0])
+    assert envs.episode.tolist() == [-1, 1]
+    step = envs.step(chunks(envs))
+    assert (step.truncated.tolist(), step.length.tolist()) == ([False, True], [0, 4])
+    assert envs.episode.tolist() == [2, 3]
+    assert simulator.resets == [[0, 1], [0, 1]]
+    assert envs.obs[:, 0].tolist() == [code(0, 0), code(1, 0)]
 
 
 def test_numbers_that_are_not_finite_stop(simulator):
-    envs = IsaacVectorEnv(2, "one_leg", "low", chunk=4)
-    envs.reset(range(2), everyone(envs))
-    bad = chunks(envs, 4)
+    envs = IsaacVectorEnv(2, "one_leg", "low")
+    envs.reset(0)
+    bad = chunks(envs)
     bad[1, 2, 3] = np.inf
     with pytest.raises(FloatingPointError, match="policy returned a non-finite action"):
-        envs.step(bad, everyone(envs))
+        envs.step(bad)
     assert simulator.actions == []
     simulator.nan = True
     with pytest.raises(FloatingPointError, match="simulator returned a non-finite observation"):
-        envs.step(chunks(envs, 4), everyone(envs))
+        envs.step(chunks(envs))
 
 
 # --------------------------------------------------------------------------------- what is missing
@@ -251,13 +226,14 @@ def test_furniture_bench_is_missing(simulator, monkeypatch):
 
 def test_isaac_gym_is_installed_and_was_not_imported(simulator, monkeypatch):
     monkeypatch.delitem(sys.modules, "isaacgym")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: importlib.machinery.ModuleSpec(name, None))
-    assert isaac_missing() == "Isaac Gym was not imported: it needs Python 3.8 and must come before torch"
+    found = importlib.machinery.ModuleSpec("isaacgym", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    assert isaac_missing() == NOT_IMPORTED
 
 
 def test_another_furniture_bench_is_installed(simulator, monkeypatch):
     monkeypatch.delitem(sys.modules, "furniture_bench.envs.furniture_rl_sim_env")
-    assert isaac_missing() == "the installed furniture-bench has no FurnitureRLSimEnv (it is in the fork ankile/furniture-bench)"
+    assert isaac_missing() == "the installed furniture-bench is not the fork ankile/furniture-bench"
 
 
 def test_what_furniture_bench_needs_is_missing(simulator, monkeypatch):
@@ -274,26 +250,25 @@ def test_what_furniture_bench_needs_is_missing(simulator, monkeypatch):
 
 # ------------------------------------------------------------------------------ choosing a simulator
 def resolved(**changes):
-    return rldt_furniture.resolve(rldt_furniture.Args(**changes))
+    args = rldt_furniture.Args(**changes)
+    rldt_furniture.resolve(args)
+    return args
 
 
-@pytest.mark.parametrize("backend", ["auto", "isaac"])
-def test_isaac_is_taken_where_it_is_installed_and_its_episodes_run_to_the_time_limit(simulator, backend, capsys):
-    args = resolved(backend=backend)
-    assert (args.backend, args.stop_on_success) == ("isaac", False)
-    assert capsys.readouterr().out == ("Simulator: isaac\n" if backend == "auto" else "")
+@pytest.mark.parametrize("backend, taken", [("auto", "isaac"), ("isaac", "isaac"), ("mujoco", "mujoco")])
+def test_isaac_is_taken_where_it_is_installed_or_asked_for(simulator, backend, taken):
+    args = resolved(backend=backend, furniture="lamp", randomness="med", horizon=40, threads=1)
+    assert args.backend == taken
+    envs = rldt_furniture.make_envs(args, 5)
+    assert type(envs) is {"isaac": IsaacVectorEnv, "mujoco": FurnitureVectorEnv}[taken]
+    if taken == "isaac":
+        task = dict(furniture="lamp", randomness="med", num_envs=5, max_env_steps=40)
+        assert simulator.arguments == [DPPO | task]
+    envs.close()
 
 
-def test_mujoco_is_taken_where_it_is_asked_for(simulator, capsys):
-    args = resolved(backend="mujoco")
-    assert (args.backend, args.stop_on_success) == ("mujoco", True)
-    assert not resolved(backend="mujoco", stop_on_success=False).stop_on_success
-    assert capsys.readouterr().out == ""
-
-
-def test_auto_takes_mujoco_and_says_why_where_isaac_is_missing(capsys):
+def test_auto_takes_mujoco_where_isaac_is_missing():
     assert resolved(backend="auto").backend == "mujoco"
-    assert capsys.readouterr().out == "Simulator: mujoco (Isaac Gym is not installed)\n"
 
 
 def test_isaac_that_is_missing_stops_in_one_line():
@@ -302,42 +277,34 @@ def test_isaac_that_is_missing_stops_in_one_line():
     assert str(stop.value) == "--backend isaac: Isaac Gym is not installed; use --backend mujoco."
 
 
-@pytest.mark.parametrize("stop_on_success", [False, True])
-def test_environments_are_made_as_the_arguments_say(simulator, stop_on_success):
-    args = resolved(backend="isaac", furniture="lamp", randomness="med", horizon=40, chunk=4)
-    envs = rldt_furniture.make_envs(args, 5, stop_on_success=stop_on_success)
-    assert isinstance(envs, IsaacVectorEnv)
-    assert simulator.arguments == [DPPO | dict(furniture="lamp", randomness="med", num_envs=5, max_env_steps=40)]
-    assert (envs.chunk, envs.horizon, envs.stop_on_success, envs.stages) == (4, 40, stop_on_success, 2)
-    envs.close()
-
-
-def test_a_run_in_isaac_resets_all_environments_together(simulator, tmp_path, capsys):
+def test_a_run_in_isaac_resets_all_environments_together(simulator, tmp_path):
     simulator.rewards = lambda t, i: float((t, i) in ((2, 0), (5, 1), (6, 1)))
-    policy = rldt_furniture.FlowPolicy(44, 10, 4, 4, width=16, depth=3, time_dim=8, layer_norm=False, cond_mlp=())
-    policy.obs_max.fill_(300), policy.obs_min.fill_(-300)
-    rldt_furniture.save_base(policy, tmp_path / "base.safetensors", backend="mujoco")
+    policy = FlowPolicy(44, 10, 4, 4, width=16, depth=3, time_dim=8)
+    policy.obs_max.fill_(300)
+    policy.obs_min.fill_(-300)
+    policy.save(tmp_path / "base.safetensors")
     args = rldt_furniture.Args(
-        backend="isaac", furniture="lamp", base=tmp_path / "base.safetensors", runs=tmp_path / "runs", chunk=4, euler_steps=4, actor_width=16,
-        actor_depth=3, actor_layer_norm=False, cond_mlp=(), time_dim=8, device="cpu", threads=1, iterations=2, num_envs=3, horizon=10, buffer_iterations=2,
-        eval_every=10, final_eval_episodes=4, rounds=1, critic_steps=2, critic_batch=8, critic_width=16, segments=6, segment_chunks=0,
+        backend="isaac", furniture="lamp", base=tmp_path / "base.safetensors", runs=tmp_path / "runs",
+        device="cpu", threads=1, iterations=2, num_envs=3, horizon=10, buffer_iterations=2,
+        eval_every=10, final_eval_episodes=4, rounds=1, critic_steps=2, critic_batch=8, segments=6,
         warmup_iterations=0, actor_steps=1, actor_batch=4, n_particles=2,
     )  # fmt: skip
     result = rldt_furniture.main(args)
-    assert f"{args.base}: a base policy of mujoco, now used in isaac" in capsys.readouterr().out
-    # eight episodes in three waves, one rollout, eight episodes again
-    assert simulator.resets == [[0, 1, 2], [0, 1, 2], [0, 1], [0, 1, 2], [0, 1, 2], [0, 1, 2], [0, 1]]
-    assert (result["backend"], result["task"], result["env_steps"]) == ("isaac", "lamp-low", 30)
+    # eight episodes in three waves, one rollout and the start of what would follow, eight episodes again
+    waves = [[0, 1, 2], [0, 1, 2], [0, 1]]
+    assert simulator.resets == [*waves, [0, 1, 2], [0, 1, 2], *waves]
+    assert (result["args"]["backend"], result["task"], result["env_steps"]) == ("isaac", "lamp-low", 30)
     # environments have 1, 2 and 0 pairs; the waves begin with the four episodes from zero
     assert (result["base_stages"], result["base_success"]) == ((1 + 2 + 0 + 1) / 4, 1 / 4)
-    assert (result["base_stages_sampled"], result["base_success_sampled"]) == ((2 + 0 + 1 + 2) / 4, 2 / 4)
+    found = result["base_stages_sampled"], result["base_success_sampled"]
+    assert found == ((2 + 0 + 1 + 2) / 4, 2 / 4)
     (run,) = (tmp_path / "runs").iterdir()
-    slot = torch.load(run / "replay0.pt", weights_only=True)
-    assert slot["reward"].T.tolist() == [[1, 0, 0, 0], [0, 2, 0, 0], [0, 0, 0, 0]]
-    assert slot["stage"].T.tolist() == [[0, 1, 1, 1], [0, 0, 2, 2], [0, 0, 0, 0]]
-    assert slot["valid"].T.tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 0]]
-    assert slot["reached"].T.tolist() == [[1] * 4, [2] * 4, [0] * 4]
-    assert slot["terminated"].T[:, :3].tolist() == [[0, 0, 1], [0, 1, 1], [0, 0, 1]]
+    slot = torch.load(run / "checkpoint.replay0", weights_only=True)
+    assert slot["reward"].T.tolist() == [[1, 0, 0], [0, 2, 0], [0, 0, 0]]
+    assert slot["stage"].T.tolist() == [[0, 1, 1, 0], [0, 0, 2, 0], [0, 0, 0, 0]]
+    assert slot["valid"].T.tolist() == [[1, 1, 1], [1, 1, 0], [1, 1, 1]]
+    assert slot["reached"].T.tolist() == [[1] * 3, [2] * 3, [0] * 3]
+    assert slot["terminated"].T.tolist() == [[0, 0, 1], [0, 1, 1], [0, 0, 1]]
 
 
 # ----------------------------------------------------------------------------------- order of imports
@@ -350,13 +317,17 @@ if "torch" in sys.modules:
 
 def python(statement, path):
     environment = os.environ | {"PYTHONPATH": f"{path}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", statement], env=environment, capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, "-c", statement]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("first, imported, reason", [("", True, "furniture-bench "), ("import torch; ", False, "Isaac Gym was not imported: ")])
+@pytest.mark.parametrize("first, imported, reason", [
+    ("", True, "furniture-bench "), ("import torch; ", False, "Isaac Gym was not imported: "),
+])  # fmt: skip
 def test_isaac_gym_is_imported_before_torch(tmp_path, first, imported, reason):
     (tmp_path / "isaacgym.py").write_text(FAKE)
-    result = python(f"{first}import sys, rldt_furniture; print('isaacgym' in sys.modules, rldt_furniture.isaac_missing())", tmp_path)
+    shown = "print('isaacgym' in sys.modules, rldt_furniture.isaac_missing())"
+    result = python(f"{first}import sys, rldt_furniture; {shown}", tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(f"{imported} {reason}")
 
@@ -368,6 +339,7 @@ def test_pretraining_imports_isaac_gym_before_torch_too(tmp_path):
 
 
 def test_isaac_gym_of_another_python_is_no_obstacle(tmp_path):
-    (tmp_path / "isaacgym.py").write_text("raise RuntimeError('No gym module found for the active version of Python (3.11)')")
+    (tmp_path / "isaacgym.py").write_text("raise RuntimeError('no gym module for this Python')")
     result = python("import rldt_furniture; print(rldt_furniture.isaac_missing())", tmp_path)
-    assert (result.returncode, result.stdout) == (0, "Isaac Gym was not imported: it needs Python 3.8 and must come before torch\n"), result.stderr
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{NOT_IMPORTED}\n"
