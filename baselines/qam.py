@@ -57,7 +57,7 @@ PRESETS = {
         iterations=70, bf16=False, rollout_chunks=500, zero_fraction=0.0, eval_every=5,
         eval_episodes=100, buffer_iterations=20, segments=3125, gamma=0.99, td_lambda=0.0,
         target_momentum=0.998, critic_steps=64, critic_batch=50_000, critic_lr=1e-3,
-        critic_layer_norm=False, warmup_iterations=2, actor_steps=2, actor_batch=6250, inv_temp=0.3,
+        critic_layer_norm=False, warmup_iterations=0, actor_steps=2, actor_batch=6250, inv_temp=0.3,
         actor_lr=2e-5, actor_lr_end=1.0,
     )
 }  # fmt: skip
