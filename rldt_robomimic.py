@@ -28,7 +28,7 @@ from demos import robomimic as dataset
 from demos.dataset import chunk_starts
 from envs.robomimic import IMAGE_SIZE, TASKS, RobomimicVectorEnv, record_video
 
-Obs = dict[str, torch.Tensor]  # "state" (..., obs_dim) normalised, "rgb" (..., 3 * cameras, 96, 96) uint8
+Obs = dict[str, torch.Tensor]  # "state" (..., obs_dim), and "rgb" (..., 3 * cameras, 96, 96) in uint8
 
 
 # ---------------------------------------------------------------------------------- arguments
@@ -69,7 +69,7 @@ class Args:
     final_eval_episodes: Count = 100  # of the base, the final and the best policy
 
     # exploration and replay
-    exploration_steps: int = -1  # noise |a - a_dagger_k|, k of this many last Euler steps; -1: the task's
+    exploration_steps: int = -1  # noise |a - a_dagger_k|, k of so many last Euler steps; -1: the task's
     buffer_iterations: Count = 20  # rollouts kept in the replay (paper: 10)
     segments: Count = 128  # of SEGMENT chunks, drawn from the replay per round
 
@@ -103,7 +103,7 @@ class Args:
 
 PRESETS = {
     "paper": dict(
-        iterations=200, bf16=False, num_envs=64, stop_on_success=False, rollout_chunks=202,
+        iterations=200, bf16=False, num_envs=64, stop_on_success=False, rollout_chunks=200,
         zero_fraction=0.0, eval_every=10, eval_episodes=64, exploration_steps=2, buffer_iterations=10,
         segments=804, encoder="own", gamma=0.999, target_momentum=0.995, rounds=16, critic_steps=32,
         critic_batch=1024, critic_lr=1e-3, critic_layer_norm=False, warmup_iterations=2, actor_steps=2,
@@ -167,7 +167,7 @@ class SpatialEmbedding(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A ViT and a spatial embedding per camera; features are those of the cameras followed by the state."""
+    """A ViT and a spatial embedding per camera; features are those of the cameras, then the state."""
 
     def __init__(self, cameras: int, state_dim: int, dim: int = 128):
         super().__init__()
@@ -223,7 +223,7 @@ class Critic(nn.Module):
             self.biases.append(bias)
 
     def encode(self, obs: Obs, policy: Policy) -> torch.Tensor:
-        """Observations (B, ...) -> (B, cond_dim), by its own encoder or, without a gradient, the policy's."""
+        """Observations (B, ...) -> (B, cond_dim), by its own encoder or, left as it is, the policy's."""
         if self.encoder is not None:
             return self.encoder(obs)
         with torch.no_grad():
@@ -241,7 +241,7 @@ class Critic(nn.Module):
 
 
 def random_shift(rgb: torch.Tensor, pixels: int) -> torch.Tensor:
-    """Shifts each image (B, C, H, W) by up to `pixels`, repeating its border (DrQ, Kostrikov et al. 2020)."""
+    """Shifts each image (B, C, H, W) by up to `pixels`, repeating its border (Kostrikov et al. 2020)."""
     B, C, H, W = rgb.shape
     dy, dx = torch.randint(-pixels, pixels + 1, (2, B, 1), device=rgb.device)
     rows = (torch.arange(H, device=rgb.device) + dy).clamp(0, H - 1)  # (B, H)
@@ -332,7 +332,8 @@ def pretrain(args: Args, data: dict, checkpoint, epochs, batch, lr, head_steps, 
 
 def get_base(args: Args, run: Run) -> Policy:
     """The base policy: given, shipped, or pretrained here; the run keeps a copy of its own."""
-    kept, shipped = run.path / "base.safetensors", dataset.DEMOS / args.task / f"base_{args.obs}.safetensors"
+    kept = run.path / "base.safetensors"
+    shipped = dataset.DEMOS / args.task / f"base_{args.obs}.safetensors"
     spec, images = TASKS[args.task], args.obs == "image"
     if run.rank == 0 and not kept.exists():
         if args.base:
@@ -361,54 +362,53 @@ def get_base(args: Args, run: Run) -> Policy:
 
 # ------------------------------------------------------------------------------------- replay
 class Replay(Ring):
-    """The last `buffer_iterations` rollouts, each (rollout_chunks, num_envs), on the device.
+    """The last `buffer_iterations` rollouts, (rollout_chunks, num_envs, ...) each; row t is chunk t.
 
-    A row is a state, with the action taken in it, or without: where an episode was cut, a row of valid = 0 holds the
-    state that it ended in, so that the next state is always the next row and images are kept once, as uint8.
+    Observations have one row more, for where the rollout ends. `valid` is 1 until the task is solved;
+    `succeeded` is whether the episode solves it in the end.
     """
 
     def __init__(self, args: Args, policy: Policy):
-        shape = args.rollout_chunks, args.num_envs
-        names = "reward", "terminated", "truncated", "valid", "succeeded"
-        slots = {name: torch.zeros(shape) for name in names}
-        slots["action"] = torch.zeros(*shape, policy.action_size)
-        if args.encoder == "frozen":  # an image is encoded when it is seen
-            slots["state"] = torch.zeros(*shape, policy.cond_dim)
-        else:
-            slots["state"] = torch.zeros(*shape, policy.obs_dim)
-            if policy.cameras:
-                slots["rgb"] = torch.zeros(*shape, 3 * policy.cameras, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
+        T, N = args.rollout_chunks, args.num_envs
+        slots = {name: torch.zeros(T, N) for name in ("reward", "terminated", "valid", "succeeded")}
+        slots["action"] = torch.zeros(T, N, policy.action_size)
+        frozen = args.encoder == "frozen"
+        slots["state"] = torch.zeros(T + 1, N, policy.cond_dim if frozen else policy.obs_dim)
+        if policy.cameras and not frozen:
+            image = 3 * policy.cameras, IMAGE_SIZE, IMAGE_SIZE
+            slots["rgb"] = torch.zeros(T + 1, N, *image, dtype=torch.uint8)
         size = sum(value.nbytes for value in slots.values()) / 2**30
         kept = min(args.buffer_iterations, max(1, int(REPLAY_GIB / size)))
         if kept < args.buffer_iterations:
-            print(f"The replay keeps {kept} rollouts of {size:.2f} GiB, not {args.buffer_iterations}.")
-        super().__init__({name: value.to(args.device).repeat(kept, *(1,) * value.ndim) for name, value in slots.items()})
+            print(f"The replay keeps {kept} rollouts of {size:.2g} GiB, not {args.buffer_iterations}.")
+        make = lambda value: torch.zeros(kept, *value.shape, dtype=value.dtype, device=args.device)
+        super().__init__({name: make(value) for name, value in slots.items()})
 
-    def starts(self, length: int, fresh_fraction: float, segments: int) -> torch.Tensor:
-        """Where segments begin, (segments, 3) rows of (slot, time, environment): valid, and half of them in successful episodes."""
-        valid = self.slots["valid"].clone() > 0
-        valid[:, valid.shape[1] - length :] = False
-        succeeded, chosen = self.slots["succeeded"] > 0, []
-        groups = [valid & succeeded, valid & ~succeeded]
-        groups = [group for group in groups if group.any()]
-        for k, group in enumerate(groups):
-            count = segments // len(groups) + (k < segments % len(groups))
-            fresh = torch.zeros_like(group)
-            fresh[self.slot] = group[self.slot]
-            n_fresh = math.ceil(fresh_fraction * count) if fresh.any() else 0
-            for mask, n in (fresh, n_fresh), (group, count - n_fresh):
-                index = mask.nonzero()
-                if n:
-                    chosen.append(index[torch.randint(len(index), (n,), device=index.device)])
+    def starts(self, segments: int, length: int) -> torch.Tensor:
+        """Rows (slot, t, environment) where segments begin, half of them in episodes that succeed."""
+        valid, succeeded, chosen = self.slots["valid"] > 0, self.slots["succeeded"] > 0, []
+        valid[:, valid.shape[1] - length + 1 :] = False
+        kinds = [kind for kind in (valid & succeeded, valid & ~succeeded) if kind.any()]
+        for n, kind in enumerate(kinds):
+            rows = kind.nonzero()
+            fresh = rows[rows[:, 0] == self.slot]
+            count = segments // len(kinds) + (n < segments % len(kinds))
+            fresh_count = math.ceil(FRESH * count) if len(fresh) else 0
+            for group, size in (fresh, fresh_count), (rows, count - fresh_count):
+                if size:
+                    chosen.append(group[torch.randint(len(group), (size,), device=rows.device)])
         return torch.cat(chosen)
 
     def draw(self, segments: int) -> dict[str, torch.Tensor | Obs]:
-        """Random segments, time first: observations (length + 1, segments, ...), all else (length, segments, ...)."""
-        slot, start, column = self.starts(SEGMENT, FRESH, segments).T
-        t = start + torch.arange(SEGMENT + 1, device=start.device)[:, None]  # (length + 1, segments)
-        obs = {name: self.slots[name][slot, t, column] for name in ("state", "rgb") if name in self.slots}
-        batch = {name: value[slot, t[:-1], column] for name, value in self.slots.items() if name not in obs}
-        return batch | {"obs": take(obs, slice(None, -1)), "next_obs": take(obs, slice(1, None))}
+        """Segments (SEGMENT, segments, ...), some of them from the newest rollout."""
+        length = min(SEGMENT, self.slots["reward"].shape[1])
+        slot, start, env = self.starts(segments, length).T
+        t = start + torch.arange(length, device=start.device)[:, None]  # (length, segments)
+        batch = {name: value[slot, t, env] for name, value in self.slots.items()}
+        names = [name for name in ("state", "rgb") if name in self.slots]
+        batch["obs"] = {name: batch[name] for name in names}
+        batch["next_obs"] = {name: self.slots[name][slot, t + 1, env] for name in names}
+        return batch
 
 
 # -------------------------------------------------------------------- exploration and rollout
@@ -420,14 +420,10 @@ def make_envs(args: Args, policy: Policy) -> RobomimicVectorEnv:
     return RobomimicVectorEnv(args.num_envs, task=args.task, images=images, fast_render=fast, **limits)
 
 
-@torch.no_grad()
 def observe(policy: Policy, raw: dict[str, np.ndarray], args: Args) -> Obs:
-    """What the networks see: normalised states and images, or with a frozen encoder the features of both."""
+    """What the networks see: states and images, or with a frozen encoder the features of both."""
     obs = policy.observe(raw)
-    if args.encoder == "frozen":
-        with autocast(args):
-            return {"state": policy.encode(obs)}
-    return obs
+    return {"state": policy.encode(obs)} if args.encoder == "frozen" else obs
 
 
 def explore(trajectory: torch.Tensor, args: Args) -> torch.Tensor:
@@ -445,57 +441,49 @@ def explore(trajectory: torch.Tensor, args: Args) -> torch.Tensor:
 
 
 @torch.no_grad()
-def collect(policy: Policy, envs: RobomimicVectorEnv, slot: dict, seeds, args: Args) -> tuple[int, list[float]]:
-    """Fills one rollout `slot` with exploration, episodes seeded from the iterator `seeds`; returns env steps and the episodes' successes."""
-    T, N, steps, finished = args.rollout_chunks, args.num_envs, 0, []
-    for name in "reward", "terminated", "truncated", "valid", "succeeded":
-        slot[name].zero_()
-    row, first = np.zeros(N, int), np.zeros(N, int)  # where each environment writes, and where its episode began
-    solved, everyone = np.zeros(N, bool), np.arange(N)
-    obs = observe(policy, envs.reset([next(seeds) for _ in range(N)], np.ones(N, bool)), args)
-    while (active := row < T - 1).any():  # the last row can only hold a final state
+def collect(policy: Policy, envs: RobomimicVectorEnv, rollout: dict, seed: int, args: Args):
+    """Fills a rollout with exploration, from new episodes of `seed` on.
+
+    Returns its environment steps, and of the episodes that ended whether they succeeded.
+    """
+    steps, successes, device = 0, [], args.device
+    solved = np.zeros(args.num_envs)  # whether the running episodes succeeded before
+    envs.reset(seed)
+    for t in range(args.rollout_chunks):
+        x0 = torch.randn(args.num_envs, policy.action_size, device=device)
+        x0[: round(args.zero_fraction * args.num_envs)] = 0
         with autocast(args):
-            x0 = torch.randn(N, policy.action_size, device=args.device)
-            x0[: round(args.zero_fraction * N)] = 0
+            obs = observe(policy, envs.obs, args)
             action = explore(policy.sample(policy.encode(obs), x0, trajectory=True), args)
-        raw, _, _, truncated, success, length = envs.step(policy.to_env(action), active)
-        next_obs, now = observe(policy, raw, args), active & ~solved
-        success = success & now  # the first one counts
-        ids = everyone[active]
-        values = dict(action=action, reward=success, terminated=success | truncated, valid=now)
-        for name, value in (obs | values).items():
-            slot[name][row[ids], ids] = torch.as_tensor(value, device=args.device)[ids].to(slot[name].dtype)
-        steps += int(length.sum())
-        row[ids] += 1
-        solved |= success
-        over = active & (truncated | (solved & args.stop_on_success))
-        cut = active & ~over & (row == T - 1)
-        for i in everyone[over | cut]:
-            for name, value in next_obs.items():
-                slot[name][row[i], i] = value[i]
-            slot["succeeded"][first[i] : row[i] + 1, i] = float(solved[i])
-            if cut[i] and not solved[i]:
-                slot["truncated"][row[i] - 1, i] = 1  # the rollout ends here, not the episode
-            elif over[i]:
-                finished.append(float(solved[i]))
-        row[over], solved = row[over] + 1, solved & ~over
-        first[over] = row[over]
-        obs, renew = next_obs, over & (row < T - 1)
-        if renew.any():
-            obs = observe(policy, envs.reset([next(seeds) if r else 0 for r in renew], renew), args)
-    return steps, finished
+        step = envs.step(policy.to_env(action))
+        ended = step.terminated | step.truncated  # a time limit is a failure
+        row = dict(action=action, reward=step.score - solved, terminated=ended | (step.score > 0),
+                   valid=1 - solved, succeeded=step.score)  # fmt: skip
+        for name, value in (obs | row).items():
+            rollout[name][t] = torch.as_tensor(value, device=device)
+        solved = np.where(ended, 0, step.score)
+        successes.extend(step.score[ended])
+        steps += int(step.length.sum())
+    with autocast(args):
+        last = observe(policy, envs.obs, args)
+    for name, value in last.items():
+        rollout[name][-1] = value
+    succeeded, terminated = rollout["succeeded"], rollout["terminated"] > 0
+    for t in reversed(range(len(succeeded) - 1)):  # an episode's rows learn how it ends
+        succeeded[t] = torch.where(terminated[t], succeeded[t], succeeded[t + 1])
+    return steps, successes
 
 
 # ------------------------------------------------------------------------------------- critic
-def td_lambda(reward, terminated, truncated, next_value, gamma: float, lam: float) -> torch.Tensor:
-    """TD(lambda) targets of segments, time first, all (T, L); values of success lie in [0, 1], and so do the targets.
+def td_lambda(reward, terminated, next_value, gamma: float, lam: float) -> torch.Tensor:
+    """TD(lambda) targets of segments, time first, all (T, L), in [0, 1] as values of success are.
 
-    y_t = r_t + gamma (1 - terminated_t) [(1 - lam) V(s_{t+1}) + lam y_{t+1}]; after a truncation and
-    at the segment's end V(s_{t+1}) stands alone.
+    y_t = r_t + gamma (1 - terminated_t) [(1 - lam) V(s_{t+1}) + lam y_{t+1}]; at the segment's end
+    V(s_{t+1}) stands alone.
     """
     target, y = torch.empty_like(reward), next_value[-1]
     for t in reversed(range(len(reward))):
-        y = torch.where(truncated[t] > 0, next_value[t], (1 - lam) * next_value[t] + lam * y)
+        y = (1 - lam) * next_value[t] + lam * y
         y = (reward[t] + gamma * (1 - terminated[t]) * y).clamp(0, 1)
         target[t] = y
     return target
@@ -503,13 +491,13 @@ def td_lambda(reward, terminated, truncated, next_value, gamma: float, lam: floa
 
 @torch.no_grad()
 def critic_target(policy: Policy, target: Critic, batch: dict, args: Args) -> torch.Tensor:
-    """TD(lambda) targets (T, L); V(s') is the minimum of the target networks at an action of the policy."""
+    """TD(lambda) targets (T, L); V(s') is the minimum of the targets at an action of the policy."""
     obs = augment({name: value.flatten(0, 1) for name, value in batch["next_obs"].items()})
     with autocast(args):
         cond = policy.encode(obs)
         features = cond if target.encoder is None else target.encode(obs, policy)
         value = target(features, policy.sample(cond)).min(0).values.view_as(batch["reward"])
-    return td_lambda(batch["reward"], batch["terminated"], batch["truncated"], value, args.gamma, args.td_lambda)
+    return td_lambda(batch["reward"], batch["terminated"], value, args.gamma, args.td_lambda)
 
 
 def minibatches(rows: int, batch: int, steps: int, device: str) -> tuple[torch.Tensor, ...]:
@@ -519,7 +507,7 @@ def minibatches(rows: int, batch: int, steps: int, device: str) -> tuple[torch.T
     return order[: steps * batch].split(batch)
 
 
-def update_critic(critic: Critic, target: Critic, policy: Policy, optimizer, obs: Obs, action, y, args: Args):
+def update_critic(critic: Critic, target: Critic, policy: Policy, optimizer, obs, action, y, args):
     """One step on obs (B, ...), action (B, D) and targets y (B,); the target networks follow."""
     with autocast(args):
         q = critic(critic.encode(augment(obs), policy), action)  # (2, B)
@@ -630,24 +618,19 @@ def velocity_distance(policy: Policy, base: Policy, obs: Obs) -> torch.Tensor:
 
 # --------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
-def evaluate(policy: Policy, envs: RobomimicVectorEnv, args: Args, episodes: int, seed: int) -> dict[str, float]:
-    """Success from x_0 = 0 and, as `sampled`, from x_0 ~ N(0, I) in the same initial states, with intervals."""
+def evaluate(policy: Policy, envs: RobomimicVectorEnv, args: Args, episodes: int, seed: int):
+    """Success from x_0 = 0 and, as `sampled`, from noise in the same initial states; see `summary`."""
     generator = torch.Generator(args.device).manual_seed(seed)
-    success = np.zeros(2 * episodes, bool)
-    waiting, N = list(range(2 * episodes)), envs.num_envs
-    job = np.array([waiting.pop(0) if waiting else -1 for _ in range(N)])
-    raw = envs.reset([seed + j % episodes for j in job], np.ones(N, bool))
-    while (job >= 0).any():
-        x0 = torch.randn(N, policy.action_size, device=args.device, generator=generator)
-        x0[torch.as_tensor(job < episodes)] = 0
+    success = np.zeros(2 * episodes, bool)  # first those from x_0 = 0
+    envs.reset(iter(2 * [*range(seed, seed + episodes)]))
+    while (envs.episode >= 0).any():
+        episode = envs.episode.copy()  # that each environment runs; -1: none is left
+        x0 = torch.randn(len(episode), policy.action_size, device=args.device, generator=generator)
+        x0[torch.as_tensor(episode < episodes)] = 0
         with autocast(args):
-            chunks = policy.to_env(policy.sample(policy.encode(policy.observe(raw)), x0))
-        raw, _, _, truncated, solved, _ = envs.step(chunks, job >= 0)
-        success[job[solved & (job >= 0)]] = True
-        over = (job >= 0) & (truncated | solved)
-        job[over] = [waiting.pop(0) if waiting else -1 for _ in range(over.sum())]
-        if (renew := over & (job >= 0)).any():
-            raw = envs.reset([seed + j % episodes for j in job], renew)
+            action = policy.sample(policy.encode(policy.observe(envs.obs)), x0)
+        step = envs.step(policy.to_env(action))
+        success[episode[episode >= 0]] = step.score[episode >= 0]
     zero, noise = success[:episodes], success[episodes:]
     return summary(zero, "eval_success") | summary(noise, "eval_success_sampled")
 
@@ -675,7 +658,7 @@ def resolve(args: Args):
 def main(args: Args) -> dict | None:
     set_up(args)
     resolve(args)
-    eval_seed = 1_000_000 * (args.seed + 1)
+    task, eval_seed = f"{args.task}-{args.obs}", 1_000_000 * (args.seed + 1)
     if args.evaluate:
         policy = Policy.load(args.evaluate / "policy.safetensors").to(args.device)
         envs = make_envs(args, policy)
@@ -684,7 +667,7 @@ def main(args: Args) -> dict | None:
         print(scores)
         return scores
 
-    run = Run(args, f"{args.task}-{args.obs}__{args.exp_name}__{args.seed}")
+    run = Run(args, f"{task}__{args.exp_name}__{args.seed}")
     policy = get_base(args, run)
     base, reference = (copy.deepcopy(policy).requires_grad_(False) for _ in range(2))
     own = Encoder(policy.cameras, policy.obs_dim) if policy.cameras and args.encoder == "own" else None
@@ -712,15 +695,14 @@ def main(args: Args) -> dict | None:
                 row = evaluate(policy, envs, args, episodes, eval_seed)
                 run.keep_best(row["eval_success"])
         else:
-            # 1. roll out with exploration, from initial states of this iteration
-            first = 100_000_000 * (args.seed % 20 + 1) + 10_000_000 * run.rank + 10_000 * iteration
+            # 1. roll out with exploration
             with run.timer(row, "rollout_s"):
-                steps, successes = collect(policy, envs, replay.next(), itertools.count(first), args)
+                first = 100_000_000 * (args.seed % 20 + 1) + 10_000 * (run.rank + run.world * iteration)
+                steps, successes = collect(policy, envs, replay.next(), first, args)
             state["env_steps"] += steps * run.world
             if successes:
                 row["train_success"] = np.mean(successes)
 
-            warm = state["trained"] < args.warmup_iterations
             for _ in range(args.rounds):
                 # 2. the critic: TD(lambda) targets of some segments, then steps on minibatches of them
                 with run.timer(row, "critic_s"):
@@ -733,6 +715,7 @@ def main(args: Args) -> dict | None:
                         run.add(update_critic(critic, target, policy, critic_optimizer, *batch, args))
                 # 3. the actor: particles in some of the same states follow the transport field
                 with run.timer(row, "actor_s"):
+                    warm = state["trained"] < args.warmup_iterations
                     for _ in range(0 if warm else args.actor_steps):
                         i = torch.randint(len(y), (args.actor_batch,), device=args.device)
                         state["actor_steps"] += 1
@@ -750,14 +733,15 @@ def main(args: Args) -> dict | None:
         run.log(row, state["env_steps"])
         run.save()
 
-    results = None
+    result = None
     if run.rank == 0:
-        measure = lambda policy: evaluate(policy, envs, args, args.final_eval_episodes, eval_seed + 500_000)
-        results = run.finish("eval_success", measure, task=f"{args.task}-{args.obs}", env_steps=state["env_steps"])
+        other_seed = eval_seed + 500_000
+        measure = lambda policy: evaluate(policy, envs, args, args.final_eval_episodes, other_seed)
+        result = run.finish("eval_success", measure, task=task, env_steps=state["env_steps"])
+        if args.capture_video:
+            record_video(policy, envs, run.path / "videos")
     envs.close()
-    if args.capture_video and run.rank == 0:
-        record_video(policy, envs, run.path / "videos")
-    return results
+    return result
 
 
 if __name__ == "__main__":

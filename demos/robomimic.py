@@ -97,7 +97,7 @@ def get(task: str, obs: str, source: Path | None, fast_render: bool) -> dict:
     images, folder = obs == "image", DEMOS / task
     path = source or folder / ("image.hdf5" if images else "low_dim.hdf5")
 
-    def make(out: Path, *flags: str):  # in its own process, as simulators must not be forked from a renderer
+    def make(out: Path, *flags: str):  # in its own process: one that has rendered must not fork
         print(f"Making demonstrations of {task}: {out} ...")
         module = [sys.executable, "-m", "demos.make_robomimic_demos"]
         if subprocess.run([*module, "--task", task, "--out", out, *flags], cwd=DEMOS.parent).returncode:
