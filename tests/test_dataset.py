@@ -1,3 +1,5 @@
+"""demos/dataset.py: files that are read, files that are refused, and demonstrations made here."""
+
 import pickle
 
 import h5py
@@ -9,6 +11,7 @@ from pickle_bomb import LOADED, Bomb
 
 from demos import dataset
 from demos.dataset import DatasetError, load
+from envs.vector import VectorEnv
 
 
 def write_hdf5(path, arrays):
@@ -90,27 +93,18 @@ def test_truncated_hdf5_is_refused(tmp_path, d4rl_arrays, keep):
     assert "cannot be read as HDF5, is it truncated?" in message(path)
 
 
-@pytest.mark.parametrize(
-    "key, shape, named",
-    [
-        ("observations", (9,), "observations (9,)"),
-        ("observations", (9, 3, 1), "observations (9, 3, 1)"),
-        ("actions", (8, 2), "actions (8, 2)"),
-        ("actions", (9,), "actions (9,)"),
-        ("rewards", (9, 1), "rewards (9, 1)"),
-        ("rewards", (4,), "rewards (4,)"),
-        ("terminals", (7,), "terminals (7,)"),
-        ("timeouts", (9, 1), "timeouts (9, 1)"),
-    ],
-)
-def test_d4rl_file_of_wrong_shapes_is_refused_with_the_shape(tmp_path, d4rl_arrays, key, shape, named):
+@pytest.mark.parametrize("key, shape", [
+    ("observations", (9,)), ("observations", (9, 3, 1)), ("actions", (8, 2)), ("actions", (9,)),
+    ("rewards", (9, 1)), ("rewards", (4,)), ("terminals", (7,)), ("timeouts", (9, 1)),
+])  # fmt: skip
+def test_d4rl_file_of_wrong_shapes_is_refused_with_the_shape(tmp_path, d4rl_arrays, key, shape):
     d4rl_arrays[key] = np.zeros(shape, d4rl_arrays[key].dtype)
-    assert named in message(write_hdf5(tmp_path / "a.hdf5", d4rl_arrays))
+    assert f"{key} {shape}" in message(write_hdf5(tmp_path / "a.hdf5", d4rl_arrays))
 
 
 @pytest.mark.parametrize("value", [np.float32(1.0), np.array([b"text"] * 9), None])
 @pytest.mark.parametrize("key", dataset.KEYS)
-def test_d4rl_file_with_a_scalar_texts_or_a_group_in_place_of_an_array_is_refused(tmp_path, d4rl_arrays, key, value):
+def test_d4rl_file_without_numbers_in_an_array_is_refused(tmp_path, d4rl_arrays, key, value):
     path = write_hdf5(tmp_path / "a.hdf5", {k: v for k, v in d4rl_arrays.items() if k != key})
     with h5py.File(path, "a") as file:
         if value is None:
@@ -121,9 +115,8 @@ def test_d4rl_file_with_a_scalar_texts_or_a_group_in_place_of_an_array_is_refuse
 
 
 def test_empty_d4rl_file_is_refused(tmp_path, d4rl_arrays):
-    assert "same number of steps" in message(
-        write_hdf5(tmp_path / "a.hdf5", {k: v[:0] for k, v in d4rl_arrays.items()})
-    )
+    path = write_hdf5(tmp_path / "a.hdf5", {key: value[:0] for key, value in d4rl_arrays.items()})
+    assert "same number of steps" in message(path)
 
 
 def test_dppo_round_trip(dppo):
@@ -140,14 +133,14 @@ def test_dppo_rewards_are_kept(dppo):
     np.testing.assert_allclose(load(dppo(rewards=np.arange(9))).returns(), [0 + 1 + 2 + 3 + 4, 5 + 6 + 7 + 8])
 
 
-@pytest.mark.parametrize("key", ["states", "actions", "traj_lengths", "obs_min", "obs_max", "action_min", "action_max"])
+@pytest.mark.parametrize("key", ["states", "actions", "traj_lengths", "obs_min", "action_max"])
 def test_dppo_file_without_a_key_is_refused_with_the_key(dppo, key):
     assert f"lacks {key}" in message(dppo(**{key: None}))
 
 
-@pytest.mark.parametrize(
-    "key, named", [("states", "observations"), ("actions", "actions"), ("obs_min", "observations")]
-)
+@pytest.mark.parametrize("key, named", [
+    ("states", "observations"), ("actions", "actions"), ("obs_min", "observations"),
+])  # fmt: skip
 def test_dppo_file_with_nan_is_refused_with_the_array(dppo, key, named):
     value = np.full({"states": (9, 3), "actions": (9, 2), "obs_min": (3,)}[key], np.nan, np.float32)
     assert f"{named} contain NaN or Inf, first at step 0" in message(dppo(**{key: value}))
@@ -158,14 +151,10 @@ def test_dppo_episode_lengths_that_do_not_fit_the_steps_are_refused(dppo, length
     assert "episode lengths do not add up to the 9 steps" in message(dppo(traj_lengths=np.array(lengths, int)))
 
 
-@pytest.mark.parametrize(
-    "key, shape, named",
-    [
-        ("obs_min", (4,), "obs_min and obs_max"),
-        ("action_max", (1,), "action_min and action_max"),
-        ("states", (9,), "obs_min and obs_max"),
-    ],
-)
+@pytest.mark.parametrize("key, shape, named", [
+    ("obs_min", (4,), "obs_min and obs_max"), ("action_max", (1,), "action_min and action_max"),
+    ("states", (9,), "obs_min and obs_max"),
+])  # fmt: skip
 def test_dppo_normalization_of_wrong_shape_is_refused(dppo, key, shape, named):
     assert f"{named} do not fit" in message(dppo(**{key: np.zeros(shape, np.float32)}))
 
@@ -325,15 +314,13 @@ def test_recorded_demonstrations_are_a_d4rl_file_of_as_many_steps_as_asked(tmp_p
 
 
 def test_recorded_observations_follow_from_the_recorded_actions(tmp_path):
-    from rldt_gym import VectorEnv
-
     arrays = contents(make(tmp_path, "a.hdf5", num_envs=1, steps=20))
-    envs = VectorEnv("Walker2d-v4", 1, seed=0)
-    obs = envs.reset()
+    envs = VectorEnv("Walker2d-v4", 1)
+    envs.reset(0)
     for t in range(20):
-        np.testing.assert_array_equal(arrays["observations"][t], obs[0])
-        obs, reward, *_ = envs.step(arrays["actions"][t][None, None])
-        assert arrays["rewards"][t] == pytest.approx(reward[0], rel=1e-6)
+        np.testing.assert_array_equal(arrays["observations"][t], envs.obs[0])
+        step = envs.step(arrays["actions"][t][None, None])
+        assert arrays["rewards"][t] == pytest.approx(step.reward[0], rel=1e-6)
 
 
 def test_noise_zero_records_the_mean_action(tmp_path):
@@ -347,3 +334,29 @@ def test_noise_zero_records_the_mean_action(tmp_path):
 def test_recording_a_task_without_a_demonstrator_names_the_way_out(tmp_path):
     with pytest.raises(DatasetError, match=r"No demonstrator for Ant-v4.*--dataset"):
         make(tmp_path, "a.hdf5", env_id="Ant-v4")
+
+
+def test_demonstrations_of_other_sizes_than_the_task_are_refused(tmp_path, d4rl_arrays):
+    path = str(write_hdf5(tmp_path / "a.hdf5", d4rl_arrays))
+    with pytest.raises(DatasetError, match=r"a\.hdf5: .* sizes \(3, 2\) are not Hopper-v4's \(11, 3\)"):
+        dataset.get("Hopper-v4", path, VectorEnv("Hopper-v4", 1))
+
+
+def test_demonstrations_are_those_given_or_recorded_when_first_needed(tmp_path, monkeypatch):
+    envs, recorded, make_file = VectorEnv("Walker2d-v4", 1), [], dataset.make
+
+    def make_few(args):
+        recorded.append(args.env_id)
+        args.steps, args.out = 95, tmp_path / "Walker2d-v4" / "medium.hdf5"
+        with monkeypatch.context() as patch:
+            patch.setattr(dataset, "DEMOS", shipped)
+            return make_file(args)
+
+    shipped = dataset.DEMOS
+    given = make(tmp_path, "given.hdf5", steps=40)
+    monkeypatch.setattr(dataset, "DEMOS", tmp_path)
+    monkeypatch.setattr(dataset, "make", make_few)
+    for _ in range(2):
+        assert len(dataset.get("Walker2d-v4", None, envs).observations) == 95
+    assert recorded == ["Walker2d-v4"]
+    assert len(dataset.get("Walker2d-v4", str(given), envs).observations) == 40

@@ -27,11 +27,11 @@ def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def networks():
-    """A policy's velocity, an earlier one and a critic, and states with their trajectories, all in float64 on the CPU."""
+    """Velocity, reference, critic, states and trajectories, in float64 on the CPU (critic: float32)."""
     velocity, reference = (VelocityMLP(D, OBS, 32, 3, 8).double() for _ in range(2))
-    critic = rldt_gym.Critic(OBS, D, 32, 2, True, "default")
-    obs = torch.randn(B, OBS, dtype=torch.float64)
-    trajectory = sample(velocity, obs[:, None].expand(-1, P, -1), torch.randn(B, P, D, dtype=torch.float64), K, trajectory=True)
+    critic = rldt_gym.Critic(OBS, D, True, 32, 2)
+    obs, x0 = torch.randn(B, OBS, dtype=torch.float64), torch.randn(B, P, D, dtype=torch.float64)
+    trajectory = sample(velocity, obs[:, None].expand(-1, P, -1), x0, K, trajectory=True)
     return velocity, reference.requires_grad_(False), critic, obs, trajectory
 
 
@@ -42,11 +42,13 @@ def test_actor_step_has_the_gradient_of_float64(device, kernel, form):
     k, gradients = torch.randint(K, (B, P)), []
     for place, dtype in ("cpu", torch.float64), (device, torch.float32):
         velocity, reference, critic = (copy.deepcopy(net).to(place, dtype) for net in nets)
-        args = rldt_gym.Args(euler_steps=K, bf16=False, device=place, kernel=kernel, transport_loss=form, alpha=0.3)
+        settings = dict(bf16=False, device=place, kernel=kernel, transport_loss=form, alpha=0.3)
         if dtype == torch.float64:
             critic.forward = lambda s, a, net=critic: exact(net, s, a)
         inputs = obs.to(place, dtype), trajectory.to(place, dtype)
-        transport, consistency, constraint, _ = rldt_gym.actor_losses(velocity, reference, critic, *inputs, args, k.to(place))
+        inputs = *inputs, rldt_gym.Args(**settings), k.to(place)
+        losses = rldt_gym.actor_losses(velocity, reference, critic, *inputs)
+        transport, consistency, constraint, _ = losses
         assert constraint > 0  # its times and noise are drawn on the device
         (transport + 0.5 * consistency).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in velocity.parameters()]))
@@ -69,7 +71,8 @@ def test_critic_step_has_the_gradient_of_float64(device):
     (exact(expected, obs, action) - y).square().mean(1).sum().backward()
     critic, args = critic.to(device), rldt_gym.Args(bf16=False, device=device)
     target, optimizer = copy.deepcopy(critic), torch.optim.SGD(critic.parameters(), 0.0)
-    rldt_gym.update_critic(critic, target, optimizer, *(x.float().to(device) for x in (obs, action, y)), args)
+    batch = (x.float().to(device) for x in (obs, action, y))
+    rldt_gym.update_critic(critic, target, optimizer, *batch, args)
     for p, q in zip(critic.parameters(), expected.parameters(), strict=True):
         assert relative_error(p.grad, q.grad) < 1e-4
 
