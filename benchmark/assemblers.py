@@ -54,8 +54,7 @@ def main(args: Args):
         for randomness in args.randomness:
             row = measure(furniture, randomness, args)
             replace_rows(args.out, [row], ("task",))
-            low, high = 100 * row["success_low"], 100 * row["success_high"]
-            print(f"{row['task']}: {100 * row['success']:.0f} % [{low:.0f}, {high:.0f}]", flush=True)
+            print(f"{row['task']}: {100 * row['success']:.0f} %", flush=True)
 
 
 if __name__ == "__main__":

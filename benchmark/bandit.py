@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
 import tyro
 
 import rldt_gym
@@ -34,14 +33,6 @@ class Args:
     constraint_weight: float = 0.2  # toward the policy of up to 20 steps ago
     seed: int = 1
     out: Path = IMAGES / "bandit.png"  # figure to write
-
-
-class TwoModes(nn.Module):
-    """Q(a): two bumps, in place of the two critics."""
-
-    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        """action (B, 2) -> Q (2, B)."""
-        return q_value(action.float()).expand(2, -1)
 
 
 def q_value(action: torch.Tensor) -> torch.Tensor:
@@ -68,7 +59,11 @@ def finetune(policy: FlowPolicy, args: Args, steps: int):
     cfg = rldt_gym.Args(device="cpu", bf16=False, zero_fraction=0.0, n_particles=args.n_particles)
     cfg.alpha, cfg.constraint_weight = args.alpha, args.constraint_weight
     cfg.transport_loss = "literal"  # eq. (13); 800 steps of the authors' form end in one mode
-    critic, state = TwoModes(), torch.zeros(64, 1)  # one state, 64 independent sets of particles
+
+    def critic(obs, action):  # -> (2, B), as of two networks
+        return q_value(action.float()).expand(2, -1)
+
+    state = torch.zeros(64, 1)  # one state, 64 independent sets of particles
     reference = copy.deepcopy(policy).requires_grad_(False)
     optimizer = torch.optim.Adam(policy.velocity.parameters(), 1e-4)
     for step in range(steps):

@@ -6,8 +6,7 @@
 Is it right? The final policy is rolled out without exploration noise, and Q(s, a) is compared with the
 discounted return of the rest of the episode, in units of the run's reward_scale. Where the time limit
 cuts an episode off, the mean reward of its last chunks is taken to go on. `correlation_within_time` is
-of what is left after removing, at each time step, the mean over episodes: does the critic tell better
-states and actions from worse at the same time?
+of what is left after removing, at each time step, the mean over episodes.
 
 Does the actor follow? The policy is evaluated with every chunk moved by `steps` along the critic's
 gradient, normalised by its mean length. A return that rises: the gradient is right and the actor lags.

@@ -18,9 +18,7 @@ import multiprocessing
 import shlex
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -55,16 +53,15 @@ class Args:
     out: Path = RESULTS / "throughput.csv"  # CSV to write
 
 
-def rate(envs, chunks: np.ndarray, restart: Callable, seconds: float) -> float:
-    """Environment steps per second of chunks (T, N, chunk, action_dim) after each restart."""
+def rate(envs, chunks: np.ndarray, seconds: float) -> float:
+    """Environment steps per second of chunks (T, N, chunk, action_dim), resets left out."""
     steps, spent = 0, 0.0
     while spent < seconds:
-        restart()
+        envs.reset(0)
         for actions in chunks:
             start = time.perf_counter()
-            length = envs.step(actions, np.ones(len(actions), bool))[-1]
+            steps += envs.step(actions).length.sum()
             spent += time.perf_counter() - start
-            steps += int(np.sum(length))
     envs.close()
     return steps / spent
 
@@ -78,7 +75,7 @@ def gym_envs(args: Args) -> Rows:
     for task in args.tasks:
         for backend in ("envpool", "gymnasium") if envpool_has(task) else ("gymnasium",):
             envs = VectorEnv(task, 20, args.threads, backend)
-            value = rate(envs, random_chunks(envs, 50), partial(envs.reset, 0), args.seconds)
+            value = rate(envs, random_chunks(envs, 50), args.seconds)
             rows.append(("env", backend, task, value, "env steps/s"))
     return rows
 
@@ -91,28 +88,24 @@ def robomimic_envs(args: Args) -> Rows:
     for kind in ("state", "image"):
         for n in args.numbers:
             envs = RobomimicVectorEnv(n, task="square", images=kind == "image", stop_on_success=False)
-            restart = partial(envs.reset, np.arange(n), np.ones(n, bool))
-            restart()  # starts the simulators
-            value = rate(envs, random_chunks(envs, 10), restart, args.seconds)
+            value = rate(envs, random_chunks(envs, 10), args.seconds)
             rows.append(("env", f"{kind} {n}", "square", value, "env steps/s"))
     return rows
 
 
-def furniture_envs(args: Args, episodes: int = 4) -> Rows:
+def furniture_envs(args: Args) -> Rows:
     from demos.make_furniture_demos import ASSEMBLERS, run_episode
     from envs.furniture_mujoco import FurnitureEnv, FurnitureVectorEnv
 
-    rows = []
+    rows, seeds = [], range(max(args.numbers))
     for task, assembler in ASSEMBLERS.items():
         env = FurnitureEnv(task, "low")
-        found = [run_episode(env, assembler, seed, noise=0.0)["actions"] for seed in range(episodes)]
+        found = [run_episode(env, assembler, seed, noise=0.0)["actions"] for seed in seeds]
+        count = min(map(len, found)) // 8
+        chunks = np.stack([actions[: 8 * count].reshape(count, 8, -1) for actions in found], 1)
         for n in args.numbers:
             envs = FurnitureVectorEnv(n, task, "low", threads=args.threads)
-            seeds = np.arange(n) % episodes
-            count = min(map(len, found)) // envs.chunk
-            actions = np.stack([found[seed][: count * envs.chunk] for seed in seeds])
-            chunks = actions.reshape(n, count, envs.chunk, -1).swapaxes(0, 1)
-            value = rate(envs, chunks, partial(envs.reset, seeds, np.ones(n, bool)), args.seconds)
+            value = rate(envs, chunks[:, :n], args.seconds)
             rows.append(("env", str(n), task, value, "control steps/s"))
     return rows
 

@@ -10,7 +10,7 @@ import rldt_gym
 from common.flow import FlowPolicy, flow_matching_loss, sample
 from common.svgd import transport_field
 
-# Two Gaussian modes of a two-dimensional action; the target puts four fifths of its mass on the left one.
+# Two Gaussian modes of a two-dimensional action; the target puts four fifths of its mass on the left.
 MODES, STD, LEFT, K = torch.tensor([[-1.0, 0.5], [1.0, -0.5]]), 0.5, 0.8, 8
 ALPHA = 0.41  # 1 / E|grad Q| under the target: alpha' = 1, the target is its own Boltzmann density
 
@@ -96,10 +96,10 @@ def test_alpha_of_these_tests_makes_the_target_its_own_boltzmann_density():
     assert ALPHA * gradient.norm(dim=1).mean().item() == pytest.approx(1, abs=0.02)
 
 
-# The field is zero at the density exp(Q / alpha'), alpha' = alpha E|grad Q|. The actor takes it at expected
-# targets of points on the way and from a few particles, so a flow's weights approach the Boltzmann weights
-# (0.79 left of the middle) but are not exactly they. So a direction and both modes are asked of the flow,
-# the weights themselves of the particles further down.
+# The field is zero at the density exp(Q / alpha'), alpha' = alpha E|grad Q|. The actor takes it at
+# expected targets of points on the way and from a few particles, so a flow's weights approach the
+# Boltzmann weights (0.79 left of the middle) but are not exactly they. So a direction and both modes are
+# asked of the flow, the weights themselves of the particles further down.
 @pytest.mark.parametrize("transport_loss", ["literal", "authors"])
 def test_finetuning_moves_mass_to_the_better_mode_and_keeps_the_other(pretrained, transport_loss):
     before = draw(pretrained)
@@ -135,9 +135,10 @@ def test_a_critic_that_is_indifferent_moves_nothing(pretrained):
     torch.testing.assert_close(draw(tuned), draw(pretrained), atol=1e-3, rtol=0)
 
 
-# The particles themselves, without a network: P = 100, one dimension, modes at -1 and 1, started with other
-# weights. The scaling alpha' = alpha mean|grad Q| is undone, so that the density is exp(Q / temperature),
-# whose mass left of zero is 0.739; 100 particles that repel each other come within 0.06 of it.
+# The particles themselves, without a network: P = 100, one dimension, modes at -1 and 1, started with
+# other weights. The scaling alpha' = alpha mean|grad Q| is undone, so that the density is
+# exp(Q / temperature), whose mass left of zero is 0.739; 100 particles that repel each other come within
+# 0.06 of it.
 @pytest.mark.parametrize("start", [0.3, 0.5, 0.7])
 def test_particles_take_the_boltzmann_weights_of_two_modes(start):
     temperature, std, modes, P = 0.2, 0.5, torch.tensor([[-1.0], [1.0]]), 100
