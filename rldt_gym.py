@@ -287,13 +287,6 @@ def critic_target(policy, target: Critic, batch: dict, reward_scale: float, lam:
     return td_lambda(reward, batch["terminated"], batch["truncated"], value, args.gamma, lam)
 
 
-def minibatches(rows: int, batch: int, steps: int, device: str) -> tuple[torch.Tensor, ...]:
-    """Indices of `steps` minibatches; no row comes again before all others have come."""
-    passes = -(-steps * batch // rows)
-    order = torch.cat([torch.randperm(rows, device=device) for _ in range(passes)])
-    return order[: steps * batch].split(batch)
-
-
 def update_critic(critic: Critic, target: Critic, optimizer, obs, action, y, args: Args) -> dict:
     """One step on obs (B, obs_dim), action (B, D) and targets y (B,); the target networks follow."""
     with autocast(args):
@@ -470,8 +463,8 @@ def main(args: Args) -> dict | None:
                     lam = WARMUP_LAMBDA if warm else args.td_lambda
                     y = critic_target(policy, target, batch, state["reward_scale"], lam, args).flatten()
                     obs, action = batch["obs"].flatten(0, 1), batch["action"].flatten(0, 1)
-                    critic_steps = args.critic_steps * (WARMUP_FACTOR if warm else 1)
-                    for i in minibatches(len(y), args.critic_batch, critic_steps, args.device):
+                    for _ in range(args.critic_steps * (WARMUP_FACTOR if warm else 1)):
+                        i = torch.randint(len(y), (args.critic_batch,), device=args.device)
                         batch = obs[i], action[i], y[i]
                         run.add(update_critic(critic, target, critic_optimizer, *batch, args))
                 # 3. the actor: particles in some of the same states follow the transport field

@@ -205,8 +205,8 @@ def main(args: Args) -> dict | None:
                     lam = family.WARMUP_LAMBDA if warm else args.td_lambda
                     y = critic_target(policy, target, batch, state["reward_scale"], lam, args).flatten()
                     obs, action = batch["obs"].flatten(0, 1), batch["action"].flatten(0, 1)
-                    critic_steps = args.critic_steps * (family.WARMUP_FACTOR if warm else 1)
-                    for i in family.minibatches(len(y), args.critic_batch, critic_steps, args.device):
+                    for _ in range(args.critic_steps * (family.WARMUP_FACTOR if warm else 1)):
+                        i = torch.randint(len(y), (args.critic_batch,), device=args.device)
                         batch = obs[i], action[i], y[i]
                         run.add(family.update_critic(critic, target, critic_optimizer, *batch, args))
                 # 3. the actor: adjoint matching in some of the same states
