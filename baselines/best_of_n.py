@@ -157,10 +157,8 @@ def main(args: Args) -> dict | None:
         run.save()
 
     envs.close()
-    if run.rank > 0:
-        return None
     measure = lambda policy: evaluate(policy, args, args.final_eval_episodes, eval_seed + 500_000)
-    if args.capture_video:
+    if args.capture_video and run.rank == 0:
         family.record_video(policy, args.env_id, run.path / "videos")
     return run.finish("eval_return", measure, task=args.env_id, env_steps=state["env_steps"])
 

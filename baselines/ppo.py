@@ -253,14 +253,12 @@ def main(args: PPOArgs, method: Method) -> dict | None:
             row["diagnostics/explained_variance"] = 1 - unexplained.item()
             row["diagnostics/reward_scale"] = reward_scale.var.sqrt().item()
             obs = batch["obs"][:512]
-            run.add({"diagnostics/base_distance": family.velocity_distance(policy, base, obs)})
+            run.add({"diagnostics/base_distance": policy.distance(base, obs)})
         run.log(row, state["env_steps"])
         run.save()
 
     envs.close()
-    if run.rank > 0:
-        return None
     measure = lambda policy: evaluate(policy, args, args.final_eval_episodes, eval_seed + 500_000)
-    if args.capture_video:
+    if args.capture_video and run.rank == 0:
         family.record_video(policy, args.env_id, run.path / "videos")
     return run.finish("eval_return", measure, task=args.env_id, env_steps=state["env_steps"])

@@ -219,15 +219,13 @@ def main(args: Args) -> dict | None:
                         actor_optimizer.param_groups[0]["lr"] = args.actor_lr * decay * rise
                         run.add(update_actor(policy, base, target, actor_optimizer, obs[i], args))
             state["trained"] += 1
-            run.add({"diagnostics/base_distance": family.velocity_distance(policy, base, obs[:512])})
+            run.add({"diagnostics/base_distance": policy.distance(base, obs[:512])})
         run.log(row, state["env_steps"])
         run.save()
 
     envs.close()
-    if run.rank > 0:
-        return None
     measure = lambda policy: family.evaluate(policy, args, args.final_eval_episodes, eval_seed + 500_000)
-    if args.capture_video:
+    if args.capture_video and run.rank == 0:
         family.record_video(policy, args.env_id, run.path / "videos")
     return run.finish("eval_return", measure, task=args.env_id, env_steps=state["env_steps"])
 

@@ -222,7 +222,7 @@ def main(args: Args) -> dict | None:
 
     envs.close()
     measure = lambda policy: family.evaluate(policy, args, args.final_eval_episodes, eval_seed + 500_000)
-    if args.capture_video:
+    if args.capture_video and run.rank == 0:
         family.record_video(policy, args.env_id, run.path / "videos")
     return run.finish("eval_return", measure, task=args.env_id, env_steps=state["env_steps"])
 

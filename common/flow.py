@@ -171,6 +171,12 @@ class FlowPolicy(nn.Module):
             x0 = torch.randn(*cond.shape[:-1], self.action_size, device=cond.device)
         return sample(self.velocity, cond, x0, self.euler_steps, trajectory)
 
+    @torch.no_grad()
+    def distance(self, other: "FlowPolicy", cond: torch.Tensor) -> torch.Tensor:
+        """Mean distance of the two velocities at x_0 ~ N(0, I), t = 0, for cond (B, cond_dim)."""
+        x0, t = torch.randn(len(cond), self.action_size, device=cond.device), cond.new_zeros(())
+        return (self.velocity(x0, t, cond) - other.velocity(x0, t, cond)).norm(dim=-1).mean()
+
     def save(self, path: Path, **info):
         """Writes weights and scaling as safetensors, with the sizes and what else is to be known."""
         path.parent.mkdir(parents=True, exist_ok=True)

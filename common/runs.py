@@ -238,11 +238,13 @@ class Run:
             self.progress["best"] = float(score)
             self.best_policy.load_state_dict(self.policy.state_dict())
 
-    def finish(self, score: str, measure, **results) -> dict:
-        """Writes policy, curve.png and result.json, whose contents it returns.
+    def finish(self, score: str, measure, **results) -> dict | None:
+        """Writes policy, curve.png and result.json, whose contents it returns, in the first process.
 
         Where an earlier policy had a higher `score`, a column, it is measured again, and kept as well.
         """
+        if self.rank > 0:
+            return None
         import matplotlib.pyplot as plt
 
         rows = self.progress["rows"]
