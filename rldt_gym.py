@@ -199,7 +199,7 @@ def get_base(args: TaskArgs, run: Run, envs: VectorEnv) -> FlowPolicy:
 
 # ------------------------------------------------------------------------------------- replay
 class Replay(Ring):
-    """The last `buffer_iterations` rollouts, (rollout_chunks, num_envs, ...) each; row t is chunk t."""
+    """The last rollouts, (rollout_chunks, num_envs, ...) each; row t is chunk t, which ends in next_obs."""
 
     def __init__(self, args: Args, obs_dim: int, action_size: int):
         shape = args.buffer_iterations, args.rollout_chunks, args.num_envs
@@ -226,7 +226,7 @@ def make_envs(args: TaskArgs, num_envs: int) -> VectorEnv:
 
 
 def explore(trajectory: torch.Tensor, args: Args) -> torch.Tensor:
-    """The action of a trajectory (K + 1, N, D), with noise |a - a_dagger_k| N(0, I), k a late step."""
+    """The action of a trajectory (K + 1, N, D) with noise |a - a_dagger_k| N(0, I); none if k = K - 1."""
     action = trajectory[-1]
     if args.exploration_steps == 0:
         return action
@@ -275,7 +275,7 @@ def td_lambda(reward, terminated, truncated, next_value, gamma: float, lam: floa
 
 @torch.no_grad()
 def critic_target(policy, target: Critic, batch: dict, reward_scale: float, lam: float, args: Args):
-    """TD(lambda) targets (T, L); V(s') is the minimum of the targets at an action of the policy."""
+    """TD(lambda) targets (T, L); V(s') is the minimum of the targets at a sampled action."""
     obs = batch["next_obs"].flatten(0, 1)  # (T * L, obs_dim)
     with autocast(args):
         value = target(obs, policy.sample(obs)).min(0).values.view_as(batch["reward"])
@@ -329,14 +329,14 @@ def actor_losses(velocity, reference, critic: Critic, obs, trajectory, args: Arg
     if args.transport_loss == "literal":
         transport = (a_dagger - (query + phi)).square().sum(-1).mean() / K  # eq. (13)
     else:
-        transport = -((v * phi).sum(-1) / (K * (1 - t))).mean()  # the authors' form of eq. (13)
+        # the authors' form of eq. (13): its gradient, divided by 2 (1 - t)^2
+        transport = -((v * phi).sum(-1) / (K * (1 - t))).mean()
 
     # consistency: every step of a trajectory points at the action that it ends in
     consistency = ((a_dagger - action).square().sum(-1) / (K * (1 - t)).square()).mean()  # eq. (14)
 
     # constraint: on fresh points of the path, the velocity stays near the reference's
     constraint = (v_c - v_ref).square().sum(-1).mean()  # eq. (15)
-
     distance = torch.cdist(action, action).sum() / max(1, B * P * (P - 1))
     metrics = {
         "losses/transport": transport, "losses/consistency": consistency,
@@ -421,7 +421,7 @@ def main(args: Args) -> dict | None:
         actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer,
     )  # fmt: skip
 
-    for iteration, spent in run.iterations():
+    for iteration, spent in run.iterations():  # spent: the share of the run's iterations or seconds
         row = {}
         if iteration % args.eval_every == 0 or spent == 1:  # this iteration only evaluates
             if run.rank == 0:
@@ -429,8 +429,8 @@ def main(args: Args) -> dict | None:
                 episodes = args.final_eval_episodes if final else args.eval_episodes
                 row = evaluate(policy, args, episodes, eval_seed)
                 run.keep_best(row["eval_return"])
-            first = 1 + run.rank + run.world * iteration
-            envs.reset(eval_seed + first * max(args.num_envs, 2 * args.final_eval_episodes))
+            block = 1 + run.rank + run.world * iteration  # of seeds; the first is the evaluation's
+            envs.reset(eval_seed + block * max(args.num_envs, 2 * args.final_eval_episodes))
         else:
             # 1. roll out with exploration
             with run.timer(row, "rollout_s"):
@@ -453,8 +453,8 @@ def main(args: Args) -> dict | None:
                     obs, action = batch["obs"].flatten(0, 1), batch["action"].flatten(0, 1)
                     for _ in range(args.critic_steps * (WARMUP_FACTOR if warm else 1)):
                         i = torch.randint(len(y), (args.critic_batch,), device=args.device)
-                        batch = obs[i], action[i], y[i]
-                        run.add(update_critic(critic, target, critic_optimizer, *batch, args))
+                        rows = obs[i], action[i], y[i]
+                        run.add(update_critic(critic, target, critic_optimizer, *rows, args))
                 # 3. the actor: particles in some of the same states follow the transport field
                 with run.timer(row, "actor_s"):
                     for _ in range(0 if warm else args.actor_steps):
