@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import rldt_gym
 from common.flow import FlowPolicy
-from rldt_gym import Args, Critic, Replay, critic_target, minibatches, td_lambda, update_critic
+from rldt_gym import Args, Critic, Replay, critic_target, td_lambda, update_critic
 
 
 @st.composite
@@ -44,12 +44,6 @@ def test_td_lambda_equals_its_recursive_definition(segment):
         one = [x[:, column].tolist() for x in arrays]
         expected = [recursive(t, *one, gamma, lam) for t in range(len(y))]
         assert y[:, column].tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
-
-
-def test_truncation_bootstraps_and_termination_does_not():
-    one, end = torch.ones(2, 1), torch.tensor([[1.0], [0.0]])
-    assert td_lambda(one, 0 * one, end, 10 * one, 0.9, 0.5)[0].item() == pytest.approx(1 + 0.9 * 10)
-    assert td_lambda(one, end, 0 * one, 10 * one, 0.9, 0.5)[0].item() == 1
 
 
 def test_critic_target_takes_the_smaller_value_at_an_action_of_the_policy():
@@ -144,19 +138,8 @@ def test_critic_keeps_float32_where_bfloat16_is_used():
     assert len(high.unique()) > 100  # bfloat16 has steps of 0.5 at 100
 
 
-@given(rows=st.integers(1, 30), batch=st.integers(1, 40), steps=st.integers(1, 9))
-def test_no_row_comes_again_before_all_others_have_come(rows, batch, steps):
-    order = minibatches(rows, batch, steps, "cpu")
-    assert [len(i) for i in order] == [batch] * steps
-    order = torch.cat(order)
-    for i in range(0, len(order), rows):
-        one_pass = order[i : i + rows]
-        assert len(one_pass.unique()) == len(one_pass)
-        assert ((one_pass >= 0) & (one_pass < rows)).all()
-
-
 # ------------------------------------------------------------------------------------- replay
-CAPACITY, T, N = 3, 20, 4
+CAPACITY, T, N = 5, 20, 4
 
 
 def numbered(added):
@@ -170,7 +153,7 @@ def numbered(added):
     return replay
 
 
-@given(added=st.integers(1, 8), length=st.integers(1, 30), count=st.integers(1, 60))
+@given(added=st.integers(1, 9), length=st.integers(1, 30), count=st.integers(1, 60))
 def test_segments_are_consecutive_and_a_share_of_them_is_fresh(added, length, count):
     replay = numbered(added)
     with pytest.MonkeyPatch.context() as patch:
@@ -188,9 +171,9 @@ def test_segments_are_consecutive_and_a_share_of_them_is_fresh(added, length, co
 
 
 def test_every_kept_rollout_environment_and_start_is_drawn():
-    first = numbered(5).draw(20_000)["reward"][0].long()
-    share = (first // 1000 == 4).float().mean()
-    assert share.item() == pytest.approx(0.33 + 0.67 / 3, abs=0.02)
-    assert set((first // 1000).tolist()) == {2, 3, 4}
+    first = numbered(7).draw(20_000)["reward"][0].long()
+    share = (first // 1000 == 6).float().mean()
+    assert share.item() == pytest.approx(0.33 + 0.67 / 5, abs=0.02)
+    assert set((first // 1000).tolist()) == {2, 3, 4, 5, 6}
     assert set((first // 100 % 10).tolist()) == {*range(N)}
     assert set((first % 100).tolist()) == {*range(T - rldt_gym.SEGMENT + 1)}

@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 
@@ -25,6 +24,7 @@ from envs.vector import VectorEnv
 
 NETWORK = dict(chunk=2, euler_steps=4, width=16, depth=3, time_dim=8)
 TINY_PRETRAINING = dict(epochs=1, batch=32, lr=1e-3) | NETWORK
+ENDS = "return", "return_std", "return_sampled", "return_sampled_std"
 
 
 def resume(run):
@@ -56,30 +56,24 @@ def recorded(monkeypatch, name, of):
 
 
 # ------------------------------------------------------------------------------------ whole runs
-def test_run_keeps_arguments_base_policy_and_final_policy(finished_run, tiny_base):
-    run, _ = finished_run
+def test_run_keeps_arguments_policies_and_results(finished_run, tiny_base):
+    run, result = finished_run
     assert run.name.startswith("Hopper-v4__rldt__3__")
-    assert not list(run.glob("*.partial"))
-    args = json.loads((run / "args.json").read_text())
+    args, rows = json.loads((run / "args.json").read_text()), metrics(run)
     assert set(args) == {field.name for field in dataclasses.fields(rldt_gym.Args)}
     assert args["seed"] == 3
-    policy, base = FlowPolicy.load(run / "policy.safetensors"), FlowPolicy.load(run / "base.safetensors")
-    for key, value in policy.state_dict().items():
-        assert torch.equal(value, checkpoint(run)["policy"][key].cpu())
-    for key, value in FlowPolicy.load(tiny_base).state_dict().items():
-        assert torch.equal(value, base.state_dict()[key])
-        assert torch.equal(value, policy.state_dict()[key]) == (not key.startswith("velocity"))
-
-
-def test_result_agrees_with_the_metrics(finished_run):
-    run, result = finished_run
-    rows = metrics(run)
+    base, policy, given = (
+        load_file(path) for path in (run / "base.safetensors", run / "policy.safetensors", tiny_base)
+    )
+    for key, value in checkpoint(run)["policy"].items():
+        assert torch.equal(policy[key], value.cpu())
+        assert torch.equal(base[key], given[key])
+        assert torch.equal(policy[key], base[key]) == (not key.startswith("velocity"))
     for name, row in ("base", rows[0]), ("final", rows[-1]):
-        for end in "return", "return_std", "return_sampled", "return_sampled_std":
+        for end in ENDS:
             assert result[f"{name}_{end}"] == float(row[f"eval_{end}"])
     assert result["best_return"] >= result["final_return"]
-    assert result["env_steps"] == int(rows[-1]["env_steps"])
-    assert result["task"] == "Hopper-v4"
+    assert (result["task"], result["env_steps"]) == ("Hopper-v4", int(rows[-1]["env_steps"]))
 
 
 def test_best_policy_is_measured_again_on_other_episodes(scripted_evaluations, tiny_args):
@@ -108,28 +102,27 @@ def test_iterations_evaluate_and_train_in_turn(finished_run):
     assert distances[0] == 0 and distances == sorted({*distances})
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished_run, tiny_args, tmp_path):
-    found = []
-    for seed in 3, 4:
-        rldt_gym.main(tiny_args(seed=seed, runs=tmp_path / str(seed)))
-        found += list((tmp_path / str(seed)).iterdir())
-    assert_same(found[0], finished_run[0])
-    assert metrics(found[1]) != metrics(finished_run[0])
-
-
 @pytest.mark.parametrize("changes", [
     dict(td_lambda=0.0, critic_layer_norm=False, exploration_steps=0, transport_loss="literal"),
     dict(kernel="delta", reference_every=0, bf16=False, n_particles=1, buffer_iterations=1),
+    dict(seed=4),
 ])  # fmt: skip
-def test_run_with_the_other_choices_moves_its_policy(tiny_args, only_run, changes):
+def test_run_with_other_choices_moves_its_policy_elsewhere(tiny_args, only_run, finished_run, changes):
     rldt_gym.main(tiny_args(iterations=3, **changes))
-    assert float(metrics(only_run())[2]["diagnostics/base_distance"]) > 0
+    moved = metrics(only_run())[2]["diagnostics/base_distance"]
+    assert float(moved) > 0 and moved != metrics(finished_run[0])[2]["diagnostics/base_distance"]
 
 
 @pytest.mark.parametrize("every, follows", [(0, None), (1, 3), (2, 2)])
 def test_reference_follows_every_nth_iteration(tiny_args, monkeypatch, only_run, every, follows):
     name = "velocity.trunk.0.bias"
-    after = recorded(monkeypatch, "velocity_distance", lambda *args: args[0].state_dict()[name].clone())
+    after, distance = [], FlowPolicy.distance
+
+    def record(policy, *rest):
+        after.append(policy.state_dict()[name].clone())
+        return distance(policy, *rest)
+
+    monkeypatch.setattr(FlowPolicy, "distance", record)
     rldt_gym.main(tiny_args(iterations=4, eval_every=9, reference_every=every))  # trains three times
     expected = load_file(only_run() / "base.safetensors")[name]
     if follows:
@@ -170,11 +163,16 @@ def test_rewards_are_scaled_by_their_running_magnitude(tiny_args, monkeypatch, o
 
 
 def test_critic_takes_more_steps_and_a_longer_lambda_before_the_actor_starts(tiny_args, monkeypatch):
-    lambdas = recorded(monkeypatch, "critic_target", lambda *args: args[4])
-    steps = recorded(monkeypatch, "update_critic", lambda *args: len(lambdas))
+    lambdas = []
+    target = lambda *args: lambdas.append(args[4]) or args[2]["obs"].sum(-1)  # a target for each row
+    monkeypatch.setattr(rldt_gym, "critic_target", target)
+    steps = recorded(monkeypatch, "update_critic", lambda *args: (len(lambdas), *args[3:6]))
     rldt_gym.main(tiny_args(iterations=4, eval_every=9, warmup_iterations=2))  # trains three times
     assert lambdas == [0.95] * 4 + [0.5] * 2
-    assert [steps.count(i + 1) for i in range(6)] == [6] * 4 + [2] * 2
+    assert [[step[0] for step in steps].count(i + 1) for i in range(6)] == [6] * 4 + [2] * 2
+    for _, obs, action, y in steps:
+        assert (len(obs), len(action)) == (16, 16)
+        torch.testing.assert_close(obs.sum(-1), y)
 
 
 def test_actor_steps_grow_in_a_warm_up_and_shrink_with_what_is_spent(tiny_args, monkeypatch):
@@ -207,7 +205,7 @@ from common.flow import FlowPolicy
 
 MOMENTS = dict(
     base=(FlowPolicy, "save", 1), critic=(rldt_gym, "update_critic", 15),
-    actor=(rldt_gym, "update_actor", 3), checkpoint=(torch, "save", 8), over=(runs.Run, "finish", 1),
+    actor=(rldt_gym, "update_actor", 3), checkpoint=(torch, "save", 4), over=(runs.Run, "finish", 1),
 )
 
 
@@ -215,9 +213,10 @@ def kill_at(owner, name, call):
     function, calls = getattr(owner, name), []
 
     def counted(*args, **kwargs):
-        calls.append(1)
+        if owner is not torch or "checkpoint.pt" in args[1].name:
+            calls.append(1)
         if len(calls) == call:
-            if name == "save" and owner is torch:
+            if owner is torch:
                 args[1].write_bytes(b"half a file")
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*args, **kwargs)
@@ -252,6 +251,9 @@ def killed_runs(tiny_flags, tmp_path_factory):
 ])  # fmt: skip
 def test_run_killed_and_resumed_equals_one_never_killed(killed_runs, finished_run, moment, saved):
     run = killed_runs[moment]
+    if moment != "base":  # the run has kept a copy of its base policy by then
+        stored = json.loads((run / "args.json").read_text())
+        (run / "args.json").write_text(json.dumps(stored | {"base": "gone.safetensors"}))
     assert not (run / "result.json").exists()
     assert (run / "checkpoint.pt").exists() == (saved is not None)
     if saved is not None:
@@ -262,14 +264,6 @@ def test_run_killed_and_resumed_equals_one_never_killed(killed_runs, finished_ru
         assert result[key] == finished_run[1][key], key
     for name in "critic", "target", "reference", "actor_optimizer", "critic_optimizer", "envs", "state":
         assert str(checkpoint(run)[name]) == str(checkpoint(finished_run[0])[name])
-
-
-def test_resumed_run_does_not_need_the_base_policy_of_its_arguments(killed_runs, finished_run, tmp_path):
-    run = shutil.copytree(killed_runs["critic"], tmp_path / "copy")
-    arguments = json.loads((run / "args.json").read_text())
-    (run / "args.json").write_text(json.dumps(arguments | {"base": "gone.safetensors"}))
-    resume(run)
-    assert_same(run, finished_run[0])
 
 
 def without_base(flags):
@@ -346,8 +340,7 @@ def test_two_processes_train_one_policy_and_go_on_after_ctrl_c(tiny_flags, tmp_p
 def test_evaluating_a_run_gives_its_final_numbers_to_the_last_digit(finished_run, capsys):
     run, result = finished_run
     scores = rldt_gym.main(parse(rldt_gym, ["--evaluate", run, f"--device={DEVICE}"]))
-    ends = "return", "return_std", "return_sampled", "return_sampled_std"
-    assert scores == {f"eval_{end}": result[f"final_{end}"] for end in ends}
+    assert scores == {f"eval_{end}": result[f"final_{end}"] for end in ENDS}
     assert str(scores["eval_return"]) in capsys.readouterr().out
     assert {path.name for path in run.parent.iterdir()} == {run.name}
 
@@ -386,16 +379,12 @@ def test_exploration_noise_is_the_distance_to_the_expected_target_of_a_late_step
         noise /= math.sqrt(variance)
         assert noise.mean(0).abs().max() < 0.01
         torch.testing.assert_close(noise.T @ noise / N, torch.eye(D).double(), rtol=0, atol=0.03)
-    for steps in 0, 1:  # the last step's expected target is the action
+    noise = rldt_gym.explore(trajectory, rldt_gym.Args(exploration_steps=2)) - path[-1]
+    still = (noise.norm(dim=-1) < 1e-9).double().mean()  # the last step's expected target is the action
+    assert still.item() == pytest.approx(0.5, abs=0.01)
+    for steps in 0, 1:
         action = rldt_gym.explore(trajectory, rldt_gym.Args(exploration_steps=steps))
         torch.testing.assert_close(action, trajectory[-1])
-
-
-def test_exploration_draws_a_step_for_each_environment():
-    path = torch.zeros(5, 4000, 1)
-    path[2] = 1  # of the last two steps only k = 2 has another expected target: 1 - 2 * 1 / 4 * 4 = -1
-    noise = rldt_gym.explore(path, rldt_gym.Args(exploration_steps=2))[:, 0]
-    assert 0.45 < (noise == 0).float().mean() < 0.55
 
 
 def rollout(tiny_args, tiny_base, **changes):
@@ -502,10 +491,8 @@ def test_pretraining_chunks_are_consecutive_and_stay_inside_an_episode(monkeypat
 
 
 def test_demonstrations_of_fewer_than_20_chunks_stop():
-    with pytest.raises(SystemExit, match="0 chunks of 31 steps are too few"):
-        pretrain(demonstrations(), chunk=31)
-    with pytest.raises(SystemExit, match="19 chunks of 1 steps are too few"):
-        pretrain(demonstrations(episodes=1, length=19))
+    with pytest.raises(SystemExit, match="19 chunks of 2 steps are too few"):
+        pretrain(demonstrations(episodes=1, length=20), chunk=2)
     pretrain(demonstrations(episodes=1, length=20), batch=8)
 
 
@@ -578,21 +565,6 @@ def test_own_environment_and_demonstrations(tmp_path, monkeypatch, tiny_flags, o
 
 
 # ------------------------------------------------------------------------------- command line
-def test_paper_preset_has_the_values_of_the_paper():
-    args = parse(rldt_gym, ["--preset", "paper"])
-    paper = dict(
-        n_particles=8, iterations=70, num_envs=100, rollout_chunks=500, buffer_iterations=20, gamma=0.99,
-        td_lambda=0.0, target_momentum=0.998, rounds=16, critic_steps=64, critic_batch=50_000,
-        critic_lr=1e-3, critic_layer_norm=False, actor_steps=2, actor_lr=2e-5, warmup_iterations=2,
-        alpha=1e-3, kernel="rbf", consistency_weight=0.5, constraint_weight=0.2, eval_every=5,
-    )  # fmt: skip
-    assert {key: getattr(args, key) for key in paper} == paper
-    network = dict(epochs=200, batch=128, chunk=4, euler_steps=8, width=512, depth=3, time_dim=16)
-    assert network.items() <= rldt_gym.PRETRAINING["paper"].items()
-    constants = rldt_gym.FRESH, rldt_gym.REWARD_RATE, rldt_gym.ACTOR_WARMUP
-    assert constants == (0.33, 0.01, 32)
-
-
 def test_every_number_has_bounds():
     for field in dataclasses.fields(rldt_gym.Args):
         if type(field.default) in (int, float):

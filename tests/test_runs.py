@@ -133,23 +133,15 @@ def test_a_preset_sets_the_defaults_and_flags_win():
     assert parse("--preset=large", "--bf16").bf16
 
 
-@pytest.mark.parametrize("name, low, high", [
-    ("threads", 1, None), ("seed", 0, None), ("rate", 0.0, None), ("decay", 0.0, 1.0),
+@pytest.mark.parametrize("name, fits, fails, bounds", [
+    ("threads", 1, 0, "1 and"), ("seed", 0, -1, "0 and"), ("rate", 0.0, -0.1, "0 and"),
+    ("rate", 9e9, "inf", "0 and"), ("rate", 1.0, "nan", "0 and"), ("decay", 0.0, -0.1, "0 and 1"),
+    ("decay", 1.0, 1.001, "0 and 1"),
 ])  # fmt: skip
-def test_values_out_of_bounds_stop_with_the_flag(name, low, high):
-    assert getattr(parse(f"--{name}={low}"), name) == low
-    with pytest.raises(SystemExit, match=rf"--{name} {low - 1}: must lie between {int(low)} and"):
-        parse(f"--{name}={low - 1}")
-    if high is not None:
-        assert getattr(parse(f"--{name}={high}"), name) == high
-        with pytest.raises(SystemExit, match=f"--{name} 1.001: must lie between 0 and 1"):
-            parse(f"--{name}=1.001")
-
-
-@pytest.mark.parametrize("value", ["nan", "inf"])
-def test_numbers_that_are_none_are_out_of_bounds(value):
-    with pytest.raises(SystemExit, match=f"--wall-budget-s {value}: must lie between"):
-        parse(f"--wall-budget-s={value}")
+def test_values_out_of_bounds_stop_with_the_flag(name, fits, fails, bounds):
+    assert getattr(parse(f"--{name}={fits}"), name) == fits
+    with pytest.raises(SystemExit, match=rf"--{name} {fails}: must lie between {bounds}"):
+        parse(f"--{name}={fails}")
 
 
 def store(folder, **fields):
@@ -180,12 +172,6 @@ def test_a_directory_without_readable_arguments_is_no_run(tmp_path, flag, conten
         parse(flag, tmp_path)
 
 
-def test_stored_values_out_of_bounds_stop_too(tmp_path):
-    store(tmp_path, decay=7.0)
-    with pytest.raises(SystemExit, match=r"--decay 7\.0: must lie between 0 and 1"):
-        parse("--resume", tmp_path)
-
-
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_prints_each_setting_below_its_section(capsys, flag):
     with pytest.raises(SystemExit) as stop:
@@ -202,23 +188,16 @@ def test_help_prints_each_setting_below_its_section(capsys, flag):
 
 
 # ---------------------------------------------------------------------------------- processes
-def test_set_up_seeds_torch_and_sets_the_threads():
-    draws = []
-    for seed in (1, 1, 2):
-        runs.set_up(Args(seed=seed, threads=2))
-        draws.append(torch.rand(3).tolist())
-    assert draws[0] == draws[1] != draws[2]
-    assert torch.get_num_threads() == 2
-
-
-@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
-def test_cuda_without_a_cuda_device_stops(monkeypatch, device):
+def test_set_up_takes_device_threads_and_seed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="sees no CUDA device"):
-        runs.set_up(Args(device=device))
-    args = Args(device="auto")
-    runs.set_up(args)
-    assert args.device == "cpu"
+    with pytest.raises(SystemExit, match="cuda:1: this torch sees no CUDA device"):
+        runs.set_up(Args(device="cuda:1"))
+    args, draws = Args(device="auto", threads=2), []
+    for args.seed in 1, 1, 2:
+        runs.set_up(args)
+        draws.append(torch.rand(3).tolist())
+    assert (args.device, torch.get_num_threads()) == ("cpu", 2)
+    assert draws[0] == draws[1] != draws[2]
 
 
 @pytest.mark.parametrize("device, alone, together", [
@@ -240,33 +219,13 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch, device, alone, togethe
 
 
 # -------------------------------------------------------------------------------------- files
-@pytest.mark.parametrize("error", [OSError("disk"), RuntimeError("PytorchStreamWriter failed")])
-def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, error):
-    path = tmp_path / "file"
-    write_atomically(path, lambda p: p.write_text("old"))
-
-    def fail(partial):
-        partial.write_text("half")
-        raise error
-
-    with pytest.raises(SystemExit, match=f"Cannot write {path}.*The last good file is kept"):
-        write_atomically(path, fail)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def full_disk(path):
-    """What is written to path now finds no space."""
-    path.with_name(path.name + ".partial").symlink_to("/dev/full")
-
-
 @pytest.mark.parametrize("name", ["checkpoint.pt", "checkpoint.ring0", "metrics.csv"])
 def test_full_disk_stops_the_run_which_then_goes_on(args, only_run, whole, name):
     def fill(iteration, row):
         if iteration == 4:
-            full_disk(only_run() / name)
+            (only_run() / f"{name}.partial").symlink_to("/dev/full")
 
-    with pytest.raises(SystemExit, match=f"Cannot write .*{name}"):
+    with pytest.raises(SystemExit, match=f"Cannot write .*{name}.*The last good file is kept"):
         train(args, fill)
     run = only_run()
     assert not list(run.glob("*.partial"))
@@ -368,14 +327,6 @@ def test_a_damaged_or_missing_file_cannot_be_resumed_and_says_so(tmp_path, whole
     assert LOADED == []
 
 
-def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
-    saved = parts(1)
-    save_parts(tmp_path / "c.pt", saved)
-    saved["settings"] = dict(world=2)
-    with pytest.raises(SystemExit, match="made with other settings"):
-        load_parts(tmp_path / "c.pt", saved, "cpu")
-
-
 # --------------------------------------------------------------------------------------- runs
 def test_runs_never_share_a_directory_and_keep_their_arguments(args):
     paths = [Run(args, "toy__1").path for _ in range(3)]  # within one second
@@ -430,30 +381,15 @@ def test_log_averages_what_was_added_and_sums_what_was_timed(args, monkeypatch):
     monkeypatch.setattr(runs, "time", FakeTime())
     run = Run(args, "toy")
     run.checkpoints(dict(env_steps=0), Toy(1, 1))
-    loop = run.iterations()
-    for value in 0.0, 10.0:
-        next(loop)
-        row = {"first": value}
+    for (iteration, _), name in zip(run.iterations(), "ab", strict=False):
+        row = {name: 5.0}
         for i in range(3):
             with run.timer(row, "part_s"):
-                run.add({"a": torch.tensor(value + i), "b": torch.tensor(1.0)})
-        run.log(row, 5)
-    first, second = metrics(run.path)
-    assert [float(row["a"]) for row in (first, second)] == [1, 11]
-    assert [float(row["part_s"]) for row in (first, second)] == [3, 3]
-    assert [float(row["first"]) for row in (first, second)] == [0, 10]
-    assert float(second["b"]) == 1
-    assert second["env_steps"] == "5"
-
-
-def test_columns_that_come_later_are_empty_above(args):
-    run = Run(args, "toy")
-    run.checkpoints(dict(env_steps=0), Toy(1, 1))
-    for (iteration, _), name in zip(run.iterations(), "abca", strict=False):
-        run.log({name: iteration}, 0)
-    assert [[row[name] for name in "abc"] for row in metrics(run.path)] == [
-        ["0.0", "", ""], ["", "1.0", ""], ["", "", "2.0"], ["3.0", "", ""],
-    ]  # fmt: skip
+                run.add({"x": torch.tensor(10.0 * iteration + i), "y": torch.tensor(1.0)})
+        run.log(row, 7)
+    names = "env_steps", "x", "y", "part_s", "a", "b"
+    found = [[row[name] for name in names] for row in metrics(run.path)]
+    assert found == [["7", "1.0", "1.0", "3.0", "5.0", ""], ["7", "11.0", "1.0", "3.0", "", "5.0"]]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -547,14 +483,6 @@ def test_a_run_killed_at_any_write_and_resumed_equals_one_never_killed(
             train(args)
         (run,) = args.runs.iterdir()
         assert_same(run, train(Args(resume=run)), whole)
-
-
-def test_resuming_a_finished_run_writes_its_result_again(tmp_path, whole):
-    run = shutil.copytree(whole[0], tmp_path / "copy")
-    for name in "result.json", "policy.safetensors", "curve.png":
-        (run / name).unlink()
-    assert_same(run, train(Args(resume=run)), whole)
-    assert {path.name for path in whole[0].iterdir()} - {path.name for path in run.iterdir()} == set()
 
 
 def test_ctrl_c_finishes_the_iteration_saves_and_says_how_to_go_on(args, only_run, whole):
