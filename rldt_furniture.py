@@ -162,7 +162,7 @@ def stages_of(args: Args) -> int:
 
 
 def critic_obs(state: torch.Tensor, stage: torch.Tensor, args: Args) -> torch.Tensor:
-    """What the critic sees of states (..., obs_dim): the share of pairs assembled too, if of several."""
+    """What the critic sees: states (..., obs_dim), and in tasks of several pairs the share assembled."""
     pairs = stages_of(args)
     return state if pairs == 1 else torch.cat([state, stage[..., None] / pairs], -1)
 
@@ -174,11 +174,10 @@ def pretrain(args: Args, data: dict, checkpoint: Path, epochs: int, batch: int, 
 
     It begins with the weights and the scaling of `start`, and goes on from an unfinished `checkpoint`.
     """
-    policy = FlowPolicy(data["state"].shape[1], data["action"].shape[1], **sizes)
+    policy = FlowPolicy(data["state"].shape[1], data["action"].shape[1], **sizes).to(args.device)
     policy.set_limits(**dataset.limits(data, spread))
     if start:
         policy.load_state_dict(FlowPolicy.load(start).state_dict())
-    policy.to(args.device)
     first = chunk_starts(data["episode_ends"], policy.chunk)  # (n,)
     obs = policy.normalize(data["state"][first])  # (n, obs_dim)
     action = policy.from_env(data["action"][first[:, None] + np.arange(policy.chunk)])  # (n, D)
@@ -208,8 +207,6 @@ def pretrain(args: Args, data: dict, checkpoint: Path, epochs: int, batch: int, 
             save_parts(checkpoint, parts)
     with torch.no_grad():
         loss = flow_matching_loss(averaged.velocity, action[held_out], obs[held_out]).item()
-    if not math.isfinite(loss):
-        raise FloatingPointError("the flow-matching loss is not finite: pretrain with smaller steps")
     averaged.info = dict(furniture=args.furniture, randomness=args.randomness, validation_loss=loss)
     checkpoint.unlink(missing_ok=True)
     return averaged
@@ -245,11 +242,12 @@ class Replay(Ring):
     """
 
     def __init__(self, args: Args, policy: FlowPolicy):
-        B, T, N = args.buffer_iterations, math.ceil(args.horizon / policy.chunk), args.num_envs
-        slots = {name: torch.zeros(B, T, N) for name in ("reward", "terminated", "valid", "reached")}
-        slots["action"] = torch.zeros(B, T, N, policy.action_size)
-        slots["state"] = torch.zeros(B, T + 1, N, policy.obs_dim)
-        slots["stage"] = torch.zeros(B, T + 1, N)
+        kept, N = args.buffer_iterations, args.num_envs
+        T = math.ceil(args.horizon / policy.chunk)
+        slots = {name: torch.zeros(kept, T, N) for name in ("reward", "terminated", "valid", "reached")}
+        slots["action"] = torch.zeros(kept, T, N, policy.action_size)
+        slots["state"] = torch.zeros(kept, T + 1, N, policy.obs_dim)
+        slots["stage"] = torch.zeros(kept, T + 1, N)
         super().__init__({name: value.to(args.device) for name, value in slots.items()})
 
     def starts(self, segments: int, length: int) -> torch.Tensor:
@@ -259,7 +257,7 @@ class Replay(Ring):
         kinds = reached[valid].unique()
         for n, kind in enumerate(kinds):
             rows = (valid & (reached == kind)).nonzero()
-            fresh = rows[rows[:, 0] == self.slot]
+            fresh = rows[rows[:, 0] == self.slot]  # in the newest rollout
             count = segments // len(kinds) + (n < segments % len(kinds))
             fresh_count = math.ceil(FRESH * count) if len(fresh) else 0
             for group, size in (fresh, fresh_count), (rows, count - fresh_count):
@@ -294,8 +292,7 @@ def explore(trajectory: torch.Tensor, args: Args) -> torch.Tensor:
     k = K - 1 - torch.randint(args.exploration_steps, (N,), device=device)
     n = torch.arange(N, device=device)
     x_k, x_next = trajectory[k, n], trajectory[k + 1, n]
-    velocity = (x_next - x_k) * K  # read off the trajectory
-    a_dagger = expected_target(x_k, k / K, velocity)  # eq. (8)
+    a_dagger = expected_target(x_k, k / K, (x_next - x_k) * K)  # eq. (8), its velocity from the steps
     return action + (action - a_dagger).norm(dim=-1, keepdim=True) * torch.randn_like(action)
 
 
@@ -350,13 +347,6 @@ def critic_target(policy: FlowPolicy, target: Critic, batch: dict, args: Args) -
         value = target(obs, policy.sample(state)).min(0).values.view_as(batch["reward"])
     reward, terminated, most = batch["reward"], batch["terminated"], stages_of(args)
     return td_lambda(reward, terminated, value, args.gamma, args.td_lambda, most)
-
-
-def minibatches(rows: int, batch: int, steps: int, device: str) -> tuple[torch.Tensor, ...]:
-    """Indices of `steps` minibatches; no row comes again before all others have come."""
-    passes = -(-steps * batch // rows)
-    order = torch.cat([torch.randperm(rows, device=device) for _ in range(passes)])
-    return order[: steps * batch].split(batch)
 
 
 def update_critic(critic: Critic, target: Critic, optimizer, obs, action, y, args: Args) -> dict:
@@ -452,14 +442,6 @@ def update_actor(policy: FlowPolicy, reference: FlowPolicy, critic: Critic, opti
     return metrics | {"diagnostics/actor_grad_norm": torch.stack(norms).norm()}
 
 
-@torch.no_grad()
-def velocity_distance(policy: FlowPolicy, base: FlowPolicy, obs: torch.Tensor) -> torch.Tensor:
-    """How far the velocity has moved from the base's, at x_0 ~ N(0, I) in states (B, obs_dim)."""
-    x0 = torch.randn(len(obs), policy.action_size, device=obs.device)
-    t = torch.zeros((), device=obs.device)
-    return (policy.velocity(x0, t, obs) - base.velocity(x0, t, obs)).norm(dim=-1).mean()
-
-
 # --------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
 def evaluate(policy: FlowPolicy, envs, args: Args, episodes: int, seed: int) -> dict[str, float]:
@@ -519,8 +501,9 @@ def main(args: Args) -> dict | None:
     envs = make_envs(args, args.num_envs)
     policy = get_base(args, run, envs)
     base, reference = (copy.deepcopy(policy).requires_grad_(False) for _ in range(2))
-    seen, width = policy.obs_dim + (stages_of(args) > 1), CRITIC_WIDTH[args.preset]
-    critic = Critic(seen, policy.action_size, args.critic_layer_norm, width).to(args.device)
+    obs_dim = policy.obs_dim + (stages_of(args) > 1)  # of the critic
+    width = CRITIC_WIDTH[args.preset]
+    critic = Critic(obs_dim, policy.action_size, args.critic_layer_norm, width).to(args.device)
     target = copy.deepcopy(critic).requires_grad_(False)
     actor_optimizer = torch.optim.Adam(policy.velocity.parameters(), args.actor_lr, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_lr, fused=True)
@@ -531,7 +514,7 @@ def main(args: Args) -> dict | None:
         actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer,
     )  # fmt: skip
 
-    for iteration, spent in run.iterations():
+    for iteration, spent in run.iterations():  # spent: the share of the run's iterations or seconds
         row = {}
         if iteration % args.eval_every == 0 or spent == 1:  # this iteration only evaluates
             if run.rank == 0:
@@ -557,9 +540,10 @@ def main(args: Args) -> dict | None:
                     valid = batch["valid"] > 0
                     obs, action, y = batch["state"][:-1][valid], batch["action"][valid], y[valid]
                     obs_q = critic_obs(obs, batch["stage"][:-1][valid], args)
-                    for i in minibatches(len(y), args.critic_batch, args.critic_steps, args.device):
-                        batch = obs_q[i], action[i], y[i]
-                        run.add(update_critic(critic, target, critic_optimizer, *batch, args))
+                    for _ in range(args.critic_steps):
+                        i = torch.randint(len(y), (args.critic_batch,), device=args.device)
+                        rows = obs_q[i], action[i], y[i]
+                        run.add(update_critic(critic, target, critic_optimizer, *rows, args))
                 # 3. the actor: particles in some of the same states follow the transport field
                 with run.timer(row, "actor_s"):
                     warm = state["trained"] < args.warmup_iterations
@@ -569,21 +553,19 @@ def main(args: Args) -> dict | None:
                         decay = 1 + (args.actor_lr_end - 1) * spent
                         rise = min(1.0, state["actor_steps"] / ACTOR_WARMUP)
                         actor_optimizer.param_groups[0]["lr"] = args.actor_lr * decay * rise
-                        batch = obs[i], obs_q[i]
-                        run.add(update_actor(policy, reference, critic, actor_optimizer, *batch, args))
+                        rows = obs[i], obs_q[i]
+                        run.add(update_actor(policy, reference, critic, actor_optimizer, *rows, args))
             # 4. the reference of the constraint follows, or stays the base
             state["trained"] += 1
-            run.add({"diagnostics/base_distance": velocity_distance(policy, base, obs[:512])})
+            run.add({"diagnostics/base_distance": policy.distance(base, obs[:512])})
             if args.reference_every and state["trained"] % args.reference_every == 0:
                 reference.load_state_dict(policy.state_dict())
         run.log(row, state["env_steps"])
         run.save()
 
-    if run.rank > 0:
-        return None
-    other_seed = eval_seed + 500_000
-    measure = lambda policy: evaluate(policy, envs, args, args.final_eval_episodes, other_seed)
-    if args.capture_video:
+    other = eval_seed + 500_000
+    measure = lambda policy: evaluate(policy, envs, args, args.final_eval_episodes, other)
+    if args.capture_video and run.rank == 0:
         record_video(policy, args.furniture, args.randomness, run.path / "videos")
     result = run.finish("eval_stages", measure, task=task, env_steps=state["env_steps"])
     envs.close()

@@ -1,6 +1,6 @@
 """FurnitureSim, the furniture tasks in Isaac Gym on an NVIDIA GPU, behind envs/interface.py.
 
-Isaac Gym is a download of NVIDIA's for Python 3.8; the environment is DPPO's (Ren et al. 2024) fork of
+Isaac Gym is a download of NVIDIA's for Python 3.8, the environment DPPO's (Ren et al. 2024) fork of
 FurnitureBench, github.com/ankile/furniture-bench. Both have to be installed by hand.
 """
 
@@ -34,8 +34,7 @@ class IsaacVectorEnv:
     """`num_envs` FurnitureRLSimEnvs with DPPO's arguments, stepped in lockstep on the GPU.
 
     A reset disturbs the other environments: all move on for a few steps of the physics. So episodes run
-    to the time limit, also after success, and all start together, as many as there are seeds. What the
-    seeds are has no effect: the simulator draws its initial states itself.
+    to the time limit, also after success, and start together. What the seeds are has no effect.
     """
 
     def __init__(self, num_envs: int, furniture: str, randomness: str, horizon=None):
@@ -43,9 +42,8 @@ class IsaacVectorEnv:
         from furniture_bench.envs.furniture_rl_sim_env import FurnitureRLSimEnv
         from furniture_bench.envs.observation import DEFAULT_STATE_OBS
 
-        spec = FURNITURE[furniture]
-        self.num_envs, self.obs_dim, self.action_dim = num_envs, spec.obs_dim, 10
-        self.horizon = horizon or spec.horizon
+        self.num_envs, self.obs_dim, self.action_dim = num_envs, FURNITURE[furniture].obs_dim, 10
+        self.horizon = horizon or FURNITURE[furniture].horizon
         self.env = FurnitureRLSimEnv(
             furniture=furniture, randomness=randomness, num_envs=num_envs, max_env_steps=self.horizon,
             act_rot_repr="rot_6d", action_type="pos", april_tags=False, concat_robot_state=True,
@@ -53,7 +51,6 @@ class IsaacVectorEnv:
             record=False, gpu_id=0, pos_scalar=1, rot_scalar=1, stiffness=1_000, damping=200,
         )  # fmt: skip
         self.to_rot6d = proprioceptive_quat_to_6d_rotation
-        self.t, self.score, self.episode = np.zeros((3, num_envs), int)
 
     def observe(self, obs: dict) -> np.ndarray:
         """The robot's state with its rotation as 6 numbers, then the parts' poses, as DPPO's wrapper."""
@@ -64,16 +61,17 @@ class IsaacVectorEnv:
         return state
 
     def reset(self, seeds: int | Iterator[int]):
-        self.seeds, self.started = itertools.count(seeds) if isinstance(seeds, int) else seeds, 0
+        self.seeds = itertools.count(seeds) if isinstance(seeds, int) else seeds
+        self.started = 0
         self.start()
 
     def start(self):
-        """Starts episodes in all environments, or in as many as there are seeds for."""
+        """Starts as many episodes as there are environments and seeds."""
         count = len(list(itertools.islice(self.seeds, self.num_envs)))
-        self.episode[:] = -1
+        self.t, self.score, self.episode = np.zeros((3, self.num_envs), int)
         self.episode[:count] = self.started + np.arange(count)
+        self.episode[count:] = -1
         self.started += count
-        self.t[:] = self.score[:] = 0
         if count:
             self.obs = self.observe(self.env.reset(torch.arange(count, device=self.env.device).int()))
 
@@ -90,12 +88,12 @@ class IsaacVectorEnv:
             length += counts
             self.t += counts
         self.score += total.astype(int)
-        next_obs, score = self.observe(obs), self.score.copy()
-        self.obs, truncated = next_obs, running & (self.t >= self.horizon)
+        self.obs, truncated = self.observe(obs), running & (self.t >= self.horizon)
+        step = Step(self.obs, total, np.zeros(self.num_envs, bool), truncated, length, self.score.copy())
         self.episode[truncated] = -1
         if (self.episode < 0).all():
             self.start()
-        return Step(next_obs, total, np.zeros(self.num_envs, bool), truncated, length, score)
+        return step
 
     def close(self):
         self.env = None
