@@ -199,7 +199,7 @@ def get_base(args: TaskArgs, run: Run, envs: VectorEnv) -> FlowPolicy:
 
 # ------------------------------------------------------------------------------------- replay
 class Replay(Ring):
-    """The last rollouts, (rollout_chunks, num_envs, ...) each; row t is chunk t, which ends in next_obs."""
+    """The last rollouts, (rollout_chunks, num_envs, ...) each; row t is chunk t, ending in next_obs."""
 
     def __init__(self, args: Args, obs_dim: int, action_size: int):
         shape = args.buffer_iterations, args.rollout_chunks, args.num_envs
@@ -226,7 +226,7 @@ def make_envs(args: TaskArgs, num_envs: int) -> VectorEnv:
 
 
 def explore(trajectory: torch.Tensor, args: Args) -> torch.Tensor:
-    """The action of a trajectory (K + 1, N, D) with noise |a - a_dagger_k| N(0, I); none if k = K - 1."""
+    """Actions of trajectories (K + 1, N, D), with noise |a - a_dagger_k| N(0, I): none if k = K - 1."""
     action = trajectory[-1]
     if args.exploration_steps == 0:
         return action
