@@ -128,7 +128,7 @@ ACTOR_WARMUP = 32  # actor steps over which its step size rises linearly (paper)
 
 # ----------------------------------------------------------------------------------- networks
 class Critic(nn.Module):
-    """Two Q networks on (state and stage, action chunk), evaluated as one batched product."""
+    """Two Q networks on (observation, action chunk), evaluated as one batched product."""
 
     def __init__(self, obs_dim: int, action_size: int, layer_norm: bool, width: int, depth: int = 3):
         super().__init__()
@@ -154,17 +154,6 @@ class Critic(nn.Module):
             x = F.silu(F.layer_norm(x, x.shape[-1:]) if self.layer_norm else x)
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round Q
             return torch.baddbmm(bias, x.float(), weight)[..., 0]
-
-
-def stages_of(args: Args) -> int:
-    """Pairs of parts that the task assembles: the largest return of an episode."""
-    return len(FURNITURE[args.furniture].pairs)
-
-
-def critic_obs(state: torch.Tensor, stage: torch.Tensor, args: Args) -> torch.Tensor:
-    """What the critic sees: states (..., obs_dim), and in tasks of several pairs the share assembled."""
-    pairs = stages_of(args)
-    return state if pairs == 1 else torch.cat([state, stage[..., None] / pairs], -1)
 
 
 # -------------------------------------------------------------------------------- base policy
@@ -235,10 +224,10 @@ def get_base(args: Args, run: Run, envs) -> FlowPolicy:
 
 # ------------------------------------------------------------------------------------- replay
 class Replay(Ring):
-    """The last `buffer_iterations` rollouts, (chunks of an episode, num_envs, ...); row t is chunk t.
+    """The last rollouts, (chunks of an episode, num_envs, ...) each; row t is chunk t.
 
-    `state` and `stage`, the pairs assembled so far, have one row more, for where the rollout ends.
-    `valid` is 1 while something is left to assemble; `reached` is what the episode comes to in the end.
+    Observations have one row more, for where the rollout ends. `valid` is 1 while something is left to
+    assemble; `reached` is the number of pairs that the episode comes to in the end.
     """
 
     def __init__(self, args: Args, policy: FlowPolicy):
@@ -246,8 +235,7 @@ class Replay(Ring):
         T = math.ceil(args.horizon / policy.chunk)
         slots = {name: torch.zeros(kept, T, N) for name in ("reward", "terminated", "valid", "reached")}
         slots["action"] = torch.zeros(kept, T, N, policy.action_size)
-        slots["state"] = torch.zeros(kept, T + 1, N, policy.obs_dim)
-        slots["stage"] = torch.zeros(kept, T + 1, N)
+        slots["obs"] = torch.zeros(kept, T + 1, N, policy.obs_dim + 1)
         super().__init__({name: value.to(args.device) for name, value in slots.items()})
 
     def starts(self, segments: int, length: int) -> torch.Tensor:
@@ -266,14 +254,12 @@ class Replay(Ring):
         return torch.cat(chosen)
 
     def draw(self, segments: int) -> dict[str, torch.Tensor]:
-        """Segments (SEGMENT, segments, ...), state and stage one longer; some of the newest rollout."""
+        """Segments (SEGMENT, segments, ...), some of them from the newest rollout."""
         length = min(SEGMENT, self.slots["reward"].shape[1])
         slot, start, env = self.starts(segments, length).T
-        t = start + torch.arange(length + 1, device=start.device)[:, None]  # (length + 1, segments)
-        batch = {name: value[slot, t[:-1], env] for name, value in self.slots.items()}
-        for name in "state", "stage":
-            batch[name] = self.slots[name][slot, t, env]
-        return batch
+        t = start + torch.arange(length, device=start.device)[:, None]  # (length, segments)
+        batch = {name: value[slot, t, env] for name, value in self.slots.items()}
+        return batch | {"next_obs": self.slots["obs"][slot, t + 1, env]}
 
 
 # -------------------------------------------------------------------- exploration and rollout
@@ -283,8 +269,19 @@ def make_envs(args: Args, num_envs: int):
     return FurnitureVectorEnv(num_envs, args.furniture, args.randomness, args.horizon, args.threads)
 
 
+def stages_of(args: Args) -> int:
+    """Pairs of parts that the task assembles: the largest return of an episode."""
+    return len(FURNITURE[args.furniture].pairs)
+
+
+def observe(policy: FlowPolicy, envs, args: Args) -> torch.Tensor:
+    """What the critic sees, (N, obs_dim + 1): the policy's state, and the share of pairs assembled."""
+    stage = torch.as_tensor(envs.score / stages_of(args), device=args.device)
+    return torch.cat([policy.normalize(envs.obs), stage[:, None]], -1).float()
+
+
 def explore(trajectory: torch.Tensor, args: Args) -> torch.Tensor:
-    """The action of a trajectory (K + 1, N, D), with noise |a - a_dagger_k| N(0, I), k a late step."""
+    """Actions of trajectories (K + 1, N, D), with noise |a - a_dagger_k| N(0, I): none if k = K - 1."""
     action = trajectory[-1]
     if args.exploration_steps == 0:
         return action
@@ -299,24 +296,22 @@ def explore(trajectory: torch.Tensor, args: Args) -> torch.Tensor:
 @torch.no_grad()
 def collect(policy: FlowPolicy, envs, rollout: dict, seed: int, args: Args) -> int:
     """Fills a rollout with exploration, from new episodes of `seed` on; returns environment steps."""
-    steps, pairs, device = 0, stages_of(args), args.device
+    steps, device = 0, args.device
     envs.reset(seed)
-    rollout["state"][0] = policy.normalize(envs.obs)
-    rollout["stage"][0] = 0
-    for t, state in enumerate(rollout["state"][:-1]):  # (N, obs_dim)
-        x0 = torch.randn(len(state), policy.action_size, device=device)
-        x0[: round(args.zero_fraction * len(state))] = 0
+    for t in range(len(rollout["action"])):
+        obs = observe(policy, envs, args)  # (N, obs_dim + 1)
+        x0 = torch.randn(len(obs), policy.action_size, device=device)
+        x0[: round(args.zero_fraction * len(obs))] = 0
         with autocast(args):
-            action = explore(policy.sample(state, x0, trajectory=True), args)
+            action = explore(policy.sample(obs[:, :-1], x0, trajectory=True), args)
         step = envs.step(policy.to_env(action))
         ended = step.terminated | step.truncated  # a time limit is a failure
-        row = dict(action=action, reward=step.reward, terminated=ended | (step.score == pairs),
-                   valid=rollout["stage"][t] < pairs, reached=step.score)  # fmt: skip
+        row = dict(obs=obs, action=action, reward=step.reward, valid=obs[:, -1] < 1, reached=step.score)
+        row["terminated"] = ended | (step.score == stages_of(args))
         for name, value in row.items():
             rollout[name][t] = torch.as_tensor(value, device=device)
-        rollout["state"][t + 1] = policy.normalize(envs.obs)
-        rollout["stage"][t + 1] = torch.as_tensor(np.where(ended, 0, step.score), device=device)
         steps += int(step.length.sum())
+    rollout["obs"][-1] = observe(policy, envs, args)
     reached, terminated = rollout["reached"], rollout["terminated"] > 0
     for t in reversed(range(len(reached) - 1)):  # an episode's rows learn what it reaches later
         reached[t] = torch.where(terminated[t], reached[t], reached[t + 1])
@@ -340,17 +335,16 @@ def td_lambda(reward, terminated, next_value, gamma: float, lam: float, most: fl
 
 @torch.no_grad()
 def critic_target(policy: FlowPolicy, target: Critic, batch: dict, args: Args) -> torch.Tensor:
-    """TD(lambda) targets (T, L); V(s') is the minimum of the targets at an action of the policy."""
-    state = batch["state"][1:].flatten(0, 1)  # (T * L, obs_dim)
-    obs = critic_obs(state, batch["stage"][1:].flatten(), args)
+    """TD(lambda) targets (T, L); V(s') is the minimum of the targets at a sampled action."""
+    obs = batch["next_obs"].flatten(0, 1)  # (T * L, obs_dim + 1)
     with autocast(args):
-        value = target(obs, policy.sample(state)).min(0).values.view_as(batch["reward"])
+        value = target(obs, policy.sample(obs[:, :-1])).min(0).values.view_as(batch["reward"])
     reward, terminated, most = batch["reward"], batch["terminated"], stages_of(args)
     return td_lambda(reward, terminated, value, args.gamma, args.td_lambda, most)
 
 
 def update_critic(critic: Critic, target: Critic, optimizer, obs, action, y, args: Args) -> dict:
-    """One step on critic_obs (B, .), action (B, D) and targets y (B,); the target networks follow."""
+    """One step on obs (B, .), action (B, D) and targets y (B,); the target networks follow."""
     with autocast(args):
         q = critic(obs, action)  # (2, B)
     loss = (q - y).square().mean(1).sum()
@@ -371,33 +365,32 @@ def start_noise(shape, args: Args) -> torch.Tensor:
     return noise * (torch.rand(*shape[:-1], 1, device=args.device) >= args.zero_fraction)
 
 
-def actor_losses(velocity, reference, critic: Critic, obs, obs_q, trajectory, args: Args, k=None):
-    """The three losses of eq. (16) on states obs (B, obs_dim) with trajectories (K + 1, B, P, D).
+def actor_losses(velocity, reference, critic: Critic, obs, trajectory, args: Args, k=None):
+    """The three losses of eq. (16) on obs (B, obs_dim + 1) with trajectories (K + 1, B, P, D).
 
-    The critic sees obs_q (B, .). Each particle has one step k (B, P) of its trajectory, drawn where it
-    is not given.
+    Each particle has one step k (B, P) of its trajectory, drawn where it is not given.
     """
     K, (_, B, P, D) = len(trajectory) - 1, trajectory.shape
     device, action = obs.device, trajectory[-1]  # a, (B, P, D)
-    obs = obs[:, None].expand(-1, P, -1)  # (B, P, obs_dim)
-    obs_q = obs_q[:, None].expand(-1, P, -1)
+    obs = obs[:, None].expand(-1, P, -1)
+    state = obs[..., :-1]  # (B, P, obs_dim)
     k = torch.randint(K, (B, P), device=device) if k is None else k
     x = trajectory.gather(0, k[None, ..., None].expand(1, -1, -1, D))[0]  # x_{t_k}, (B, P, D)
     t = k / K
     t_c = torch.randint(K, (B, P), device=device) / K
     x_c = interpolate(action, start_noise(action.shape, args), t_c)
     with autocast(args):
-        both = torch.stack([x, x_c]), torch.stack([t, t_c]), obs.expand(2, -1, -1, -1)
+        both = torch.stack([x, x_c]), torch.stack([t, t_c]), state.expand(2, -1, -1, -1)
         v, v_c = velocity(*both)
         with torch.no_grad():
-            v_ref = reference(x_c, t_c, obs)
+            v_ref = reference(x_c, t_c, state)
     a_dagger = expected_target(x, t, v)  # eq. (8)
 
     # transport: the expected targets move along the field, which grad Q at the particles makes
     query = a_dagger.detach()
     particles = (query if args.kernel == "delta" else action).clone().requires_grad_()
     with autocast(args):
-        q = critic(obs_q.reshape(B * P, -1), particles.view(B * P, D)).mean(0)
+        q = critic(obs.reshape(B * P, -1), particles.view(B * P, D)).mean(0)
     if args.q_gradient == "critic":
         (grad_q,) = torch.autograd.grad(q.sum(), particles)
     else:  # toward those of a state's particles that have a high Q
@@ -407,7 +400,8 @@ def actor_losses(velocity, reference, critic: Critic, obs, obs_q, trajectory, ar
     if args.transport_loss == "literal":
         transport = (a_dagger - (query + phi)).square().sum(-1).mean() / K  # eq. (13)
     else:
-        transport = -((v * phi).sum(-1) / (K * (1 - t))).mean()  # the authors' form of eq. (13)
+        # the authors' form of eq. (13): its gradient, divided by 2 (1 - t)^2
+        transport = -((v * phi).sum(-1) / (K * (1 - t))).mean()
 
     # consistency: every step of a trajectory points at the action that it ends in
     consistency = ((a_dagger - action).square().sum(-1) / (K * (1 - t)).square()).mean()  # eq. (14)
@@ -425,12 +419,13 @@ def actor_losses(velocity, reference, critic: Critic, obs, obs_q, trajectory, ar
     return transport, consistency, constraint, {key: value.detach() for key, value in metrics.items()}
 
 
-def update_actor(policy: FlowPolicy, reference: FlowPolicy, critic: Critic, optimizer, obs, obs_q, args):
-    """Samples P particles in each state of obs (B, obs_dim), then takes a step on eq. (16)."""
+def update_actor(policy: FlowPolicy, reference: FlowPolicy, critic: Critic, optimizer, obs, args: Args):
+    """Samples P particles for each of obs (B, obs_dim + 1), then takes a step on eq. (16)."""
     x0 = start_noise((len(obs), args.n_particles, policy.action_size), args)
+    state = obs[:, None, :-1].expand(-1, args.n_particles, -1)
     with torch.no_grad(), autocast(args):
-        trajectory = policy.sample(obs[:, None].expand(-1, args.n_particles, -1), x0, trajectory=True)
-    losses = actor_losses(policy.velocity, reference.velocity, critic, obs, obs_q, trajectory, args)
+        trajectory = policy.sample(state, x0, trajectory=True)
+    losses = actor_losses(policy.velocity, reference.velocity, critic, obs, trajectory, args)
     transport, consistency, constraint, metrics = losses
     loss = transport + args.consistency_weight * consistency  # eq. (16)
     loss += args.constraint_weight * constraint
@@ -501,9 +496,8 @@ def main(args: Args) -> dict | None:
     envs = make_envs(args, args.num_envs)
     policy = get_base(args, run, envs)
     base, reference = (copy.deepcopy(policy).requires_grad_(False) for _ in range(2))
-    obs_dim = policy.obs_dim + (stages_of(args) > 1)  # of the critic
-    width = CRITIC_WIDTH[args.preset]
-    critic = Critic(obs_dim, policy.action_size, args.critic_layer_norm, width).to(args.device)
+    sizes = policy.obs_dim + 1, policy.action_size
+    critic = Critic(*sizes, args.critic_layer_norm, CRITIC_WIDTH[args.preset]).to(args.device)
     target = copy.deepcopy(critic).requires_grad_(False)
     actor_optimizer = torch.optim.Adam(policy.velocity.parameters(), args.actor_lr, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_lr, fused=True)
@@ -538,11 +532,10 @@ def main(args: Args) -> dict | None:
                     batch = replay.draw(args.segments)
                     y = critic_target(policy, target, batch, args)
                     valid = batch["valid"] > 0
-                    obs, action, y = batch["state"][:-1][valid], batch["action"][valid], y[valid]
-                    obs_q = critic_obs(obs, batch["stage"][:-1][valid], args)
+                    obs, action, y = batch["obs"][valid], batch["action"][valid], y[valid]
                     for _ in range(args.critic_steps):
                         i = torch.randint(len(y), (args.critic_batch,), device=args.device)
-                        rows = obs_q[i], action[i], y[i]
+                        rows = obs[i], action[i], y[i]
                         run.add(update_critic(critic, target, critic_optimizer, *rows, args))
                 # 3. the actor: particles in some of the same states follow the transport field
                 with run.timer(row, "actor_s"):
@@ -553,11 +546,10 @@ def main(args: Args) -> dict | None:
                         decay = 1 + (args.actor_lr_end - 1) * spent
                         rise = min(1.0, state["actor_steps"] / ACTOR_WARMUP)
                         actor_optimizer.param_groups[0]["lr"] = args.actor_lr * decay * rise
-                        rows = obs[i], obs_q[i]
-                        run.add(update_actor(policy, reference, critic, actor_optimizer, *rows, args))
+                        run.add(update_actor(policy, reference, critic, actor_optimizer, obs[i], args))
             # 4. the reference of the constraint follows, or stays the base
             state["trained"] += 1
-            run.add({"diagnostics/base_distance": policy.distance(base, obs[:512])})
+            run.add({"diagnostics/base_distance": policy.distance(base, obs[:512, :-1])})
             if args.reference_every and state["trained"] % args.reference_every == 0:
                 reference.load_state_dict(policy.state_dict())
         run.log(row, state["env_steps"])

@@ -301,7 +301,7 @@ def test_a_run_in_isaac_resets_all_environments_together(simulator, tmp_path):
     (run,) = (tmp_path / "runs").iterdir()
     slot = torch.load(run / "checkpoint.replay0", weights_only=True)
     assert slot["reward"].T.tolist() == [[1, 0, 0], [0, 2, 0], [0, 0, 0]]
-    assert slot["stage"].T.tolist() == [[0, 1, 1, 0], [0, 0, 2, 0], [0, 0, 0, 0]]
+    assert (2 * slot["obs"][..., -1]).T.tolist() == [[0, 1, 1, 0], [0, 0, 2, 0], [0, 0, 0, 0]]
     assert slot["valid"].T.tolist() == [[1, 1, 1], [1, 1, 0], [1, 1, 1]]
     assert slot["reached"].T.tolist() == [[1] * 3, [2] * 3, [0] * 3]
     assert slot["terminated"].T.tolist() == [[0, 0, 1], [0, 1, 1], [0, 0, 1]]

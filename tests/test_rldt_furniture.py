@@ -27,9 +27,9 @@ from rldt_furniture import (
     Replay,
     actor_losses,
     collect,
-    critic_obs,
     critic_target,
     evaluate,
+    observe,
     stages_of,
     summary,
     td_lambda,
@@ -37,8 +37,8 @@ from rldt_furniture import (
 )
 
 
-def small_critic(policy, extra=0):
-    return Critic(policy.obs_dim + extra, policy.action_size, True, width=16, depth=2)
+def small_critic(policy):
+    return Critic(policy.obs_dim + 1, policy.action_size, True, width=16, depth=2)
 
 
 def copied(module):
@@ -154,35 +154,33 @@ def test_pairs_assembled_one_after_the_other_add_up():
 
 
 # ------------------------------------------------------------------------------------- critic
-@pytest.mark.parametrize("furniture, seen", [("lamp", True), ("one_leg", False)])
-def test_critic_sees_the_share_of_assembled_pairs_in_tasks_of_several(furniture, seen):
-    state, stage = torch.randn(2, 3, 4), torch.tensor([[0.0, 1, 2], [2, 0, 0]])
-    obs = critic_obs(state, stage, arguments(furniture=furniture))
-    assert torch.equal(obs[..., :4], state)
-    assert obs.shape == (2, 3, 4 + seen)
-    if seen:
-        assert torch.equal(obs[..., 4], stage / 2)
+@pytest.mark.parametrize("furniture, pairs", [("lamp", 2), ("one_leg", 1)])
+def test_critic_sees_the_state_and_the_share_of_the_pairs_that_are_assembled(furniture, pairs):
+    policy, envs = small_policy(), scripted(2, [9, 9], [(), ()])
+    envs.reset(100)
+    envs.score[:] = [0, 1]
+    obs = observe(policy, envs, arguments(furniture=furniture))
+    assert obs.dtype == torch.float32
+    assert torch.equal(obs[:, :-1], policy.normalize(envs.obs))
+    assert obs[:, -1].tolist() == [0, 1 / pairs]
 
 
 @pytest.mark.parametrize("furniture", ["one_leg", "lamp"])
-def test_critic_target_takes_the_smaller_value_of_the_next_row_at_an_action_of_the_policy(furniture):
+def test_critic_target_takes_the_smaller_value_of_the_next_obs_at_an_action_of_the_policy(furniture):
     args, stages = arguments(furniture=furniture, gamma=0.9, td_lambda=0.4), STAGES[furniture]
-    policy = small_policy()
-    target = small_critic(policy, extra=stages - 1)
+    policy, T, L = small_policy(), 3, 2
+    target = small_critic(policy)
     target.biases[-1].data.fill_(0.5 * stages)  # values inside [0, stages]
-    T, L = 3, 2
-    stage = torch.tensor([[0.0, 0], [0, 1], [1, 1], [1, 2]]).clamp_max(stages - 1)
-    batch = dict(state=torch.randn(T + 1, L, 4), stage=stage)
-    batch |= dict(reward=torch.zeros(T, L), terminated=torch.zeros(T, L))
+    batch = dict(next_obs=torch.randn(T, L, 5), reward=torch.zeros(T, L), terminated=torch.zeros(T, L))
     batch["reward"][1, 0] = batch["terminated"][1, 0] = 1
     torch.manual_seed(1)
     y = critic_target(policy, target, batch, args)
     torch.manual_seed(1)
     noise, values = torch.randn(T * L, policy.action_size).view(T, L, -1), torch.empty(T, L)
     for t, column in itertools.product(range(T), range(L)):
-        state, done = batch["state"][t + 1, column][None], batch["stage"][t + 1, column].view(1, 1)
-        seen = torch.cat([state, done / 2], 1) if stages == 2 else state
-        values[t, column] = target(seen, policy.sample(state, noise[t, column][None])).min()
+        obs = batch["next_obs"][t, column][None]
+        action = policy.sample(obs[:, :4], noise[t, column][None])
+        values[t, column] = target(obs, action).min()
     expected = td_lambda(batch["reward"], batch["terminated"], values, 0.9, 0.4, stages)
     torch.testing.assert_close(y, expected.detach(), rtol=1e-4, atol=1e-5)
     assert y[1, 0].item() == 1
@@ -205,13 +203,13 @@ class QuadraticCritic:
 def losses(**changes):
     """Networks, the three losses and what they were computed from, in double precision."""
     velocity, reference = (VelocityMLP(D, 3, 16, 3, 8).double() for _ in range(2))
-    obs = torch.randn(B, 3, dtype=torch.float64)
+    obs = torch.randn(B, 4, dtype=torch.float64)
     start = torch.randn(B, P, D, dtype=torch.float64)
-    each = obs[:, None].expand(-1, P, -1)
+    each = obs[:, None, :-1].expand(-1, P, -1)  # the states
     trajectory = sample(velocity, each, start, K, trajectory=True)
     args = arguments(**dict(alpha=0.3, transport_scale=1.0, transport_loss="literal") | changes)
     k = torch.randint(K, (B, P))
-    result = actor_losses(velocity, reference, QuadraticCritic(), obs, obs, trajectory, args, k)
+    result = actor_losses(velocity, reference, QuadraticCritic(), obs, trajectory, args, k)
     x = trajectory[k, torch.arange(B)[:, None], torch.arange(P)]
     return velocity, each, trajectory, x, k / K, args, result
 
@@ -258,8 +256,8 @@ def test_constraint_loss_is_eq_15_between_actions_and_the_noise_that_particles_s
         return x.sin()
 
     trajectory = torch.randn(K + 1, B, P, D, dtype=torch.float64)
-    obs, args = torch.randn(B, 3, dtype=torch.float64), arguments(zero_fraction=zero_fraction)
-    result = actor_losses(velocity, reference, QuadraticCritic(), obs, obs, trajectory, args)
+    obs, args = torch.randn(B, 4, dtype=torch.float64), arguments(zero_fraction=zero_fraction)
+    result = actor_losses(velocity, reference, QuadraticCritic(), obs, trajectory, args)
     moved = velocity(seen["x"], seen["t"], seen["obs"])
     expected = (moved - seen["x"].sin()).square().sum(-1).mean()
     torch.testing.assert_close(result[2], expected)
@@ -268,7 +266,7 @@ def test_constraint_loss_is_eq_15_between_actions_and_the_noise_that_particles_s
     assert (x0.abs() < 1e-5).all(-1).float().mean() == zero_fraction
 
 
-def test_critic_sees_what_it_is_given_and_both_velocities_the_state():
+def test_losses_show_the_velocities_the_state_and_the_critic_all():
     seen = {}
 
     def velocity(name):
@@ -278,11 +276,11 @@ def test_critic_sees_what_it_is_given_and_both_velocities_the_state():
         seen["critic"] = obs
         return action.sum(-1).expand(2, -1)
 
-    obs, obs_q, trajectory = torch.randn(B, 3), torch.randn(B, 4), torch.randn(K + 1, B, P, D)
-    actor_losses(velocity("actor"), velocity("reference"), critic, obs, obs_q, trajectory, arguments())
-    for name, given_obs in ("actor", obs), ("reference", obs), ("critic", obs_q):
-        each = seen[name].reshape(-1, B, P, given_obs.shape[1])
-        assert torch.equal(each, given_obs[:, None].expand(len(each), -1, P, -1)), name
+    obs, trajectory = torch.randn(B, 4), torch.randn(K + 1, B, P, D)
+    actor_losses(velocity("actor"), velocity("reference"), critic, obs, trajectory, arguments())
+    for name, expected in ("actor", obs[:, :-1]), ("reference", obs[:, :-1]), ("critic", obs):
+        each = seen[name].reshape(-1, B, P, expected.shape[1])
+        assert torch.equal(each, expected[:, None].expand(len(each), -1, P, -1)), name
 
 
 @pytest.mark.parametrize("zero_fraction", [0.0, 0.5, 1.0])
@@ -290,22 +288,22 @@ def test_update_actor_steps_along_the_weighted_losses_of_its_particles(monkeypat
     policy, seen = small_policy(), []
     bias = policy.velocity.trunk[0].bias
 
-    def fake_losses(velocity, reference, critic, obs, obs_q, trajectory, args):
-        seen.append((trajectory, obs_q))
+    def fake_losses(velocity, reference, critic, obs, trajectory, args):
+        seen.append((trajectory, obs))
         nothing = 0 * sum(p.sum() for p in velocity.parameters())  # a gradient for every weight
         return bias.sum() + nothing, 10 * bias.sum(), 100 * bias.sum(), {}
 
     monkeypatch.setattr(rldt_furniture, "actor_losses", fake_losses)
     weights = dict(consistency_weight=0.7, constraint_weight=0.2)
     args = arguments(n_particles=6, zero_fraction=zero_fraction, **weights)
-    before, obs, obs_q = bias.detach().clone(), torch.randn(50, 4), torch.randn(50, 5)
+    before, obs = bias.detach().clone(), torch.randn(50, 5)
     optimizer = torch.optim.SGD(policy.parameters(), 0.1)
     networks = policy, copy.deepcopy(policy), small_critic(policy)
-    metrics = update_actor(*networks, optimizer, obs, obs_q, args)
+    metrics = update_actor(*networks, optimizer, obs, args)
     torch.testing.assert_close(bias.detach(), before - 0.1 * (1 + 0.7 * 10 + 0.2 * 100))  # eq. (16)
     assert metrics["diagnostics/actor_grad_norm"].item() == pytest.approx(28 * 4)  # of 16 equal numbers
-    ((trajectory, seen_q),) = seen
-    assert seen_q is obs_q
+    ((trajectory, seen_obs),) = seen
+    assert seen_obs is obs
     assert trajectory.shape == (5, 50, 6, 4)
     assert not trajectory.requires_grad
     zero = (trajectory[0] == 0).all(-1).float()
@@ -314,7 +312,8 @@ def test_update_actor_steps_along_the_weighted_losses_of_its_particles(monkeypat
     assert (zero.mean(1) > 0).float().mean().item() == pytest.approx(some, abs=0.1)
     bias.data.copy_(before)
     with torch.no_grad():
-        again = policy.sample(obs[:, None].expand(-1, 6, -1), trajectory[0], trajectory=True)
+        state = obs[:, None, :-1].expand(-1, 6, -1)
+        again = policy.sample(state, trajectory[0], trajectory=True)
     torch.testing.assert_close(trajectory, again)
 
 
@@ -329,9 +328,8 @@ def numbered(added, valid=None, reached=None):
     for rollout in range(added):
         slot = replay.next()
         code = 1000.0 * rollout + 100 * torch.arange(N) + torch.arange(T + 1)[:, None]
-        slot["state"].copy_(code[..., None].expand(-1, -1, 2))
+        slot["obs"].copy_(code[..., None].expand(-1, -1, 3))
         slot["action"].copy_(code[:-1, :, None].expand(-1, -1, 3))
-        slot["stage"].copy_(code)
         slot["reward"].copy_(code[:-1])
         slot["valid"].copy_(torch.ones(T, N) if valid is None else valid)
         slot["reached"].copy_(torch.zeros(T, N) if reached is None else reached)
@@ -350,17 +348,16 @@ def test_segments_are_consecutive_rows_of_one_environment_that_begin_validly(add
     valid, reached = (torch.rand(T, N) < 0.7).float(), torch.randint(3, (T, N)).float()
     valid[0] = 1
     batch, length = draw(numbered(added, valid, reached), count, length), min(length, T)
-    assert batch["state"].shape == (length + 1, count, 2)
-    assert batch["action"].shape == (length, count, 3)
-    first = batch["state"][0, :, 0]
-    codes = first + torch.arange(length + 1)[:, None]
-    assert torch.equal(batch["state"], codes[..., None].expand(-1, -1, 2))
-    assert torch.equal(batch["stage"], codes)
-    assert torch.equal(batch["action"], codes[:-1, :, None].expand(-1, -1, 3))
-    assert torch.equal(batch["reward"], codes[:-1])
+    assert batch["obs"].shape == batch["action"].shape == (length, count, 3)
+    first = batch["obs"][0, :, 0]
+    codes = first + torch.arange(length)[:, None]
+    assert torch.equal(batch["obs"], codes[..., None].expand(-1, -1, 3))
+    assert torch.equal(batch["next_obs"], batch["obs"] + 1)
+    assert torch.equal(batch["action"], batch["obs"])
+    assert torch.equal(batch["reward"], codes)
     assert (batch["valid"][0] == 1).all()
     assert (first // 1000 >= max(0, added - CAPACITY)).all()
-    time, column = (codes[:-1] % 100).long(), (first // 100 % 10).long().expand(length, -1)
+    time, column = (codes % 100).long(), (first // 100 % 10).long().expand(length, -1)
     assert torch.equal(batch["valid"], valid[time, column])
     assert torch.equal(batch["reached"], reached[time, column])
 
@@ -381,12 +378,12 @@ def test_equally_many_segments_begin_in_episodes_of_each_number_of_pairs(count, 
 def test_at_least_the_fresh_share_comes_from_the_newest_rollout(added, count):
     reached = torch.zeros(T, N)
     reached[:3], reached[3:5] = 1, 2
-    rollout = draw(numbered(added, reached=reached), count, 2)["state"][0, :, 0] // 1000
+    rollout = draw(numbered(added, reached=reached), count, 2)["obs"][0, :, 0] // 1000
     assert (rollout == added - 1).sum() >= rldt_furniture.FRESH * count - 1e-9
 
 
 def test_every_kept_rollout_environment_and_start_is_drawn():
-    first = draw(numbered(5), 20_000, 3)["state"][0, :, 0].long()
+    first = draw(numbered(5), 20_000, 3)["obs"][0, :, 0].long()
     assert len(first.unique()) == CAPACITY * N * (T - 2)
     assert (first >= 2000).all()
 
@@ -396,7 +393,7 @@ def test_fresh_segments_come_from_wherever_there_are_some():
     replay.slots["reached"][0] = 1  # pairs assembled in the old rollout only
     begins = draw(replay, 10, 2)
     assert begins["reached"][0].sum() == 5
-    assert (begins["state"][0, :, 0] // 1000).sum() >= 2  # a third of the others
+    assert (begins["obs"][0, :, 0] // 1000).sum() >= 2  # a third of the others
 
 
 # ------------------------------------------------------------------------------------ rollouts
@@ -439,7 +436,7 @@ def test_rollout_of_scripted_episodes_of_two_pairs():
     envs = scripted(3, LENGTHS, PAIRS, {104: 2}, stages=2)
     policy, slot, steps = rollout(envs, 8)
     assert envs.begun == [100, 101, 102, 103, 104, 105, 106]
-    assert slot["stage"].T.tolist() == STAGE
+    assert slot["obs"][..., -1].T.tolist() == (np.array(STAGE) / 2).tolist()
     assert slot["reward"].T.tolist() == REWARD
     assert slot["terminated"].T.tolist() == TERMINATED
     assert slot["reached"].T.tolist() == REACHED
@@ -447,7 +444,7 @@ def test_rollout_of_scripted_episodes_of_two_pairs():
     for column, rows in enumerate(ROWS):
         for row, episode in enumerate(rows):
             expected = policy.normalize(envs.observation(*episode))
-            assert torch.equal(slot["state"][row, column], expected), (row, column)
+            assert torch.equal(slot["obs"][row, column, :-1], expected), (row, column)
     for t, chunks in enumerate(envs.executed):
         np.testing.assert_array_equal(chunks, policy.to_env(slot["action"][t]))
     assert steps == sum(envs.steps.values()) == 2 * 8 * 3 - 4  # an episode's last step is one env step
@@ -460,7 +457,8 @@ def test_what_follows_the_last_pair_is_masked_where_episodes_go_on():
     assert envs.begun == [100, 101, 102]
     assert slot["valid"].T.tolist() == [[1, 1, 0, 0, 1, 0, 0, 0], [1] * 8]
     assert slot["reward"].T.tolist() == [[1, 1, 0, 0, 2, 0, 0, 0], [0, 0, 0, 0, 0, 1, 0, 0]]
-    assert slot["stage"].T.tolist() == [[0, 1, 2, 2, 0, 2, 2, 2, 2], [0, 0, 0, 0, 0, 0, 1, 1, 1]]
+    stages = [[0, 1, 2, 2, 0, 2, 2, 2, 2], [0, 0, 0, 0, 0, 0, 1, 1, 1]]
+    assert (2 * slot["obs"][..., -1]).T.tolist() == stages
     assert slot["terminated"].T.tolist() == [[0, 1, 1, 1, 1, 1, 1, 1], [0] * 8]
     assert slot["reached"].T.tolist() == [[2] * 8, [1] * 8]
     assert steps == 2 * 8 * 2 - 1
@@ -471,14 +469,14 @@ def test_a_rollout_is_as_long_as_an_episode_may_be():
         args = arguments(horizon=horizon, num_envs=2, buffer_iterations=3)
         replay = Replay(args, small_policy(chunk=2))
         assert replay.slots["action"].shape == (3, rows, 2, 4)
-        assert replay.slots["state"].shape == (3, rows + 1, 2, 4)
+        assert replay.slots["obs"].shape == (3, rows + 1, 2, 5)
 
 
 @pytest.mark.parametrize("fraction, count", [(0.0, 0), (0.5, 2), (1.0, 4)])
 def test_share_of_the_environments_acts_from_zero(fraction, count):
     policy, slot, _ = rollout(scripted(4, [20] * 4, [()] * 4), 6, zero_fraction=fraction)
     with torch.no_grad():
-        deterministic = policy.sample(slot["state"][:-1], torch.zeros(6, 4, 4))
+        deterministic = policy.sample(slot["obs"][:-1, :, :-1], torch.zeros(6, 4, 4))
     same = (slot["action"] - deterministic).abs().amax((0, 2)) < 1e-5
     assert same.tolist() == [True] * count + [False] * (4 - count)
 
@@ -690,7 +688,7 @@ def test_run_succeeds_and_fails_in_turn_so_that_it_tests_something(fake_run):
     rows, replay = metrics(run), torch.load(run / "checkpoint.replay0", weights_only=True)
     assert any(0 < float(row["train_success"]) < 1 for row in rows[1:4])
     assert set(replay["reached"].unique().tolist()) == {0, 1, 2}
-    assert set(replay["stage"].unique().tolist()) == {0, 1}
+    assert set(replay["obs"][..., -1].unique().tolist()) == {0, 0.5}
     assert checkpoint(run)["critic"]["weights.0"].shape[1] == 44 + 1 + 40  # state, stage and action
     last = torch.load(run / "checkpoint.replay0", weights_only=True)["reached"][0]  # of rows[3]
     assert float(rows[3]["train_stages"]) == last.mean()
@@ -714,7 +712,7 @@ def test_run_with_the_other_choices_ends_with_finite_numbers(fakes, bases, tmp_p
     assert float(metrics(run)[2]["diagnostics/base_distance"]) > 0
     followed = all(torch.equal(value, saved["policy"][key]) for key, value in saved["reference"].items())
     assert followed == (changes["reference_every"] == 1)
-    assert saved["critic"]["weights.0"].shape[1] == DIMS[furniture] + 40 + (furniture == "lamp")
+    assert saved["critic"]["weights.0"].shape[1] == DIMS[furniture] + 1 + 40
     assert all(envs.closed for envs in fakes.made)
 
 
@@ -740,19 +738,18 @@ def test_the_actor_starts_after_the_warm_up(fakes, bases, tmp_path):
 def test_states_after_the_last_pair_reach_neither_update_and_the_critic_sees_their_stage(
     fakes, bases, tmp_path, monkeypatch
 ):
-    fakes.stop, used, seen = False, [], []
+    fakes.stop, seen = False, []
     critic, actor = rldt_furniture.update_critic, rldt_furniture.update_actor
     recorded_critic = lambda *args: seen.append(args[3]) or critic(*args)
-    recorded_actor = lambda *args: used.append(args[4]) or seen.append(args[5]) or actor(*args)
+    recorded_actor = lambda *args: seen.append(args[4]) or actor(*args)
     monkeypatch.setattr(rldt_furniture, "update_critic", recorded_critic)
     monkeypatch.setattr(rldt_furniture, "update_actor", recorded_actor)
     main(flags(bases["lamp"], tmp_path, segments=40))
     (envs,) = fakes.made
     valid = {seed % 100_000: chunks for seed, chunks in in_training(envs.valid).items()}
     assert len(valid) == len(in_training(envs.valid))  # no two seeds with the same last digits
-    for states in torch.cat(used), torch.cat(seen):
-        left = [valid[round(s[0].item() * 100_000)] - 1 - round(s[1].item() * 10) for s in states]
-        assert min(left) == 0  # the chunk that assembles the last pair, but none after it
+    left = [valid[round(s[0].item() * 100_000)] - 1 - round(s[1].item() * 10) for s in torch.cat(seen)]
+    assert min(left) == 0  # the chunk that assembles the last pair, but none after it
     assert any(chunks < 3 for chunks in valid.values())  # an episode is at least so long
     assert set(torch.cat(seen)[:, -1].tolist()) == {0, 0.5}
 
@@ -853,11 +850,11 @@ def test_run_on_mujoco_writes_every_file(one_leg):
 
 def test_replay_of_a_run_on_mujoco_holds_its_episodes(one_leg):
     slot = torch.load(one_leg[0] / "checkpoint.replay1", weights_only=True)  # of the second iteration
-    assert slot["state"].shape == (4, 2, 58)
+    assert slot["obs"].shape == (4, 2, 59)
     assert slot["valid"].tolist() == [[1, 1]] * 3
     assert torch.equal(slot["reward"] > 0, (slot["terminated"] > 0) & (slot["reached"] > 0))
-    assert (slot["state"][1:] != slot["state"][:-1]).any(-1).all()
-    assert slot["state"].abs().max() <= 5
+    assert (slot["obs"][1:] != slot["obs"][:-1]).any(-1).all()
+    assert slot["obs"].abs().max() <= 5
 
 
 def test_video_shows_the_policy_or_says_why_not(bases, tmp_path, capsys, monkeypatch):
