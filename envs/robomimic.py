@@ -228,7 +228,7 @@ class RobomimicEnv(gym.Env):
 
     The simulator is built at the first reset, so that a worker process owns its rendering context. A
     chunk's reward is the sum of its steps. Success terminates with `stop_on_success`; the time limit
-    truncates. info["success"] is whether the chunk solved the task, info["steps"] how many steps it took.
+    truncates. info["success"] is whether the chunk solved the task, info["steps"] how many it took.
     A chunk that holds NaN leaves the environment as it is. With `record`, every step adds to `frames`.
     """
 
@@ -327,7 +327,7 @@ class RobomimicVectorEnv:
             return RobomimicEnv(**kwargs)
 
         display = getattr(sys.modules.get("mujoco.egl"), "EGL_DISPLAY", None)  # MuJoCo's own context
-        renders = kwargs["images"] and (_rendering or display is not None)  # such a process must not fork
+        renders = kwargs["images"] and (_rendering or display is not None)  # it must not fork
         context = "fork" if sys.platform == "linux" and not renders else "spawn"
         disabled, makers = gym.vector.AutoresetMode.DISABLED, [make] * num_envs
         self.envs = gym.vector.AsyncVectorEnv(makers, context=context, autoreset_mode=disabled)

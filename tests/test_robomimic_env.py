@@ -34,8 +34,8 @@ STATE = {  # DPPO's order of keys without images, and their size
     "square": ([*(f"robot0_{key}" for key in ARM), "object"], 23),
     "transport": ([*(f"robot0_{key}" for key in ARM), *(f"robot1_{key}" for key in ARM), "object"], 59),
 }
-SECONDS = 60  # within which a fault must show on a busy machine; without care it would be the timeout of 300, or never
-CAMERAS = {"lift": ["agentview"], "can": ["agentview"], "square": ["agentview"], "transport": ["shouldercamera0", "shouldercamera1"]}
+SECONDS = 60  # within which a fault must show on a busy machine, where the timeout is 300
+CAMERAS = {task: ["agentview"] for task in STATE} | {"transport": ["shouldercamera0", "shouldercamera1"]}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -93,7 +93,7 @@ def build(task, images=False):
 
 @pytest.fixture(scope="module")
 def demonstration(lift):
-    """A demonstration of Lift: reset seed, first state, actions, and the rewards that robosuite's own step gives for them."""
+    """A demonstration of Lift: reset seed, first state, actions, and the rewards of robosuite's step."""
     env = lift
     with h5py.File(ROOT / "demos" / "lift" / "low_dim.hdf5") as file:
         demo = file["data/demo_0"]
@@ -120,16 +120,18 @@ def start(env, demonstration):
 
 
 def random_chunks(env, count, seed=0):
-    return np.random.default_rng(seed).uniform(-1, 1, (count, *env.action_space.shape)).astype(np.float32)
+    shape = count, *env.action_space.shape
+    return np.random.default_rng(seed).uniform(-1, 1, shape).astype(np.float32)
 
 
 # ---------------------------------------------------------------------------- the simulator's step
 def random_episode(env, step, steps):
-    """Observation, state, time and reward after each of `steps` random actions that are executed by `step`."""
+    """Observation, reward, state and time after each of `steps` random actions, executed by `step`."""
     seed_robosuite(3)
     env.reset()
     actions = np.random.default_rng(1).uniform(-1, 1, (steps, 7 * len(env.env.robots)))
-    return [(*step(env, i, action), simulator(env), env.env.cur_time) for i, action in enumerate(actions)]
+    steps = enumerate(actions)
+    return [(*step(env, i, action), simulator(env), env.env.cur_time) for i, action in steps]
 
 
 def plain_step(env, i, action):
@@ -143,7 +145,9 @@ def fast_step(env, i, action):
     return env.get_observation(env.env._get_observations()) if observe else None, reward
 
 
-@pytest.mark.parametrize(("task", "images", "steps"), [("lift", False, 100), ("square", False, 100), ("transport", False, 40), ("lift", True, 40)])
+@pytest.mark.parametrize(("task", "images", "steps"), [
+    ("lift", False, 60), ("square", False, 60), ("transport", False, 40), ("lift", True, 40),
+])  # fmt: skip
 def test_control_step_gives_the_states_observations_and_rewards_of_robosuites_step(task, images, steps):
     episodes = []
     for step in (plain_step, fast_step):
@@ -226,16 +230,18 @@ def test_observations_are_dppos(shared_env, image_env, task, images):
         raw = env.env.get_observation()  # robomimic's, read anew
         assert set(obs) == ({"state", "rgb"} if images else {"state"})
         assert obs["state"].shape == (size,)
-        np.testing.assert_array_equal(obs["state"], np.concatenate([raw[key] for key in keys]).astype(np.float32))
+        state = np.concatenate([raw[key] for key in keys]).astype(np.float32)
+        np.testing.assert_array_equal(obs["state"], state)
         assert env.observation_space.contains(obs)
         if images:
             views = [raw[f"{camera}_image"] for camera in CAMERAS[task]]
-            np.testing.assert_array_equal(obs["rgb"], np.concatenate([view.transpose(2, 0, 1) for view in views]))
+            rgb = np.concatenate([view.transpose(2, 0, 1) for view in views])
+            np.testing.assert_array_equal(obs["rgb"], rgb)
             assert obs["rgb"].shape == (3 * len(views), 96, 96)
             assert obs["rgb"].dtype == np.uint8
             assert obs["rgb"].std() > 10
-            upright = env.env.env.sim.render(height=96, width=96, camera_name=CAMERAS[task][0])[::-1]  # MuJoCo's first row is the lowest
-            np.testing.assert_array_equal(obs["rgb"][:3], upright.transpose(2, 0, 1))
+            lowest_first = env.env.env.sim.render(height=96, width=96, camera_name=CAMERAS[task][0])
+            np.testing.assert_array_equal(obs["rgb"][:3], lowest_first[::-1].transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize(("task", "chunk", "horizon", "arms"), [
@@ -249,17 +255,13 @@ def test_tasks_have_dppos_chunks_time_limits_and_actions(task, chunk, horizon, a
     assert (env.action_space.high == 1).all()
     settings = metadata(task, images=True)["env_kwargs"]
     assert settings["camera_names"] == CAMERAS[task]
-    assert (settings["control_freq"], settings["reward_shaping"], settings["robots"]) == (20, False, ["Panda"] * arms)
+    assert settings["robots"] == ["Panda"] * arms
+    assert (settings["control_freq"], settings["reward_shaping"]) == (20, False)
 
 
 def test_unknown_task_stops_with_the_known_ones():
     with pytest.raises(SystemExit, match=r"'lfit': choose lift, can, square, transport"):
         RobomimicEnv("lfit", images=False)
-
-
-def test_horizon_and_chunk_can_be_chosen():
-    env = RobomimicEnv("lift", images=False, horizon=12, chunk=3)
-    assert (env.horizon, env.action_space.shape) == (12, (3, 7))
 
 
 def test_reward_of_a_chunk_is_the_sum_of_its_steps(shared_env, demonstration):
@@ -289,7 +291,7 @@ def test_success_ends_a_chunk_at_once_where_it_ends_the_episode(shared_env, demo
 
 
 @pytest.mark.parametrize("stop_on_success", [False, True])
-def test_success_at_the_time_limit_is_a_termination_where_success_ends_the_episode(shared_env, demonstration, stop_on_success):
+def test_success_at_the_time_limit_ends_the_episode_as_such(shared_env, demonstration, stop_on_success):
     solved = int(np.argmax(demonstration[3] > 0))
     env = start(shared_env(stop_on_success=stop_on_success, horizon=solved + 1), demonstration)
     *_, terminated, truncated, info = env.step(demonstration[2][: solved + 3])
@@ -354,26 +356,24 @@ def test_episodes_share_one_compiled_model(shared_env):
 
 
 def test_fast_images_lack_shadows_and_little_else(image_env):
-    fast, full = (image_env(fast_render=flag).reset(seed=1)[0]["rgb"].astype(int) for flag in (True, False))
+    images = [image_env(fast_render=fast).reset(seed=1)[0]["rgb"] for fast in (True, False)]
+    fast, full = np.array(images, int)
     assert 0.5 < np.abs(fast - full).mean() < 5
 
 
-def test_recorded_frames_are_those_of_the_steps_since_the_last_call():
+def test_recorded_frames_are_those_of_the_steps():
     with closing(RobomimicEnv("lift", images=False, record=True)) as env:
         env.reset(seed=1)
-        chunk = random_chunks(env, 1)[0]
-        env.step(chunk)
-        frames = env.take_frames()
-        assert [frame.shape for frame in frames] == [(256, 256, 3)] * 4
-        assert frames[0].dtype == np.uint8
-        assert (frames[0] != frames[3]).any()
-        assert env.take_frames() == []
+        env.step(random_chunks(env, 1)[0])
+    assert [frame.shape for frame in env.frames] == [(256, 256, 3)] * 4
+    assert env.frames[0].dtype == np.uint8
+    assert (env.frames[0] != env.frames[3]).any()
 
 
 # ---------------------------------------------------------------------------- many environments
 @pytest.fixture(scope="module")
 def vector_env():
-    with closing(RobomimicVectorEnv(2, task="lift", images=False, stop_on_success=False)) as envs:
+    with closing(RobomimicVectorEnv(2, task="lift", images=False, horizon=8)) as envs:
         yield envs
 
 
@@ -392,17 +392,28 @@ def make_vector_env():
 
 
 class NoSimulator(RobomimicEnv):
-    """A RobomimicEnv without a simulator, for what happens around it; `fault` runs in every step."""
+    """A RobomimicEnv without a simulator, for what happens around it; `fault` runs in every step.
+
+    Its state is (seed, chunks since the reset, ...); an episode ends after seed % 10 chunks, and in the
+    last of them the task is solved where the seed is above 100.
+    """
 
     fault = staticmethod(lambda: None)
 
     def reset(self, *, seed=None, options=None):
-        return {"state": np.zeros(self.observation_space["state"].shape, np.float32)}, {}
+        self.obs["state"][:2] = seed, 0
+        return self.obs, {}
 
     def step(self, action):
-        if not np.isnan(action).any():
-            self.fault()
-        return self.reset()[0], 0.0, False, False, {"success": False, "steps": len(action)}
+        if np.isnan(action).any():
+            return self.obs, 0.0, False, False, {"success": False, "steps": 0}
+        self.fault()
+        self.obs["state"][1] += 1
+        seed, t = self.obs["state"][:2]
+        over = t == seed % 10
+        success = bool(over and seed > 100)
+        info = {"success": success, "steps": 4}
+        return self.obs, float(success), success, bool(over and not success), info
 
 
 @pytest.fixture
@@ -422,109 +433,107 @@ def pids(envs):
     return [process.pid for process in envs.envs.processes]
 
 
-def test_vector_env_steps_only_active_environments_and_resets_only_masked_ones(vector_env, shared_env):
-    everyone, first_only, second_only = np.array([True, True]), np.array([True, False]), np.array([False, True])
-    env = shared_env(stop_on_success=False)  # alone, what each of the two should do
-    chunks = random_chunks(env, 4)
-    alone = {}
-    for seed in (3, 4, 6):
-        alone[seed] = [env.reset(seed=seed)[0]["state"]] + [env.step(chunk)[0]["state"] for chunk in chunks]
+CHUNKS = np.zeros((2, 4, 7), np.float32)
 
-    obs = vector_env.reset([3, 4], everyone)["state"]
-    np.testing.assert_array_equal(obs, [alone[3][0], alone[4][0]])
-    obs, reward, terminated, truncated, success, steps = vector_env.step(np.stack([chunks[0]] * 2), everyone)
-    np.testing.assert_array_equal(obs["state"], [alone[3][1], alone[4][1]])
-    assert (reward.tolist(), success.tolist(), steps.tolist()) == ([0, 0], [False, False], [4, 4])
 
-    broken = np.stack([chunks[1], np.full_like(chunks[1], np.nan)])  # of the one that waits: never looked at
-    obs, *_, steps = vector_env.step(broken, first_only)
-    np.testing.assert_array_equal(obs["state"], [alone[3][2], alone[4][1]])
-    assert steps.tolist() == [4, 0]
-    obs = vector_env.reset([6, 7], first_only)
-    np.testing.assert_array_equal(obs["state"], [alone[6][0], alone[4][1]])
-    obs, *_, steps = vector_env.step(np.stack([chunks[0], chunks[1]]), everyone)
-    np.testing.assert_array_equal(obs["state"], [alone[6][1], alone[4][2]])  # the second was neither stepped nor reset
-    kept = obs["state"].copy()
-    obs, *_ = vector_env.step(np.stack([chunks[2]] * 2), second_only)
-    np.testing.assert_array_equal(obs["state"], [alone[6][1], alone[4][3]])
-    np.testing.assert_array_equal(kept, [alone[6][1], alone[4][2]])  # observations are copies
-    for flags in (terminated, truncated, success):
-        assert flags.dtype == bool
-        assert flags.shape == (2,)
+def test_vector_env_runs_the_episodes_of_single_environments(vector_env, shared_env):
+    env, chunks, alone = shared_env(horizon=8), random_chunks(shared_env(), 2), {}
+    for seed in (3, 4, 5):
+        alone[seed] = [env.reset(seed=seed)[0]["state"]]
+        alone[seed] += [env.step(chunk)[0]["state"] for chunk in chunks]
+    vector_env.reset(iter([3, 4, 5]))
+    np.testing.assert_array_equal(vector_env.obs["state"], [alone[3][0], alone[4][0]])
+    step = vector_env.step(np.stack([chunks[0]] * 2))
+    kept = step.next_obs["state"].copy()
+    np.testing.assert_array_equal(kept, [alone[3][1], alone[4][1]])
+    assert (step.reward.tolist(), step.score.tolist(), step.length.tolist()) == ([0, 0], [0, 0], [4, 4])
+    broken = np.full_like(chunks[1], np.nan)  # of the one that waits: never looked at
+    last = vector_env.step(np.stack([chunks[1], broken]), np.array([True, False]))
+    np.testing.assert_array_equal(last.next_obs["state"], [alone[3][2], alone[4][1]])
+    assert (last.truncated.tolist(), last.length.tolist()) == ([True, False], [4, 0])
+    np.testing.assert_array_equal(vector_env.obs["state"], [alone[5][0], alone[4][1]])  # it starts anew
+    np.testing.assert_array_equal(step.next_obs["state"], kept)  # observations are copies
+
+
+def test_episodes_take_the_seeds_in_order_and_without_one_an_environment_stays_idle(without_simulators):
+    envs, seen = without_simulators(), []
+    envs.reset(iter([1, 103, 2]))
+    while (envs.episode >= 0).any():
+        step = envs.step(CHUNKS)
+        seen.append([envs.episode.tolist(), step.next_obs["state"][:, :2].tolist(), step.score.tolist()])
+    assert seen == [
+        [[2, 1], [[1, 1], [103, 1]], [0, 0]],
+        [[2, 1], [[2, 1], [103, 2]], [0, 0]],
+        [[-1, -1], [[2, 2], [103, 3]], [0, 1]],
+    ]
+    envs.reset(iter([2]))  # fewer seeds than environments
+    assert envs.episode.tolist() == [0, -1]
+    assert envs.step(np.full((2, 4, 7), np.nan), np.zeros(2, bool)).length.tolist() == [0, 0]
+    envs.reset(101)  # a first seed
+    assert envs.obs["state"][:, 0].tolist() == [101, 102]
+    assert envs.step(CHUNKS).score.tolist() == [1, 0]
+    assert envs.obs["state"][:, 0].tolist() == [103, 102]
+    assert envs.step(CHUNKS).score.tolist() == [0, 1]  # a new episode is not solved yet
 
 
 def test_workers_render_where_this_process_has_a_renderer_too(image_env):
     obs, _ = image_env().reset(seed=5)
     with closing(RobomimicVectorEnv(1, timeout=SECONDS, task="lift", images=True)) as envs:
-        rgb = envs.reset([5], np.ones(1, bool))["rgb"][0]
+        envs.reset(5)
+        rgb = envs.obs["rgb"][0]
     assert rgb.std() > 10
     assert (rgb != obs["rgb"]).mean() < 0.01
 
 
 def test_vector_env_has_the_sizes_of_its_environments(vector_env):
-    assert (vector_env.num_envs, vector_env.horizon, vector_env.chunk, vector_env.action_dim) == (2, 300, 4, 7)
+    sizes = vector_env.num_envs, vector_env.horizon, vector_env.chunk, vector_env.action_dim
+    assert sizes == (2, 8, 4, 7)
     assert vector_env.observation_space["state"].shape == (19,)
 
 
 def test_vector_env_clips_actions(vector_env):
-    everyone, results = np.ones(2, bool), []
+    results = []
     for scale in (1.0, 7.0):
-        vector_env.reset([1, 1], everyone)
+        vector_env.reset(iter([1, 1]))
         chunks = scale * np.sign(random_chunks(RobomimicEnv("lift", images=False), 2))
-        results.append(vector_env.step(chunks, everyone)[0]["state"])
+        results.append(vector_env.step(chunks).next_obs["state"])
     np.testing.assert_array_equal(*results)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_vector_env_refuses_actions_that_are_not_finite(vector_env, value):
-    chunks = np.zeros((2, 4, 7), np.float32)
+    chunks = CHUNKS.copy()
     chunks[1, 0, 3] = value
-    vector_env.reset([1, 1], np.ones(2, bool))
+    vector_env.reset(1)
     with pytest.raises(FloatingPointError, match="non-finite action"):
-        vector_env.step(chunks, np.ones(2, bool))
+        vector_env.step(chunks)
 
 
 def test_ctrl_c_in_the_terminal_leaves_the_workers_alone(without_simulators):
-    envs, everyone = without_simulators(), np.ones(2, bool)
-    envs.reset([1, 2], everyone)
+    envs = without_simulators()
+    envs.reset(15)
     for pid in pids(envs):  # a terminal sends it to every process
         os.kill(pid, signal.SIGINT)
     time.sleep(0.2)
     try:
-        steps = envs.step(np.zeros((2, 4, 7)), everyone)[-1].tolist()
+        steps = envs.step(CHUNKS).length.tolist()
     except KeyboardInterrupt:  # would end pytest
         steps = None
     assert steps == [4, 4]
 
 
 @pytest.mark.parametrize("action", ["step", "reset"])
-def test_a_killed_worker_is_a_worker_error_within_seconds(make_vector_env, without_simulators, action):
-    envs, everyone = make_vector_env() if action == "step" else without_simulators(), np.ones(2, bool)
-    envs.reset([1, 2], everyone)
+def test_a_killed_worker_is_a_worker_error_within_seconds(without_simulators, action):
+    envs = without_simulators()
+    envs.reset(15)
     os.kill(pids(envs)[1], signal.SIGKILL)
     began = time.perf_counter()
     with pytest.raises(WorkerError, match=r"worker process ended, exit codes \[.*-9.*\].*--num-envs"):
-        envs.step(np.zeros((2, 4, 7)), everyone) if action == "step" else envs.reset([1, 2], everyone)
+        envs.step(CHUNKS) if action == "step" else envs.reset(1)
     assert time.perf_counter() - began < SECONDS
     assert not any(process.is_alive() for process in envs.envs.processes)
     envs.close()
     envs.close()
-
-
-def test_a_worker_killed_while_it_steps_is_a_worker_error_within_seconds(without_simulators):
-    envs = without_simulators(fault=staticmethod(lambda: os.kill(os.getpid(), signal.SIGKILL)))
-    envs.reset([1, 2], np.ones(2, bool))
-    began = time.perf_counter()
-    with pytest.raises(WorkerError, match="exit codes"):
-        envs.step(np.zeros((2, 4, 7)), np.array([False, True]))
-    assert time.perf_counter() - began < SECONDS
-
-
-def test_a_worker_that_exits_is_a_worker_error_within_seconds(without_simulators):
-    envs = without_simulators(fault=staticmethod(lambda: sys.exit("robosuite is missing")))
-    envs.reset([1, 2], np.ones(2, bool))
-    with pytest.raises(WorkerError, match="exit codes"):
-        envs.step(np.zeros((2, 4, 7)), np.ones(2, bool))
 
 
 def failing(error):
@@ -534,13 +543,26 @@ def failing(error):
     return fault
 
 
+ENDS = lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: sys.exit("robosuite is missing")
+
+
+@pytest.mark.parametrize("fault", ENDS)
+def test_a_worker_that_ends_while_it_steps_is_a_worker_error_within_seconds(without_simulators, fault):
+    envs = without_simulators(fault=staticmethod(fault))
+    envs.reset(15)
+    began = time.perf_counter()
+    with pytest.raises(WorkerError, match="exit codes"):
+        envs.step(CHUNKS, np.array([False, True]))
+    assert time.perf_counter() - began < SECONDS
+
+
 @pytest.mark.parametrize("error", [ValueError, OSError, FloatingPointError, EOFError, AssertionError])
 @pytest.mark.parametrize("active", [[True, True], [False, True]])
 def test_an_error_inside_a_simulator_is_a_worker_error_with_its_text(without_simulators, error, active):
     envs = without_simulators(fault=staticmethod(failing(error("mj_step diverged"))))
-    envs.reset([1, 2], np.ones(2, bool))
+    envs.reset(15)
     with pytest.raises(WorkerError, match="mj_step diverged"):
-        envs.step(np.zeros((2, 4, 7)), np.array(active))
+        envs.step(CHUNKS, np.array(active))
     assert not any(process.is_alive() for process in envs.envs.processes)
     envs.close()
 
@@ -548,18 +570,18 @@ def test_an_error_inside_a_simulator_is_a_worker_error_with_its_text(without_sim
 def test_an_error_in_the_real_simulator_is_a_worker_error(make_vector_env, monkeypatch):
     monkeypatch.setattr(module, "control_step", failing(RuntimeError("singular matrix")))
     envs = make_vector_env()
-    envs.reset([1, 2], np.ones(2, bool))
+    envs.reset(1)
     with pytest.raises(WorkerError, match="singular matrix"):
-        envs.step(np.zeros((2, 4, 7)), np.array([True, False]))
+        envs.step(CHUNKS, np.array([True, False]))
 
 
 @pytest.mark.parametrize("name", ["fault", "reset"])
 def test_a_simulator_that_does_not_answer_is_a_worker_error_after_the_timeout(without_simulators, name):
-    envs, everyone = without_simulators(timeout=1.0, **{name: lambda *args, **kwargs: time.sleep(600)}), np.ones(2, bool)
+    envs = without_simulators(timeout=1.0, **{name: lambda *args, **kwargs: time.sleep(600)})
     began = time.perf_counter()
     with pytest.raises(WorkerError, match="not answered for 1 s"):
-        envs.reset([1, 2], everyone)
-        envs.step(np.zeros((2, 4, 7)), everyone)
+        envs.reset(15)
+        envs.step(CHUNKS)
     assert 1 <= time.perf_counter() - began < SECONDS
     assert not any(process.is_alive() for process in envs.envs.processes)
     envs.close()
@@ -568,14 +590,14 @@ def test_a_simulator_that_does_not_answer_is_a_worker_error_after_the_timeout(wi
 @pytest.mark.parametrize("name", ["state", "reward"])
 def test_a_simulator_that_returns_nan_is_an_error(without_simulators, name):
     def step(self, action):
-        obs, value = self.reset()[0], {name: np.nan}
-        obs["state"][3] = value.get("state", 0)
-        return obs, value.get("reward", 0.0), False, False, {"success": False, "steps": 4}
+        value = {name: np.nan}
+        self.obs["state"][3] = value.get("state", 0)
+        return self.obs, value.get("reward", 0.0), False, False, {"success": False, "steps": 4}
 
-    envs, everyone = without_simulators(step=step), np.ones(2, bool)
-    envs.reset([1, 2], everyone)
+    envs = without_simulators(step=step)
+    envs.reset(15)
     with pytest.raises(FloatingPointError, match="simulator returned a non-finite"):
-        envs.step(np.zeros((2, 4, 7)), everyone)
+        envs.step(CHUNKS)
 
 
 def test_close_ends_the_workers(without_simulators):
@@ -593,7 +615,8 @@ def renderers(monkeypatch, working, stderr=""):
 
     def run(command, env, **kwargs):
         tried.append(env["MUJOCO_GL"])
-        return subprocess.CompletedProcess(command, 0 if tried[-1] in working else 1, stdout="", stderr=stderr)
+        code = 0 if tried[-1] in working else 1
+        return subprocess.CompletedProcess(command, code, stdout="", stderr=stderr)
 
     monkeypatch.setattr(subprocess, "run", run)
     return tried
@@ -642,33 +665,33 @@ def test_without_a_renderer_the_message_names_the_packages_to_install(monkeypatc
     assert os.environ["MUJOCO_GL"] == asked
 
 
-def test_a_renderer_that_crashes_without_a_word_is_passed_over(monkeypatch):
+def test_a_renderer_that_crashes_or_does_not_exist_is_passed_over(monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "crayon")
+    with pytest.raises(SystemExit, match=r"crayon: .*invalid value"):
+        choose_renderer(log=lambda text: None)
     monkeypatch.setenv("MUJOCO_GL", "egl")
     renderers(monkeypatch, set())
     with pytest.raises(SystemExit, match="egl: it crashed"):
         choose_renderer(log=lambda text: None)
 
 
-def test_a_backend_that_does_not_exist_does_not_render(monkeypatch):
-    monkeypatch.setenv("MUJOCO_GL", "crayon")
-    with pytest.raises(SystemExit, match=r"crayon: .*invalid value"):
-        choose_renderer(log=lambda text: None)
-
-
 NO_GL = """
-    import ctypes, ctypes.util
+    import ctypes, ctypes.util, re
 
     def without_gl(find):
         def wrapped(name, *args, **kwargs):
-            if name and any(part in str(name) for part in ("EGL", "OSMesa", "GL.so", "GLES")) or name == "GL":
+            if re.search("EGL|OSMesa|GL.so|GLES|^GL$", str(name)):
                 raise OSError(f"{name}: cannot open shared object file")
             return find(name, *args, **kwargs)
         return wrapped
 
-    init = ctypes.CDLL.__init__
-    ctypes.CDLL.__init__ = lambda self, name, *args, **kwargs: without_gl(lambda n: init(self, n, *args, **kwargs))(name)
-    find = ctypes.util.find_library
-    ctypes.util.find_library = lambda name: None if name in ("EGL", "GL", "OSMesa", "GLESv2", "GLESv1_CM") else find(name)
+    init, find = ctypes.CDLL.__init__, ctypes.util.find_library
+
+    def open_library(self, name, *args, **kwargs):
+        without_gl(lambda name: init(self, name, *args, **kwargs))(name)
+
+    ctypes.CDLL.__init__ = open_library
+    ctypes.util.find_library = lambda name: None if re.search("GL|OSMesa", str(name)) else find(name)
 
     from envs.robomimic import RobomimicEnv
     print(RobomimicEnv("lift", images=False).reset(seed=1)[0]["state"].shape)
@@ -676,14 +699,20 @@ NO_GL = """
 
 
 def test_state_observations_need_no_graphics_library():
-    environment = {key: value for key, value in os.environ.items() if key not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
+    environment = dict(os.environ)
+    for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM"):
+        environment.pop(name, None)
     command = [sys.executable, "-c", textwrap.dedent(NO_GL)]
-    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    options = dict(cwd=ROOT, env=environment, timeout=100, capture_output=True, text=True)
+    process = subprocess.run(command, **options)
     assert process.stdout.endswith("(19,)\n"), process.stderr
 
 
 # --------------------------------------------------------------------------- robomimic's imports
-STUBBED = "mujoco_py", "egl_probe", "torchvision", "torchvision.models", "torchvision.transforms", "torchvision.transforms.functional", "tensorboardX"
+STUBBED = (
+    "mujoco_py", "egl_probe", "tensorboardX", "torchvision", "torchvision.models",
+    "torchvision.transforms", "torchvision.transforms.functional",
+)  # fmt: skip
 
 
 def test_import_leaves_installed_modules_alone(monkeypatch):
@@ -739,7 +768,7 @@ def test_import_of_another_robosuite_stops_with_its_version(monkeypatch):
 
 
 @pytest.mark.parametrize("images, context", [(True, "spawn"), (False, "fork")])
-def test_simulators_with_cameras_are_not_forked_from_a_process_in_which_mujoco_renders(monkeypatch, images, context):
+def test_simulators_with_cameras_are_not_forked_from_one_that_renders(monkeypatch, images, context):
     """A forked copy of an open renderer hangs."""
     egl, seen = types.ModuleType("mujoco.egl"), {}
     egl.EGL_DISPLAY = object()  # as after the first mujoco.GLContext
@@ -747,5 +776,6 @@ def test_simulators_with_cameras_are_not_forked_from_a_process_in_which_mujoco_r
     monkeypatch.setattr(module, "_rendering", False)
     monkeypatch.setattr(module.sys, "platform", "linux")
     monkeypatch.setattr(module.gym.vector, "AsyncVectorEnv", lambda *args, **kwargs: seen.update(kwargs))
+    monkeypatch.setattr(module, "choose_renderer", lambda: "egl")
     module.RobomimicVectorEnv(2, task="lift", images=images)
     assert seen["context"] == context
