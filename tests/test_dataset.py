@@ -107,11 +107,6 @@ def test_d4rl_file_without_an_array_is_refused(tmp_path, d4rl_arrays, key, value
     refusal(path)
 
 
-def test_empty_d4rl_file_is_refused(tmp_path, d4rl_arrays):
-    path = write_hdf5(tmp_path / "a.hdf5", {key: value[:0] for key, value in d4rl_arrays.items()})
-    assert "same number of steps" in refusal(path)
-
-
 # ---------------------------------------------------------------------------------------- DPPO
 def test_dppo_round_trip(dppo):
     data = load(dppo())
@@ -150,7 +145,7 @@ def test_dppo_file_with_a_wrong_array_is_refused(dppo, key, value, words):
 def test_dppo_without_its_normalization_is_refused(dppo):
     path = dppo()
     path.with_name("normalization.npz").unlink()
-    assert "normalization.npz must lie beside it" in refusal(path)
+    assert "normalization.npz" in refusal(path)
 
 
 # ------------------------------------------------------------------------------- damaged files
@@ -287,15 +282,6 @@ def test_recorded_observations_follow_from_the_recorded_actions(tmp_path):
         np.testing.assert_array_equal(arrays["observations"][t], envs.obs[0])
         step = envs.step(arrays["actions"][t][None, None])
         assert arrays["rewards"][t] == pytest.approx(step.reward[0], rel=1e-6)
-
-
-def test_noise_zero_records_the_mean_action(tmp_path):
-    one = dict(num_envs=1, steps=5)
-    first, second = (contents(make(tmp_path, f"{n}.hdf5", noise=0.0, **one)) for n in range(2))
-    noisy = contents(make(tmp_path, "noisy.hdf5", **one))
-    np.testing.assert_array_equal(first["actions"], second["actions"])
-    np.testing.assert_array_equal(first["observations"][0], noisy["observations"][0])
-    assert np.abs(first["actions"][0] - noisy["actions"][0]).max() > 1e-3
 
 
 def test_a_task_without_a_demonstrator_names_the_way_out(tmp_path):

@@ -131,6 +131,7 @@ def test_halfcheetah_is_truncated_after_exactly_1000_steps_inside_a_chunk(backen
 
 def test_chunk_sums_rewards_until_the_episode_ends_and_ignores_its_rest():
     envs = started("RldtCounter-v0", 1)
+    assert (envs.backend, VectorEnv("Hopper-v4", 1).backend) == ("gymnasium", "envpool")
     np.testing.assert_array_equal(envs.obs, [[0, 0]])
     actions = np.array([0.1, 0.2, 0.3, 0.4], np.float32).reshape(1, 4, 1)
     whole = 1 + 2 + 3 + 4 + 1.0
@@ -160,32 +161,6 @@ def test_actions_are_clipped_to_the_action_space():
     assert envs.step(np.array([[[-7.0]]])).reward[0] == pytest.approx(-1 + 2)
 
 
-def test_envpool_chunks_equal_their_single_steps():
-    whole, single = (started("Hopper-v4", 6, "envpool", seed=4) for _ in range(2))
-    rng, ended = np.random.default_rng(2), 0
-    for _ in range(25):
-        actions, alive = rng.uniform(-1, 1, (6, 5, 3)).astype(np.float32), np.ones(6, bool)
-        chunk = whole.step(actions)
-        total, length, score = np.zeros(6), np.zeros(6, int), np.zeros(6)
-        last, new = np.zeros((6, 11), np.float32), np.zeros((6, 11), np.float32)
-        for c in range(5):
-            step = single.step(actions[:, c : c + 1], alive)
-            total, length = total + step.reward, length + alive
-            last[alive], new[alive] = step.next_obs[alive], single.obs[alive]
-            score[alive] = step.score[alive]
-            alive = alive & ~(step.terminated | step.truncated)
-        np.testing.assert_array_equal(chunk.terminated | chunk.truncated, ~alive)
-        np.testing.assert_array_equal(chunk.length, length)
-        np.testing.assert_allclose([chunk.reward, chunk.score], [total, score], rtol=1e-12)
-        np.testing.assert_array_equal(chunk.next_obs, last)
-        np.testing.assert_array_equal(whole.obs, new)
-        start, fallen = whole.obs[~alive], chunk.next_obs[~alive]
-        assert (np.abs(start[:, 0] - 1.25) < 0.006).all()  # the height of a reset, with its noise
-        assert ((fallen[:, 0] < 0.7) | (np.abs(fallen[:, 1]) > 0.2)).all()  # low or tilted
-        ended += len(start)
-    assert ended >= 6
-
-
 @pytest.mark.parametrize("backend", ["envpool", "gymnasium"])
 def test_environments_that_are_not_active_stay_as_they_are(backend):
     some, every = (started("Hopper-v4", 4, backend, seed=5) for _ in range(2))
@@ -204,19 +179,14 @@ def test_environments_that_are_not_active_stay_as_they_are(backend):
         assert_steps([x[~active] for x in first], [x[~active] for x in second])
 
 
-@pytest.mark.parametrize("backend", ["envpool", "gymnasium"])
-def test_the_same_seed_gives_the_same_episodes_and_another_seed_others(backend):
-    starts = [started("Hopper-v4", 3, backend, seed).obs for seed in (1, 1, 2)]
-    np.testing.assert_array_equal(starts[0], starts[1])
-    assert np.abs(starts[0] - starts[2]).min(1).max() > 0
-    assert len(np.unique(starts[0], axis=0)) == 3
-
-
 @pytest.mark.parametrize("env_id, backend", [
     ("Hopper-v4", "envpool"), ("Hopper-v4", "gymnasium"), ("RldtShort-v0", "gymnasium"),
 ])  # fmt: skip
 def test_environments_come_back_in_the_middle_of_their_episodes(env_id, backend):
     first, second = (started(env_id, 3, backend, seed) for seed in (8, 9))
+    if env_id == "Hopper-v4":  # environment i has the seed 8 + i, or 9 + i
+        np.testing.assert_array_equal(first.obs[1:], second.obs[:2])
+        assert len(np.unique(first.obs, axis=0)) == 3
     rng = np.random.default_rng(4)
     draw = lambda: rng.uniform(-1, 1, (3, 3, first.action_dim)).astype(np.float32)
     for _ in range(2):
@@ -236,11 +206,6 @@ def test_environments_come_back_in_the_middle_of_their_episodes(env_id, backend)
 def test_unknown_task_stops_with_its_name(backend):
     with pytest.raises(SystemExit, match="NoSuchTask-v7"):
         VectorEnv("NoSuchTask-v7", 1, backend=backend)
-
-
-def test_envpool_is_taken_where_it_has_the_task():
-    assert VectorEnv("Hopper-v4", 1).backend == "envpool"
-    assert VectorEnv("RldtCounter-v0", 1).backend == "gymnasium"
 
 
 @pytest.mark.parametrize("env_id, name", [

@@ -83,12 +83,6 @@ def test_gradient_of_the_authors_transport_loss_is_weighted_by_one_over_one_minu
     torch.testing.assert_close(gradients(velocity, transport), expected)
 
 
-def test_literal_transport_loss_has_the_value_of_eq_13():
-    velocity, obs, trajectory, x, t, (transport, *_) = losses("literal")
-    phi = field(velocity, obs, trajectory, x, t)
-    torch.testing.assert_close(transport, phi.square().sum(-1).mean() / K)
-
-
 def test_consistency_loss_has_the_value_and_gradient_of_eq_14():
     velocity, obs, trajectory, x, t, (_, consistency, *_) = losses("literal")
     a_dagger = x + (1 - t)[..., None] * velocity(x, t, obs)

@@ -362,21 +362,6 @@ def test_the_budget_that_ends_first_ends_the_run_and_is_spent_once(args, iterati
     assert budgets(args, 3.0) == [*enumerate(shares)]
 
 
-def test_wall_time_is_counted_on_after_a_resume(args, only_run, monkeypatch):
-    def stop(iteration, row):
-        if iteration == 2:
-            raise InterruptedError
-
-    args.iterations, args.wall_budget_s = 0, 9.0
-    monkeypatch.setattr(runs, "time", FakeTime())
-    with pytest.raises(InterruptedError):
-        train(args, stop)
-    train(Args(iterations=0, wall_budget_s=9.0, resume=only_run()))
-    rows = (only_run() / "metrics.csv").read_text().splitlines()
-    walls = [float(row.split(",")[2]) for row in rows[1:]]
-    assert walls == [1, 4, 7, 8, 11, 12]  # a second to evaluate, three to train
-
-
 def test_log_averages_what_was_added_and_sums_what_was_timed(args, monkeypatch):
     monkeypatch.setattr(runs, "time", FakeTime())
     run = Run(args, "toy")
@@ -515,19 +500,3 @@ def test_a_second_ctrl_c_stops_at_once(args, only_run):
         train(args, press)
     assert seen == ["once"]
     assert torch.load(only_run() / "checkpoint.pt", weights_only=True)["progress"]["iteration"] == 4
-
-
-def test_a_row_logged_twice_stands_in_tensorboard_once(args, only_run, monkeypatch):
-    def killed(self):
-        if self.progress["iteration"] == 5:  # logged, not saved
-            self.writer.flush()
-            raise Killed
-        save_parts(self.checkpoint, self.parts)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Run, "save", killed)
-        train(args)
-    train(Args(resume=only_run()))
-    events = EventAccumulator(str(only_run()))
-    events.Reload()
-    assert [event.step for event in events.Scalars("losses/toy")] == [4, 8, 12, 16]
