@@ -445,7 +445,7 @@ def evaluate(policy: FlowPolicy, envs, args: Args, episodes: int, seed: int) -> 
     stages = np.zeros(2 * episodes)  # first those from x_0 = 0
     envs.reset(iter(2 * [*range(seed, seed + episodes)]))
     while (envs.episode >= 0).any():
-        episode = envs.episode.copy()  # that each environment runs; -1: none is left
+        episode = envs.episode.copy()  # which of them each environment runs; -1: none is left
         x0 = torch.randn(len(episode), policy.action_size, device=args.device, generator=generator)
         x0[torch.as_tensor(episode < episodes)] = 0
         with autocast(args):
@@ -456,7 +456,7 @@ def evaluate(policy: FlowPolicy, envs, args: Args, episodes: int, seed: int) -> 
 
 
 def summary(stages: np.ndarray, name: str, args: Args) -> dict[str, float]:
-    """Success of episodes that assembled these pairs, with its 95 % interval (Wilson), and the pairs."""
+    """Success of episodes that assembled `stages` pairs, its 95 % interval (Wilson), and their mean."""
     success = stages == stages_of(args)
     interval = binomtest(int(success.sum()), len(success)).proportion_ci(method="wilson")
     scores = {
@@ -496,8 +496,9 @@ def main(args: Args) -> dict | None:
     envs = make_envs(args, args.num_envs)
     policy = get_base(args, run, envs)
     base, reference = (copy.deepcopy(policy).requires_grad_(False) for _ in range(2))
-    sizes = policy.obs_dim + 1, policy.action_size
-    critic = Critic(*sizes, args.critic_layer_norm, CRITIC_WIDTH[args.preset]).to(args.device)
+    width = CRITIC_WIDTH[args.preset]
+    critic = Critic(policy.obs_dim + 1, policy.action_size, args.critic_layer_norm, width)
+    critic.to(args.device)
     target = copy.deepcopy(critic).requires_grad_(False)
     actor_optimizer = torch.optim.Adam(policy.velocity.parameters(), args.actor_lr, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_lr, fused=True)
@@ -519,10 +520,11 @@ def main(args: Args) -> dict | None:
         else:
             # 1. roll out with exploration
             with run.timer(row, "rollout_s"):
-                first = 100_000_000 * (args.seed % 20 + 1) + 10_000 * (run.rank + run.world * iteration)
+                block = run.rank + run.world * iteration  # of seeds, none of them an evaluation's
+                first = 100_000_000 * (args.seed % 20 + 1) + 10_000 * block
                 steps = collect(policy, envs, replay.next(), first, args)
             state["env_steps"] += steps * run.world
-            pairs = replay.newest()["reached"][0]  # of the first episodes: later ones may be cut
+            pairs = replay.newest()["reached"][0]  # of first episodes: the rollout's end cuts later ones
             row["train_success"] = (pairs == stages_of(args)).float().mean()
             row["train_stages"] = pairs.mean()
 
@@ -531,7 +533,7 @@ def main(args: Args) -> dict | None:
                 with run.timer(row, "critic_s"):
                     batch = replay.draw(args.segments)
                     y = critic_target(policy, target, batch, args)
-                    valid = batch["valid"] > 0
+                    valid = batch["valid"] > 0  # in Isaac Gym an episode goes on after success
                     obs, action, y = batch["obs"][valid], batch["action"][valid], y[valid]
                     for _ in range(args.critic_steps):
                         i = torch.randint(len(y), (args.critic_batch,), device=args.device)
