@@ -287,15 +287,15 @@ def fit(network: nn.Module, loss, steps: int, lr: float, args: Args, checkpoint:
 def pretrain(args: Args, data: dict, checkpoint, epochs, batch, lr, head_steps, **sizes) -> Policy:
     """Flow matching on demonstrations, eq. (1)-(2): a policy of these sizes, its weights averaged.
 
-    With images, a step of the encoder costs many of the velocity network, which needs more of them: then
-    shifted copies of all images are encoded once, for `head_steps` steps of that network alone.
+    The velocity network needs more steps than an encoder of images can afford. So shifted copies of all
+    images are then encoded once, for `head_steps` further steps of the velocity network alone.
     """
     cameras = len(TASKS[args.task].cameras) if args.obs == "image" else 0
     policy = Policy(data["state"].shape[1], data["action"].shape[1], cameras=cameras, **sizes)
+    policy.to(args.device)
     for key, values in ("obs", data["state"]), ("action", data["action"]):
         low, high = np.minimum(values.min(0), 0), np.maximum(values.max(0), 0)  # with zero (DPPO)
         policy.set_limits(**{f"{key}_min": low, f"{key}_max": high})
-    policy.to(args.device)
     first = chunk_starts(data["episode_ends"], policy.chunk)  # (n,)
     action = policy.from_env(data["action"][first[:, None] + np.arange(policy.chunk)])  # (n, D)
     obs = policy.observe(data)  # of all steps
@@ -324,9 +324,8 @@ def pretrain(args: Args, data: dict, checkpoint, epochs, batch, lr, head_steps, 
     with torch.no_grad(), autocast(args):
         cond = policy.encode(take(obs, first[held_out]))
         validation = flow_matching_loss(policy.velocity, action[held_out], cond).item()
-    if not math.isfinite(validation):
-        raise FloatingPointError("the flow-matching loss is not finite: pretrain with smaller steps")
     policy.info = dict(task=args.task, obs=args.obs, validation_loss=validation)
+    policy.info["fast_render"] = FAST_RENDER[args.preset]
     return policy
 
 
@@ -341,12 +340,10 @@ def get_base(args: Args, run: Run) -> Policy:
         elif shipped.exists() and not (args.pretrain or args.dataset):
             policy = Policy.load(shipped)
         else:
-            fast = FAST_RENDER[args.preset]
-            data = dataset.get(args.task, args.obs, args.dataset, fast)
+            data = dataset.get(args.task, args.obs, args.dataset, FAST_RENDER[args.preset])
             checkpoint = run.path / "pretraining.pt"  # to clone from images takes hours
             settings = PRETRAINING[args.preset][args.obs]
             policy = pretrain(args, data, checkpoint, chunk=spec.chunk, **settings)
-            policy.info["fast_render"] = fast
             checkpoint.unlink()
         policy.save(kept, **policy.info)
     run.barrier()
@@ -391,7 +388,7 @@ class Replay(Ring):
         kinds = [kind for kind in (valid & succeeded, valid & ~succeeded) if kind.any()]
         for n, kind in enumerate(kinds):
             rows = kind.nonzero()
-            fresh = rows[rows[:, 0] == self.slot]
+            fresh = rows[rows[:, 0] == self.slot]  # in the newest rollout
             count = segments // len(kinds) + (n < segments % len(kinds))
             fresh_count = math.ceil(FRESH * count) if len(fresh) else 0
             for group, size in (fresh, fresh_count), (rows, count - fresh_count):
@@ -403,12 +400,11 @@ class Replay(Ring):
         """Segments (SEGMENT, segments, ...), some of them from the newest rollout."""
         length = min(SEGMENT, self.slots["reward"].shape[1])
         slot, start, env = self.starts(segments, length).T
-        t = start + torch.arange(length, device=start.device)[:, None]  # (length, segments)
-        batch = {name: value[slot, t, env] for name, value in self.slots.items()}
+        t = start + torch.arange(length + 1, device=start.device)[:, None]  # (length + 1, segments)
         names = [name for name in ("state", "rgb") if name in self.slots]
-        batch["obs"] = {name: batch[name] for name in names}
-        batch["next_obs"] = {name: self.slots[name][slot, t + 1, env] for name in names}
-        return batch
+        obs = {name: self.slots[name][slot, t, env] for name in names}
+        batch = {name: value[slot, t[:-1], env] for name, value in self.slots.items() if name not in obs}
+        return batch | {"obs": take(obs, slice(length)), "next_obs": take(obs, slice(1, None))}
 
 
 # -------------------------------------------------------------------- exploration and rollout
@@ -444,7 +440,7 @@ def explore(trajectory: torch.Tensor, args: Args) -> torch.Tensor:
 def collect(policy: Policy, envs: RobomimicVectorEnv, rollout: dict, seed: int, args: Args):
     """Fills a rollout with exploration, from new episodes of `seed` on.
 
-    Returns its environment steps, and of the episodes that ended whether they succeeded.
+    Returns environment steps, and for each episode that ended whether it succeeded.
     """
     steps, successes, device = 0, [], args.device
     solved = np.zeros(args.num_envs)  # whether the running episodes succeeded before
@@ -500,13 +496,6 @@ def critic_target(policy: Policy, target: Critic, batch: dict, args: Args) -> to
     return td_lambda(batch["reward"], batch["terminated"], value, args.gamma, args.td_lambda)
 
 
-def minibatches(rows: int, batch: int, steps: int, device: str) -> tuple[torch.Tensor, ...]:
-    """Indices of `steps` minibatches; no row comes again before all others have come."""
-    passes = -(-steps * batch // rows)
-    order = torch.cat([torch.randperm(rows, device=device) for _ in range(passes)])
-    return order[: steps * batch].split(batch)
-
-
 def update_critic(critic: Critic, target: Critic, policy: Policy, optimizer, obs, action, y, args):
     """One step on obs (B, ...), action (B, D) and targets y (B,); the target networks follow."""
     with autocast(args):
@@ -550,26 +539,27 @@ def actor_losses(velocity, reference, critic, cond, cond_ref, cond_q, trajectory
             v_ref = reference(x_c, t_c, cond_ref)
     a_dagger = expected_target(x, t, v)  # eq. (8)
 
-    # the transport field moves the expected targets along grad Q at the particles
+    # transport: the expected targets move along the field, which grad Q at the particles makes
     query = a_dagger.detach()
     particles = (query if args.kernel == "delta" else action).clone().requires_grad_()
     with autocast(args):
         q = critic(cond_q.reshape(B * P, -1), particles.view(B * P, D)).mean(0)
     if args.q_gradient == "critic":
         (grad_q,) = torch.autograd.grad(q.sum(), particles)
-    else:
+    else:  # toward those of a state's particles that have a high Q
         grad_q = particle_gradient(q.detach().to(particles.dtype).view(B, P), particles.detach())
     grad_q = args.transport_scale * grad_q
     phi = transport_field(query, particles.detach(), grad_q, args.alpha, args.kernel)  # eq. (6)
     if args.transport_loss == "literal":
         transport = (a_dagger - (query + phi)).square().sum(-1).mean() / K  # eq. (13)
     else:
-        transport = -((v * phi).sum(-1) / (K * (1 - t))).mean()  # the authors' form of eq. (13)
+        # the authors' form of eq. (13): its gradient, divided by 2 (1 - t)^2
+        transport = -((v * phi).sum(-1) / (K * (1 - t))).mean()
 
-    # each step of a trajectory points at the action that the trajectory ends in
+    # consistency: every step of a trajectory points at the action that it ends in
     consistency = ((a_dagger - action).square().sum(-1) / (K * (1 - t)).square()).mean()  # eq. (14)
 
-    # the velocity stays near the reference's, on fresh points of the path
+    # constraint: on fresh points of the path, the velocity stays near the reference's
     constraint = (v_c - v_ref).square().sum(-1).mean()  # eq. (15)
 
     distance = torch.cdist(action, action).sum() / max(1, B * P * (P - 1))
@@ -607,15 +597,6 @@ def update_actor(policy: Policy, reference: Policy, critic: Critic, optimizer, o
     return metrics | {"diagnostics/actor_grad_norm": torch.stack(norms).norm()}
 
 
-@torch.no_grad()
-def velocity_distance(policy: Policy, base: Policy, obs: Obs) -> torch.Tensor:
-    """How far the policy's velocity has moved from the base's, at x_0 ~ N(0, I) in states (B, ...)."""
-    x0 = torch.randn(len(obs["state"]), policy.action_size, device=policy.obs_min.device)
-    t = torch.zeros((), device=x0.device)
-    moved = policy.velocity(x0, t, policy.encode(obs)) - base.velocity(x0, t, base.encode(obs))
-    return moved.norm(dim=-1).mean()
-
-
 # --------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
 def evaluate(policy: Policy, envs: RobomimicVectorEnv, args: Args, episodes: int, seed: int):
@@ -637,8 +618,8 @@ def evaluate(policy: Policy, envs: RobomimicVectorEnv, args: Args, episodes: int
 
 def summary(success: np.ndarray, name: str) -> dict[str, float]:
     """The share of successes, with Wilson's 95 % interval."""
-    interval = binomtest(int(success.sum()), len(success)).proportion_ci(method="wilson")
-    return {name: float(success.mean()), f"{name}_low": interval.low, f"{name}_high": interval.high}
+    low, high = binomtest(int(success.sum()), len(success)).proportion_ci(method="wilson")
+    return {name: float(success.mean()), f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
 # --------------------------------------------------------------------------------------- main
@@ -686,7 +667,7 @@ def main(args: Args) -> dict | None:
         actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer,
     )  # fmt: skip
 
-    for iteration, spent in run.iterations():
+    for iteration, spent in run.iterations():  # spent: the share of the run's iterations or seconds
         row = {}
         if iteration % args.eval_every == 0 or spent == 1:  # this iteration only evaluates
             if run.rank == 0:
@@ -697,7 +678,8 @@ def main(args: Args) -> dict | None:
         else:
             # 1. roll out with exploration
             with run.timer(row, "rollout_s"):
-                first = 100_000_000 * (args.seed % 20 + 1) + 10_000 * (run.rank + run.world * iteration)
+                block = run.rank + run.world * iteration  # of seeds, none of them an evaluation's
+                first = 100_000_000 * (args.seed % 20 + 1) + 10_000 * block
                 steps, successes = collect(policy, envs, replay.next(), first, args)
             state["env_steps"] += steps * run.world
             if successes:
@@ -708,11 +690,12 @@ def main(args: Args) -> dict | None:
                 with run.timer(row, "critic_s"):
                     batch = replay.draw(args.segments)
                     y = critic_target(policy, target, batch, args)
-                    valid = batch["valid"] > 0
+                    valid = batch["valid"] > 0  # without --stop-on-success, episodes go on after it
                     obs, action, y = take(batch["obs"], valid), batch["action"][valid], y[valid]
-                    for i in minibatches(len(y), args.critic_batch, args.critic_steps, args.device):
-                        batch = take(obs, i), action[i], y[i]
-                        run.add(update_critic(critic, target, policy, critic_optimizer, *batch, args))
+                    for _ in range(args.critic_steps):
+                        i = torch.randint(len(y), (args.critic_batch,), device=args.device)
+                        rows = take(obs, i), action[i], y[i]
+                        run.add(update_critic(critic, target, policy, critic_optimizer, *rows, args))
                 # 3. the actor: particles in some of the same states follow the transport field
                 with run.timer(row, "actor_s"):
                     warm = state["trained"] < args.warmup_iterations
@@ -722,12 +705,12 @@ def main(args: Args) -> dict | None:
                         decay = 1 + (args.actor_lr_end - 1) * spent
                         rise = min(1.0, state["actor_steps"] / ACTOR_WARMUP)
                         actor_optimizer.param_groups[0]["lr"] = args.actor_lr * decay * rise
-                        some = take(obs, i)
-                        run.add(update_actor(policy, reference, critic, actor_optimizer, some, args))
+                        rows = take(obs, i)
+                        run.add(update_actor(policy, reference, critic, actor_optimizer, rows, args))
             # 4. the reference of the constraint follows, or stays the base
             state["trained"] += 1
-            some = take(obs, slice(256))
-            run.add({"diagnostics/base_distance": velocity_distance(policy, base, some)})
+            cond = policy.encode(take(obs, slice(256)))
+            run.add({"diagnostics/base_distance": policy.distance(base, cond)})
             if args.reference_every and state["trained"] % args.reference_every == 0:
                 reference.load_state_dict(policy.state_dict())
         run.log(row, state["env_steps"])
