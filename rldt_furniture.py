@@ -23,7 +23,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from scipy.stats import binomtest
 from tqdm import tqdm
 
 from common.flow import FlowPolicy, expected_target, flow_matching_loss, interpolate
@@ -34,12 +33,13 @@ from demos import furniture as dataset
 from demos.dataset import chunk_starts
 from envs.furniture_isaac import IsaacVectorEnv, isaac_missing
 from envs.furniture_mujoco import FURNITURE, FurnitureVectorEnv, record_video
+from envs.interface import success_rate
 
 
 # ---------------------------------------------------------------------------------- arguments
 @dataclass
-class Args:
-    """Settings. Where a default differs from the paper's, docs/rldt_furniture.md says why."""
+class TaskArgs:
+    """Settings of every method on these tasks."""
 
     # the run
     furniture: Literal["one_leg", "lamp"] = "one_leg"  # a leg of a table, or a lamp's bulb and hood
@@ -71,6 +71,11 @@ class Args:
     eval_every: Count = 40  # every n-th iteration only evaluates (authors: 10)
     eval_episodes: Count = 30  # from x_0 = 0, and again from noise, during training
     final_eval_episodes: Count = 100  # of the base, the final and the best policy
+
+
+@dataclass
+class Args(TaskArgs):
+    """Settings of RLDT. Where a default differs from the paper's, docs/rldt_furniture.md says why."""
 
     # exploration and replay
     exploration_steps: Size = 0  # noise |a - a_dagger_k|, k of this many last Euler steps (authors: 2)
@@ -157,7 +162,7 @@ class Critic(nn.Module):
 
 
 # -------------------------------------------------------------------------------- base policy
-def pretrain(args: Args, data: dict, checkpoint: Path, epochs: int, batch: int, lr: float,
+def pretrain(args: TaskArgs, data: dict, checkpoint: Path, epochs: int, batch: int, lr: float,
              spread: float, start: Path | None = None, **sizes) -> FlowPolicy:  # fmt: skip
     """Flow matching on demonstrations, eq. (1)-(2): a policy of these sizes, its weights averaged.
 
@@ -201,7 +206,7 @@ def pretrain(args: Args, data: dict, checkpoint: Path, epochs: int, batch: int, 
     return averaged
 
 
-def get_base(args: Args, run: Run, envs) -> FlowPolicy:
+def get_base(args: TaskArgs, run: Run, envs) -> FlowPolicy:
     """The base policy: given, shipped, or pretrained here; the run keeps a copy of its own."""
     kept = run.path / "base.safetensors"
     shipped = dataset.DEMOS / args.furniture / f"base_{args.randomness}.safetensors"
@@ -263,13 +268,13 @@ class Replay(Ring):
 
 
 # -------------------------------------------------------------------- exploration and rollout
-def make_envs(args: Args, num_envs: int):
+def make_envs(args: TaskArgs, num_envs: int):
     if args.backend == "isaac":
         return IsaacVectorEnv(num_envs, args.furniture, args.randomness, args.horizon)
     return FurnitureVectorEnv(num_envs, args.furniture, args.randomness, args.horizon, args.threads)
 
 
-def stages_of(args: Args) -> int:
+def stages_of(args: TaskArgs) -> int:
     """Pairs of parts that the task assembles: the largest return of an episode."""
     return len(FURNITURE[args.furniture].pairs)
 
@@ -408,7 +413,6 @@ def actor_losses(velocity, reference, critic: Critic, obs, trajectory, args: Arg
 
     # constraint: on fresh points of the path, the velocity stays near the reference's
     constraint = (v_c - v_ref).square().sum(-1).mean()  # eq. (15)
-
     distance = torch.cdist(action, action).sum() / max(1, B * P * (P - 1))
     metrics = {
         "losses/transport": transport, "losses/consistency": consistency,
@@ -456,33 +460,27 @@ def evaluate(policy: FlowPolicy, envs, args: Args, episodes: int, seed: int) -> 
 
 
 def summary(stages: np.ndarray, name: str, args: Args) -> dict[str, float]:
-    """Success of episodes that assembled `stages` pairs, its 95 % interval (Wilson), and their mean."""
-    success = stages == stages_of(args)
-    interval = binomtest(int(success.sum()), len(success)).proportion_ci(method="wilson")
-    scores = {
-        f"eval_success{name}": success.mean(), f"eval_success{name}_low": interval.low,
-        f"eval_success{name}_high": interval.high, f"eval_stages{name}": stages.mean(),
-        f"eval_stages{name}_std": stages.std(),
-    }  # fmt: skip
-    return {key: float(value) for key, value in scores.items()}
+    """Success of episodes that assembled `stages` pairs, its interval, and their mean."""
+    scores = success_rate(stages == stages_of(args), f"eval_success{name}")
+    return scores | {f"eval_stages{name}": stages.mean(), f"eval_stages{name}_std": stages.std()}
 
 
 # --------------------------------------------------------------------------------------- main
-def resolve(args: Args):
+def resolve(args: TaskArgs):
     """Fills in what depends on the machine and on the task."""
     if args.backend == "auto":
         args.backend = "mujoco" if isaac_missing() else "isaac"
     if args.backend == "isaac" and isaac_missing():
         raise SystemExit(f"--backend isaac: {isaac_missing()}; use --backend mujoco.")
-    if args.q_gradient == "particles" and args.n_particles < 2:
-        raise SystemExit("--q-gradient particles needs --n-particles of at least 2, better 16.")
     args.horizon = args.horizon or FURNITURE[args.furniture].horizon
-    args.transport_scale = args.transport_scale or TRANSPORT_SCALE[args.furniture]
 
 
 def main(args: Args) -> dict | None:
     set_up(args)
     resolve(args)
+    if args.q_gradient == "particles" and args.n_particles < 2:
+        raise SystemExit("--q-gradient particles needs --n-particles of at least 2, better 16.")
+    args.transport_scale = args.transport_scale or TRANSPORT_SCALE[args.furniture]
     task, eval_seed = f"{args.furniture}-{args.randomness}", 1_000_000 * (args.seed + 1)
     if args.evaluate:
         policy = FlowPolicy.load(args.evaluate / "policy.safetensors").to(args.device)

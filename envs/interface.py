@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
+from scipy.stats import binomtest
 
 
 class Step(NamedTuple):
@@ -20,7 +21,7 @@ class Step(NamedTuple):
     length: np.ndarray
     """Environment steps taken, at most those of the chunk."""
     score: np.ndarray
-    """Of the episode so far: its return (Gym), success 0 or 1 (robomimic), pairs assembled (furniture)."""
+    """Of the episode so far: return (Gym), success 0 or 1 (robomimic), pairs assembled (furniture)."""
 
 
 class ChunkEnvs(Protocol):
@@ -43,3 +44,9 @@ class ChunkEnvs(Protocol):
 
     def close(self) -> None:
         """Ends the simulators."""
+
+
+def success_rate(success: np.ndarray, name: str) -> dict[str, float]:
+    """The share of episodes (n,) that succeeded, by name, and its 95 % interval (Wilson)."""
+    interval = binomtest(int(success.sum()), len(success)).proportion_ci(method="wilson")
+    return {name: float(success.mean()), f"{name}_low": interval.low, f"{name}_high": interval.high}
