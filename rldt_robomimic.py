@@ -642,6 +642,7 @@ def main(args: Args) -> dict | None:
     task, eval_seed = f"{args.task}-{args.obs}", 1_000_000 * (args.seed + 1)
     if args.evaluate:
         policy = Policy.load(args.evaluate / "policy.safetensors").to(args.device)
+        policy.info = Policy.load(args.evaluate / "base.safetensors").info  # how images are rendered
         envs = make_envs(args, policy)
         scores = evaluate(policy, envs, args, args.final_eval_episodes, eval_seed)
         envs.close()
