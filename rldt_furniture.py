@@ -23,10 +23,9 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from common.flow import FlowPolicy, expected_target, flow_matching_loss, interpolate
-from common.runs import Ring, Run, autocast, average_gradients, load_parts, save_parts, set_up
+from common.flow import FlowPolicy, expected_target, fit, flow_matching_loss, interpolate
+from common.runs import Ring, Run, autocast, average_gradients, set_up
 from common.settings import Count, Share, Size, Weight, parse_args
 from common.svgd import particle_gradient, transport_field
 from demos import furniture as dataset
@@ -166,7 +165,7 @@ def pretrain(args: TaskArgs, data: dict, checkpoint: Path, epochs: int, batch: i
              spread: float, start: Path | None = None, **sizes) -> FlowPolicy:  # fmt: skip
     """Flow matching on demonstrations, eq. (1)-(2): a policy of these sizes, its weights averaged.
 
-    It begins with the weights and the scaling of `start`, and goes on from an unfinished `checkpoint`.
+    It begins with the weights and the scaling of `start`, where given.
     """
     policy = FlowPolicy(data["state"].shape[1], data["action"].shape[1], **sizes).to(args.device)
     policy.set_limits(**dataset.limits(data, spread))
@@ -175,34 +174,17 @@ def pretrain(args: TaskArgs, data: dict, checkpoint: Path, epochs: int, batch: i
     first = chunk_starts(data["episode_ends"], policy.chunk)  # (n,)
     obs = policy.normalize(data["state"][first])  # (n, obs_dim)
     action = policy.from_env(data["action"][first[:, None] + np.arange(policy.chunk)])  # (n, D)
-    averaged = copy.deepcopy(policy)
-    optimizer = torch.optim.AdamW(policy.velocity.parameters(), lr, weight_decay=1e-6, fused=True)
-    steps = max(1, epochs * (len(obs) - len(obs) // 20) // batch)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, lr / 10)
-    progress = dict(step=0, order=torch.randperm(len(obs), device=args.device))
-    settings = sizes | dict(steps=steps, batch=batch, lr=lr, spread=spread, start=str(start))
-    parts = dict(settings=settings, progress=progress, policy=policy, averaged=averaged,
-                 optimizer=optimizer, schedule=schedule)  # fmt: skip
-    if checkpoint.exists():
-        load_parts(checkpoint, parts, args.device)
-    held_out, train = progress["order"].tensor_split([len(obs) // 20])
-    for step in tqdm(range(progress["step"], steps), desc="pretraining", mininterval=1):
+    held_out, train = torch.randperm(len(obs), device=args.device).tensor_split([len(obs) // 20])
+
+    def loss():
         i = train[torch.randint(len(train), (batch,), device=args.device)]
-        with autocast(args):
-            loss = flow_matching_loss(policy.velocity, action[i], obs[i])  # eq. (2)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(list(averaged.parameters()), list(policy.parameters()), 0.005)
-        if (step + 1) % 500 == 0:
-            progress["step"] = step + 1
-            save_parts(checkpoint, parts)
+        return flow_matching_loss(policy.velocity, action[i], obs[i])  # eq. (2)
+
+    averaged = fit(policy, loss, max(1, epochs * len(train) // batch), lr, args, checkpoint)
     with torch.no_grad():
-        loss = flow_matching_loss(averaged.velocity, action[held_out], obs[held_out]).item()
-    averaged.info = dict(furniture=args.furniture, randomness=args.randomness, validation_loss=loss)
-    checkpoint.unlink(missing_ok=True)
+        validation = flow_matching_loss(averaged.velocity, action[held_out], obs[held_out])
+    info = dict(furniture=args.furniture, randomness=args.randomness)
+    averaged.info = info | dict(validation_loss=validation.item())
     return averaged
 
 
@@ -219,6 +201,7 @@ def get_base(args: TaskArgs, run: Run, envs) -> FlowPolicy:
             data = dataset.get(args.furniture, args.randomness, args.dataset)
             policy = pretrain(args, data, run.path / "pretraining.pt", **PRETRAINING[args.preset])
         policy.save(kept, **policy.info)
+        (run.path / "pretraining.pt").unlink(missing_ok=True)
     run.barrier()
     policy = FlowPolicy.load(kept).to(args.device)
     if (policy.obs_dim, policy.action_dim) != (envs.obs_dim, envs.action_dim):

@@ -17,9 +17,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from common.flow import FlowPolicy, expected_target, flow_matching_loss, interpolate
+from common.flow import FlowPolicy, expected_target, fit, flow_matching_loss, interpolate
 from common.runs import Ring, Run, autocast, average, average_gradients, set_up
 from common.settings import Count, Share, Size, Weight, parse_args
 from common.svgd import transport_field
@@ -149,7 +148,7 @@ class Critic(nn.Module):
 
 
 # -------------------------------------------------------------------------------- base policy
-def pretrain(args: TaskArgs, data: dataset.Demonstrations, epochs: int, batch: int, lr: float, **sizes):
+def pretrain(args: TaskArgs, data: dataset.Demonstrations, checkpoint: Path, epochs, batch, lr, **sizes):
     """Flow matching on demonstrations, eq. (1)-(2): a policy of these sizes, its weights averaged."""
     policy = FlowPolicy(data.observations.shape[1], data.actions.shape[1], **sizes).to(args.device)
     policy.set_limits(**data.limits())
@@ -157,23 +156,15 @@ def pretrain(args: TaskArgs, data: dataset.Demonstrations, epochs: int, batch: i
     obs = policy.normalize(data.observations[first])  # (n, obs_dim)
     action = policy.from_env(data.actions[first[:, None] + np.arange(policy.chunk)])  # (n, D)
     held_out, train = torch.randperm(len(obs), device=args.device).tensor_split([len(obs) // 20])
-    averaged = copy.deepcopy(policy)
-    optimizer = torch.optim.AdamW(policy.velocity.parameters(), lr, weight_decay=1e-6, fused=True)
-    steps = max(1, epochs * len(train) // batch)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, lr / 10)
-    for _ in tqdm(range(steps), desc="pretraining", mininterval=1):
+
+    def loss():
         i = train[torch.randint(len(train), (batch,), device=args.device)]
-        with autocast(args):
-            loss = flow_matching_loss(policy.velocity, action[i], obs[i])  # eq. (2)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(list(averaged.parameters()), list(policy.parameters()), 0.005)
+        return flow_matching_loss(policy.velocity, action[i], obs[i])  # eq. (2)
+
+    averaged = fit(policy, loss, max(1, epochs * len(train) // batch), lr, args, checkpoint)
     with torch.no_grad():
-        loss = flow_matching_loss(averaged.velocity, action[held_out], obs[held_out]).item()
-    averaged.info = dict(env_id=args.env_id, validation_loss=loss)
+        validation = flow_matching_loss(averaged.velocity, action[held_out], obs[held_out])
+    averaged.info = dict(env_id=args.env_id, validation_loss=validation.item())
     return averaged
 
 
@@ -187,8 +178,9 @@ def get_base(args: TaskArgs, run: Run, envs: VectorEnv) -> FlowPolicy:
             policy = FlowPolicy.load(shipped)
         else:
             data = dataset.get(args.env_id, args.dataset, envs)
-            policy = pretrain(args, data, **PRETRAINING[args.preset])
+            policy = pretrain(args, data, run.path / "pretraining.pt", **PRETRAINING[args.preset])
         policy.save(kept, **policy.info)
+        (run.path / "pretraining.pt").unlink(missing_ok=True)
     run.barrier()
     policy = FlowPolicy.load(kept).to(args.device)
     if (policy.obs_dim, policy.action_dim) != (envs.obs_dim, envs.action_dim):

@@ -10,16 +10,17 @@ Gaussian. baselines/ppo.py has the loop, docs/baselines.md the equations.
 import copy
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import rldt_gym as family
 from baselines import ppo
+from common.flow import fit
 from common.runs import autocast, average_gradients
 from common.settings import Count, Share, Size, Weight, parse_args
 from demos import dataset
@@ -135,34 +136,24 @@ def make_policy(base: family.FlowPolicy, args: Args) -> DenoisingPolicy:
 
 
 # -------------------------------------------------------------------------------- base policy
-def pretrain(args: Args, data: dataset.Demonstrations, epochs: int, batch: int, lr: float, **sizes):
+def pretrain(args: Args, data: dataset.Demonstrations, checkpoint: Path, epochs, batch, lr, **sizes):
     """The family's pretraining, by the loss of the noise: the base of the diffusion."""
     policy = family.FlowPolicy(data.observations.shape[1], data.actions.shape[1], **sizes)
-    policy.set_limits(**data.limits())
     policy.to(args.device)
+    policy.set_limits(**data.limits())
     first = dataset.chunk_starts(data.episode_ends, policy.chunk)  # (n,)
     obs = policy.normalize(data.observations[first])  # (n, obs_dim)
     action = policy.from_env(data.actions[first[:, None] + np.arange(policy.chunk)])  # (n, D)
     held_out, train = torch.randperm(len(obs), device=args.device).tensor_split([len(obs) // 20])
-    averaged = copy.deepcopy(policy)
-    optimizer = torch.optim.AdamW(policy.velocity.parameters(), lr, weight_decay=1e-6, fused=True)
-    steps = max(1, epochs * len(train) // batch)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, lr / 10)
-    for _ in tqdm(range(steps), desc="pretraining", mininterval=1):
+
+    def loss():
         i = train[torch.randint(len(train), (batch,), device=args.device)]
-        with autocast(args):
-            loss = noise_loss(policy, action[i], obs[i])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(list(averaged.parameters()), list(policy.parameters()), 0.005)
+        return noise_loss(policy, action[i], obs[i])
+
+    averaged = fit(policy, loss, max(1, epochs * len(train) // batch), lr, args, checkpoint)
     with torch.no_grad():
-        loss = noise_loss(averaged, action[held_out], obs[held_out]).item()
-    if not math.isfinite(loss):
-        raise FloatingPointError("the loss of the noise is not finite: pretrain with smaller steps")
-    averaged.info = dict(env_id=args.env_id, form="diffusion", validation_loss=loss)
+        validation = noise_loss(averaged, action[held_out], obs[held_out]).item()
+    averaged.info = dict(env_id=args.env_id, form="diffusion", validation_loss=validation)
     return averaged
 
 
@@ -171,8 +162,10 @@ def get_base(args: Args, run, envs) -> family.FlowPolicy:
     kept = run.path / "base.safetensors"
     if args.form == "diffusion" and run.rank == 0 and not args.base and not kept.exists():
         settings = family.PRETRAINING[args.preset] | dict(euler_steps=DIFFUSION_STEPS)
-        policy = pretrain(args, dataset.get(args.env_id, args.dataset, envs), **settings)
+        data, checkpoint = dataset.get(args.env_id, args.dataset, envs), run.path / "pretraining.pt"
+        policy = pretrain(args, data, checkpoint, **settings)
         policy.save(kept, **policy.info)
+        checkpoint.unlink(missing_ok=True)
     base = family.get_base(args, run, envs)
     form = base.info.get("form", "flow")
     if form != args.form:

@@ -1,5 +1,6 @@
-"""Flow-matching policy: velocity network, loss, Euler sampler, expected target, scaling and file."""
+"""Flow-matching policy: velocity network, pretraining, Euler sampler, expected target, file."""
 
+import copy
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -11,6 +12,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
+
+from common.runs import autocast, load_parts, save_parts
 
 ACTIVATIONS = {"relu": nn.ReLU, "mish": nn.Mish, "silu": nn.SiLU, "gelu": nn.GELU}
 
@@ -42,26 +46,14 @@ class VelocityMLP(nn.Module):
     """Velocity v_theta(x, t, s) of a flow-matching policy, a residual MLP as in DPPO (Ren et al. 2024).
 
     Args:
-        action_size: D, the size of a flattened action chunk.
-        cond_dim: size of the conditioning vector s.
-        width, depth: hidden width, and number of hidden layers; depth 3 is one residual block.
-        time_dim: size of the time embedding.
-        activation: relu, mish, silu or gelu.
+        action_size, cond_dim: D, the size of a flattened action chunk, and that of s.
+        width, depth: of the hidden layers, and their number; depth 3 is one residual block.
         layer_norm: LayerNorm inside the residual blocks.
         cond_mlp: sizes of an MLP through which s goes first, or () for none.
     """
 
-    def __init__(
-        self,
-        action_size: int,
-        cond_dim: int,
-        width: int = 512,
-        depth: int = 3,
-        time_dim: int = 16,
-        activation: str = "relu",
-        layer_norm: bool = False,
-        cond_mlp: Sequence[int] = (),
-    ):
+    def __init__(self, action_size: int, cond_dim: int, width=512, depth=3, time_dim=16,
+                 activation="relu", layer_norm=False, cond_mlp: Sequence[int] = ()):  # fmt: skip
         super().__init__()
         if depth < 3 or depth % 2 == 0:
             raise ValueError(f"depth must be odd and at least 3 (blocks have two layers), got {depth}")
@@ -102,6 +94,34 @@ def flow_matching_loss(velocity: Velocity, action: torch.Tensor, cond: torch.Ten
     return F.mse_loss(velocity(interpolate(action, noise, t), t, cond), action - noise)
 
 
+def fit(network: nn.Module, loss, steps: int, lr: float, args, checkpoint: Path | None = None):
+    """AdamW on `loss()`, its steps falling to a tenth along a cosine; a network of averaged weights.
+
+    Goes on from `checkpoint` where that file exists; it is written every 500 steps.
+    """
+    averaged, progress = copy.deepcopy(network), dict(done=0)
+    optimizer = torch.optim.AdamW(network.parameters(), lr, weight_decay=1e-6, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, lr / 10)
+    settings = {key: str(value) for key, value in vars(args).items() if key not in ("resume", "device")}
+    parts = dict(settings=settings | dict(steps=steps, lr=lr), progress=progress, network=network,
+                 averaged=averaged, optimizer=optimizer, schedule=schedule)  # fmt: skip
+    if checkpoint and checkpoint.exists():
+        load_parts(checkpoint, parts, args.device)
+    for step in tqdm(range(progress["done"], steps), desc="pretraining", mininterval=1):
+        with autocast(args):
+            value = loss()
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(averaged.parameters()), list(network.parameters()), 0.005)
+        progress["done"] = step + 1
+        if checkpoint and (step + 1) % 500 == 0:
+            save_parts(checkpoint, parts)
+    return averaged
+
+
 @torch.no_grad()
 def sample(velocity: Velocity, cond: torch.Tensor, x0: torch.Tensor, steps: int, trajectory=False):
     """Euler steps x_{k+1} = x_k + v(x_k, k/K, s) / K from x0 (..., D) at t = 0 to the action at t = 1.
@@ -125,9 +145,7 @@ class FlowPolicy(nn.Module):
     """A velocity network with the scaling of its demonstrations, which stays as it is after pretraining.
 
     Args:
-        obs_dim, action_dim: sizes of a raw observation and of a raw action.
-        chunk: actions per decision, executed open loop.
-        euler_steps: K, Euler steps from noise to action.
+        chunk, euler_steps: actions per decision, executed open loop, and K, steps from noise to action.
         feature_dim: size of features that the velocity is conditioned on besides the observation.
         network: width, depth, time_dim and more of VelocityMLP.
     """
