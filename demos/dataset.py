@@ -15,6 +15,7 @@ import torch
 import tyro
 
 from demos.hdf5 import DatasetError, check_array, reading, require
+from demos.train_demonstrator import Demonstrator
 from envs.vector import VectorEnv
 
 DEMOS = Path(__file__).parent
@@ -57,18 +58,15 @@ def chunk_starts(episode_ends: np.ndarray, length: int) -> np.ndarray:
 def check(data: Demonstrations, path) -> Demonstrations:
     """Raises DatasetError unless shapes agree and every number is finite."""
     o, a, r, ends = data.observations, data.actions, data.rewards, data.episode_ends
-    steps = len(o)
-    if o.ndim != 2 or a.ndim != 2 or len(a) != steps or steps == 0:
+    if o.ndim != 2 or a.ndim != 2 or len(a) != len(o) or len(o) == 0:
         shapes = f"observations {o.shape} and actions {a.shape}"
         raise DatasetError(f"{path}: {shapes} should be (steps, dim) with the same number of steps")
-    if r is not None and r.shape != (steps,):
-        raise DatasetError(f"{path}: rewards {r.shape} should be ({steps},)")
-    for name in ("observations", "actions", "rewards"):
-        value = getattr(data, name)
-        if value is not None:
-            check_array(f"{path}: {name}", value)
-    if len(ends) == 0 or ends[-1] != steps or (np.diff(ends, prepend=0) <= 0).any():
-        raise DatasetError(f"{path}: episode lengths do not add up to the {steps} steps in the file")
+    check_array(f"{path}: observations", o)
+    check_array(f"{path}: actions", a)
+    if r is not None:
+        check_array(f"{path}: rewards", r, (len(o),))
+    if len(ends) == 0 or ends[-1] != len(o) or (np.diff(ends, prepend=0) <= 0).any():
+        raise DatasetError(f"{path}: episode lengths do not add up to the {len(o)} steps in the file")
     return data
 
 
@@ -80,19 +78,19 @@ def load_d4rl(path: Path) -> Demonstrations:
     if any(x.dtype.kind not in "fiub" for x in arrays):
         raise DatasetError(f"{path}: not a D4RL file, an array does not hold numbers")
     o, a, r, terminal, timeout = arrays
-    steps = len(o)
-    for name, flags in (("terminals", terminal), ("timeouts", timeout)):
-        if flags.shape != (steps,):
-            raise DatasetError(f"{path}: {name} {flags.shape} should be ({steps},)")
-    ends = np.flatnonzero(terminal.astype(bool) | timeout.astype(bool)) + 1
-    if steps and (len(ends) == 0 or ends[-1] != steps):
-        ends = np.append(ends, steps)  # the last episode may be cut off
+    check_array(f"{path}: terminals", terminal, (len(o),))
+    check_array(f"{path}: timeouts", timeout, (len(o),))
+    over = terminal.astype(bool) | timeout.astype(bool)
+    over[-1:] = True  # the last episode may be cut off
+    ends = np.flatnonzero(over) + 1
     data = Demonstrations(o.astype(np.float32), a.astype(np.float32), ends, r.astype(np.float32))
     return check(data, path)
 
 
 def load_npz(path: Path) -> dict[str, np.ndarray]:
     """The arrays of numbers in an .npz; raises DatasetError on anything else."""
+    if not path.exists():
+        raise DatasetError(f"{path}: no such file")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
@@ -111,8 +109,6 @@ def load_dppo(path: Path) -> Demonstrations:
     data = load_npz(path)
     require(f"{path}: not a DPPO dataset, it", data, ("states", "actions", "traj_lengths"))
     stats_path = path.with_name("normalization.npz")
-    if not stats_path.exists():
-        raise DatasetError(f"{path}: DPPO's normalization.npz must lie beside it")
     stats = load_npz(stats_path)
     names = ("obs_min", "obs_max", "action_min", "action_max")
     require(f"{stats_path}:", stats, names)
@@ -160,8 +156,6 @@ def load(source: str | Path) -> Demonstrations:
     path = Path(source)
     if path.suffix in (".hdf5", ".h5"):
         return load_d4rl(path)
-    if path.suffix == ".npz" and not path.exists():
-        raise DatasetError(f"{path}: no such file")
     if path.suffix == ".npz":
         return load_dppo(path)
     if path.is_file():
@@ -182,20 +176,17 @@ class Args:
 @torch.no_grad()
 def make(args: Args) -> Path:
     """Lets the shipped demonstrator act and writes a D4RL-style .hdf5; returns its path."""
-    from demos.train_demonstrator import Demonstrator
-
     weights = DEMOS / args.env_id / "demonstrator.safetensors"
     if not weights.exists():
         command = f"python -m demos.train_demonstrator --env-id {args.env_id} --target-return R"
         hint = f"give your own data with --dataset, or train one with `{command}`"
         raise DatasetError(f"No demonstrator for {args.env_id}: {hint}.")
-    with torch.random.fork_rng(devices=[]):  # its layers draw weights: keep a run's own stream as it was
-        policy = Demonstrator.load(weights)
+    policy = Demonstrator(weights)
     generator = torch.Generator().manual_seed(args.seed)
     envs = VectorEnv(args.env_id, args.num_envs)
+    envs.reset(args.seed)
     T = -(-args.steps // args.num_envs)
     columns = {key: [] for key in KEYS}
-    envs.reset(args.seed)
     low, high = envs.action_space.low, envs.action_space.high
     for t in range(T):
         obs = envs.obs

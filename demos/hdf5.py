@@ -34,7 +34,7 @@ def require(where: str, container: Container[str], keys: Iterable[str], hint: st
 def check_array(what: str, value: np.ndarray, shape: tuple | None = None):
     """Raises DatasetError where the shape is another one, or a number is NaN or Inf."""
     if shape is not None and value.shape != shape:
-        raise DatasetError(f"{what} are {value.shape}, not {shape}")
+        raise DatasetError(f"{what} {value.shape} should be {shape}")
     bad = np.argwhere(~np.isfinite(value))
     if len(bad):
         raise DatasetError(f"{what} contain NaN or Inf, first at step {bad[0][0]}")

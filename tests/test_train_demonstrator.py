@@ -1,0 +1,57 @@
+"""demos/train_demonstrator.py: Stable-Baselines3's policy in the format that dataset.py reads."""
+
+import dataclasses
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from demos import dataset, train_demonstrator
+from demos.train_demonstrator import Args, Demonstrator, export, main, train
+
+
+@pytest.fixture
+def args(tmp_path, monkeypatch):
+    """A training that ends at its first evaluation, after two rollouts."""
+    pytest.importorskip("stable_baselines3")
+    monkeypatch.setattr(train_demonstrator, "EPISODES", 2)
+    monkeypatch.setattr(train_demonstrator, "EVAL_EVERY", 2)
+    out = tmp_path / "Hopper-v4" / "demonstrator.safetensors"
+    return Args(target_return=1.0, max_steps=256, num_envs=2, out=out)
+
+
+def test_demonstrator_acts_as_the_policy_that_ppo_trained(args, tmp_path):
+    model, *_ = train(args, args.target_return)
+    assert model.num_timesteps == 256
+    save_file(export(model), tmp_path / "a.safetensors")
+    policy = Demonstrator(tmp_path / "a.safetensors")
+    obs = np.random.default_rng(0).normal(0, 3, (50, 11))
+    normalized = torch.as_tensor(model.get_vec_normalize_env().normalize_obs(obs))
+    expected = model.policy.get_distribution(normalized).distribution
+    torch.testing.assert_close(policy.act(obs, 0.0), expected.mean)
+    noise = torch.randn(50, 3, generator=torch.Generator().manual_seed(1))
+    action = policy.act(obs, 1.0, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(action, expected.mean + expected.stddev * noise)
+
+
+def test_recording_reads_what_training_writes(args, tmp_path, monkeypatch, capsys):
+    main(args)
+    assert '"env_steps": 256' in capsys.readouterr().out
+    monkeypatch.setattr(dataset, "DEMOS", tmp_path)
+    assert len(dataset.load(dataset.make(dataset.Args(steps=20, num_envs=2))).actions) == 20
+
+
+def test_training_that_falls_short_writes_nothing(args):
+    with pytest.raises(SystemExit, match="short of 100000; nothing was written"):
+        main(dataclasses.replace(args, target_return=1e5))
+    assert not args.out.exists()
+
+
+def test_training_without_a_target_or_ppo_says_what_is_missing(monkeypatch):
+    with pytest.raises(SystemExit, match="pass --target-return"):
+        main(Args(env_id="Ant-v4"))
+    monkeypatch.setitem(sys.modules, "stable_baselines3", None)
+    with pytest.raises(SystemExit, match=r"pip install -r baselines/requirements.txt"):
+        main(Args())
