@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from demos.make_robomimic_demos import wrap
 from envs.furniture_mujoco import FurnitureEnv, rotation, rotation_6d, rotation_vector
 
 OPEN, CLOSED = -1.0, 1.0
@@ -27,11 +28,6 @@ def guarded(skill: Skill, holds: Callable[[], bool], patience: int = 2) -> Skill
         if k >= patience and not holds():
             raise Lost
         yield action
-
-
-def wrap(angle: float, period: float = 2 * np.pi) -> float:
-    """The angle (rad) plus the multiple of `period` that brings it closest to 0."""
-    return (angle + period / 2) % period - period / 2
 
 
 def square_yaw(matrix: np.ndarray) -> float:

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 import tyro
 from scipy.stats import binomtest
 
+from common.flow import FlowPolicy
 from demos.furniture_lamp import Lamp
 from demos.furniture_one_leg import OneLeg
 from demos.furniture_skills import OPEN, Arm
@@ -52,10 +54,6 @@ def wilson(successes: int, attempts: int) -> tuple[float, float]:
 
 def load_clone(path: Path, furniture: str) -> Callable[[np.ndarray, np.random.Generator], np.ndarray]:
     """A base policy, from a state (obs_dim,) and a source of noise to a chunk (chunk, 10)."""
-    import torch  # only here: a demonstration needs neither it nor a policy
-
-    from common.flow import FlowPolicy
-
     torch.set_num_threads(1)
     policy = FlowPolicy.load(path)
     if (policy.obs_dim, policy.chunk) != (FURNITURE[furniture].obs_dim, CHUNK):
@@ -145,8 +143,5 @@ def make(args: Args) -> Path:
 
 
 if __name__ == "__main__":
-    try:
-        path = make(tyro.cli(Args, description=__doc__))
-    except KeyboardInterrupt:
-        raise SystemExit("Interrupted: nothing was written.") from None
+    path = make(tyro.cli(Args, description=__doc__))
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")

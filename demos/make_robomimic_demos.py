@@ -34,6 +34,7 @@ FOREVER = 10**9  # steps
 STEPS_AFTER_SUCCESS = 5  # environment steps, so that the last state is surely a solved one
 RESOLUTION = 2.0**-22  # 2.4e-7 m, rad, m/s or rad/s, to which records are rounded: halves the file
 GZIP = dict(compression="gzip", compression_opts=9)
+VALID = 0.1  # share of the episodes in mask/valid, not mask/train, as in robomimic's files
 FRAMES_PER_CHUNK = 16  # of images: gzip reaches back one frame, so the background costs little
 
 
@@ -43,7 +44,6 @@ class Args:
     episodes: int = 100  # successes to record; failures are dropped (robomimic's files hold 200)
     seed: int = 0  # seed of the first attempt; the others follow one by one
     noise: float = 0.05  # standard deviation of the actions' noise, relative to the action; 0: none
-    valid_fraction: float = 0.1  # share of the episodes in mask/valid, not mask/train (robomimic: 0.1)
     images_from: Path | None = None  # render the images of this file's states instead of recording
     fast_render: bool = True  # without multisampling and shadows: 3 times as fast; train with the same
     out: Path | None = None  # output; default demos/<task>/low_dim.hdf5, with --images-from image.hdf5
@@ -395,6 +395,8 @@ def replacing(path: Path):
         partial.replace(path)
     except OSError as error:
         raise SystemExit(f"{path}: cannot be written ({error.strerror or error})") from error
+    except KeyboardInterrupt:
+        raise SystemExit(f"{path}: interrupted, nothing was written.") from None
     finally:
         if path.parent.is_dir():
             partial.unlink(missing_ok=True)
@@ -445,8 +447,8 @@ def record(data: h5py.Group, args, name: str, attempt: Callable[[int], dict | No
 
 def make(args: Args) -> Path:
     """Lets the expert act until `args.episodes` have succeeded; returns the path of their file."""
-    if args.episodes < 1 or not 0 <= args.valid_fraction < 1 or args.noise < 0:
-        raise SystemExit("--episodes must be at least 1, --noise at least 0, --valid-fraction in [0, 1)")
+    if args.episodes < 1 or args.noise < 0:
+        raise SystemExit("--episodes must be at least 1, --noise at least 0")
     out = args.out or DEMOS / args.task / "low_dim.hdf5"
     env = build(args.task)
 
@@ -459,11 +461,11 @@ def make(args: Args) -> Path:
         lengths, attempts = record(data, args, args.task, attempt, write_demo)
         data.attrs["env_args"] = json.dumps(metadata(args.task, images=False))
         data.attrs["total"] = sum(lengths)
-        valid = min(round(args.valid_fraction * args.episodes), args.episodes - 1)
         names = np.array([f"demo_{i}".encode() for i in range(args.episodes)])
-        file["mask/train"] = names[: len(names) - valid]
-        if valid:
-            file["mask/valid"] = names[len(names) - valid :]
+        train = args.episodes - round(VALID * args.episodes)
+        file["mask/train"] = names[:train]
+        if train < args.episodes:
+            file["mask/valid"] = names[train:]
     share = f"{len(lengths)} of {attempts} attempts succeeded ({len(lengths) / attempts:.0%})"
     print(f"{args.task}: {share}, {np.mean(lengths):.0f} steps on average")
     return out
@@ -493,11 +495,14 @@ def render_images(source: Path, out: Path | None = None, fast_render: bool = Tru
     env.reset()
     progress = tqdm(total=sum(map(len, demos.values())), desc=f"{task} images", unit="step")
     with closing(env.env), h5py.File(source, "r") as original, replacing(out) as file, progress:
-        data = file.create_group("data")
+        for part in original:
+            original.copy(part, file)
+        attributes = file["data"].attrs
+        attributes["env_args"], attributes["fast_render"] = json.dumps(meta), fast_render
         for name, states in demos.items():
-            original.copy(f"data/{name}", data)
-            if "model_file" in data[name].attrs:
-                env.reset_to({"model": data[name].attrs["model_file"]})
+            demo = file[f"data/{name}"]
+            if "model_file" in demo.attrs:
+                env.reset_to({"model": demo.attrs["model_file"]})
                 if fast_render:
                     render_fast(env.env.sim)
             images = {key: [] for key in TASKS[task].image_keys}
@@ -507,27 +512,19 @@ def render_images(source: Path, out: Path | None = None, fast_render: bool = Tru
                     frames.append(obs[key])
                 progress.update()
             for key, frames in images.items():
-                data[name].pop(f"obs/{key}", None)
+                demo.pop(f"obs/{key}", None)
                 chunks = (min(FRAMES_PER_CHUNK, len(frames)), *frames[0].shape)
-                data[name].create_dataset(f"obs/{key}", data=np.array(frames), chunks=chunks, **GZIP)
-        for key, value in original["data"].attrs.items():
-            data.attrs[key] = value
-        data.attrs["env_args"], data.attrs["fast_render"] = json.dumps(meta), fast_render
-        if "mask" in original:
-            original.copy("mask", file)
+                demo.create_dataset(f"obs/{key}", data=np.array(frames), chunks=chunks, **GZIP)
     return out
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    try:
-        if args.images_from:
-            from envs.robomimic import choose_renderer
+    if args.images_from:
+        from envs.robomimic import choose_renderer
 
-            choose_renderer()
-            path = render_images(args.images_from, args.out, args.fast_render)
-        else:
-            path = make(args)
-    except KeyboardInterrupt:
-        raise SystemExit("Interrupted: nothing was written.") from None
+        choose_renderer()
+        path = render_images(args.images_from, args.out, args.fast_render)
+    else:
+        path = make(args)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")

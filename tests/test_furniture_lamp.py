@@ -20,11 +20,12 @@ def test_assembler_succeeds(env):
     assert [episode["rewards"].sum() for episode in episodes].count(2) >= 3
     for episode in episodes:
         assert np.isfinite(episode["actions"]).all() and np.abs(episode["actions"]).max() <= 1
-        assert episode["actions"].shape[1] == 10 and episode["state"].shape == (len(episode["actions"]), 44)
+        assert episode["actions"].shape[1] == 10
+        assert episode["state"].shape == (len(episode["actions"]), 44)
 
 
 def test_assembler_succeeds_on_med():
-    env = FurnitureEnv("lamp", "med")  # in these resets it moves the hood away and sets the bulb down elsewhere first
+    env = FurnitureEnv("lamp", "med")  # here it first moves the hood and sets the bulb down elsewhere
     assert [run_episode(env, Lamp, seed)["rewards"].sum() for seed in (2, 36)] == [2, 2]
 
 
@@ -44,7 +45,8 @@ def test_hand_screws_the_bulb_in_by_the_pitch_and_the_hood_stays_on_it(env):
     assert env.assembled.all()
     turns = np.unwrap(yaw) / (2 * np.pi)
     assert len(turns) > 5 and abs(np.polyfit(turns, depth, 1)[0]) == pytest.approx(PITCH, rel=0.15)
-    assert np.abs(env.relative_pose(BASE, HOOD)[0] - SEATED).max() < POSITION_TOLERANCE  # also without the hand
+    away = env.relative_pose(BASE, HOOD)[0] - SEATED
+    assert np.abs(away).max() < POSITION_TOLERANCE  # also without the hand
     assert env.gripper_width() > 0.06
 
 
@@ -68,4 +70,5 @@ def test_dropped_hood_seats_within_tolerance(env, offset):
 def test_heading_covers_the_wrists_range():
     for yaw in np.radians([-130, -45, 0, 90, 180, 220]):
         for lean in (-0.8, 0.0, 0.8):  # about the axis along which the fingers close
-            assert heading(rotation(0, 0, yaw) @ rotation(0, lean, 0) @ facing_down(0)) == pytest.approx(yaw)
+            matrix = rotation(0, 0, yaw) @ rotation(0, lean, 0) @ facing_down(0)
+            assert heading(matrix) == pytest.approx(yaw)

@@ -43,7 +43,9 @@ def lift_file(environment, tmp_path_factory):
     """Three episodes of Lift, one of them for validation; copy it before changing it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(maker, "build", lambda task: environment(task))
-        return make(Args(task="lift", episodes=EPISODES, seed=5, valid_fraction=0.34, out=tmp_path_factory.mktemp("demos") / "lift.hdf5"))
+        patch.setattr(maker, "VALID", 0.34)
+        out = tmp_path_factory.mktemp("demos") / "lift.hdf5"
+        return make(Args(task="lift", episodes=EPISODES, seed=5, out=out))
 
 
 @pytest.fixture(scope="module")
@@ -72,25 +74,29 @@ def pixels(path):
         return [file[f"data/demo_{i}/obs/agentview_image"][()] for i in (0, 1)]
 
 
-SOLVED = [("lift", 0), ("lift", 1), ("can", 0), ("can", 2), ("square", 0), ("square", 1), ("transport", 0)]
+SOLVED = {"lift": (0, 1), "can": (0, 2), "square": (0, 1), "transport": (0,)}
 
 
-@pytest.mark.parametrize(("task", "seed"), SOLVED)
+@pytest.mark.parametrize(("task", "seed"), [(task, seed) for task in SOLVED for seed in SOLVED[task]])
 def test_expert_solves_the_task(environment, task, seed):
     episode = run_episode(environment(task), task, seed)
     steps, spec = len(episode["actions"]), TASKS[task]
     assert steps < spec.horizon
-    assert episode["actions"].shape == (steps, 7 * spec.robots) and episode["actions"].dtype == np.float32
+    assert episode["actions"].shape == (steps, 7 * spec.robots)
+    assert episode["actions"].dtype == np.float32
     assert np.abs(episode["actions"]).max() <= 1
     solved = np.flatnonzero(episode["rewards"])
-    assert len(solved) == maker.STEPS_AFTER_SUCCESS + 1 and solved[-1] == steps - 1  # an early stop, in a solved state
+    assert len(solved) == maker.STEPS_AFTER_SUCCESS + 1
+    assert solved[-1] == steps - 1  # an early stop, in a solved state
     for key in spec.state_keys(False):
         np.testing.assert_array_equal(episode["obs"][key][1:], episode["next_obs"][key][:-1])
-    assert len(episode["states"]) == len(episode["obs"]["object"]) == len(episode["next_obs"]["object"]) == steps
+    assert len(episode["states"]) == len(episode["obs"]["object"]) == steps
+    assert len(episode["next_obs"]["object"]) == steps
 
 
 def test_a_seed_fixes_the_episode_and_noise_changes_it(environment):
-    first, again, other, calm = (run_episode(environment("lift"), "lift", s, 20, n) for s, n in ((3, 0.05), (3, 0.05), (4, 0.05), (3, 0.0)))
+    run = lambda seed, noise: run_episode(environment("lift"), "lift", seed, 20, noise)
+    first, again, other, calm = run(3, 0.05), run(3, 0.05), run(4, 0.05), run(3, 0.0)
     for key in ("actions", "states"):
         np.testing.assert_array_equal(first[key], again[key])
     assert not np.array_equal(first["states"][0], other["states"][0])
@@ -105,8 +111,10 @@ def test_file_has_robomimics_layout(environment, lift_file):
         meta = json.loads(file["data"].attrs["env_args"])
         assert meta["env_name"] == "Lift" and not meta["env_kwargs"]["use_camera_obs"]
         assert list(file["data"]) == ["demo_0", "demo_1", "demo_2"]
-        assert file["data"].attrs["total"] == sum(demo.attrs["num_samples"] for demo in file["data"].values())
-        assert list(file["mask/train"]) == [b"demo_0", b"demo_1"] and list(file["mask/valid"]) == [b"demo_2"]
+        total = sum(demo.attrs["num_samples"] for demo in file["data"].values())
+        assert file["data"].attrs["total"] == total
+        assert list(file["mask/train"]) == [b"demo_0", b"demo_1"]
+        assert list(file["mask/valid"]) == [b"demo_2"]
         demo = file["data/demo_1"]
         episode = run_episode(environment("lift"), "lift", int(demo.attrs["seed"]))
         assert demo.attrs["num_samples"] == len(episode["actions"])
@@ -131,7 +139,8 @@ def test_robomimic_reads_the_file(environment, lift_file):
     with h5py.File(lift_file) as file:
         demos = [{name: file[f"data/demo_{i}/{name}"][()] for name in names} for i in range(EPISODES)]
     expected = {name: np.concatenate([demo[name] for demo in demos[:TRAIN]]) for name in names}
-    settings = dict(dataset_keys=["actions", "rewards", "dones"], load_next_obs=True, filter_by_attribute="train")
+    settings = dict(dataset_keys=["actions", "rewards", "dones"], load_next_obs=True)
+    settings["filter_by_attribute"] = "train"
     data = SequenceDataset(str(lift_file), LIFT_KEYS, seq_length=1, **settings)
     assert len(data) == len(expected["actions"])
     for index in (0, len(demos[0]["actions"]) - 1, len(demos[0]["actions"]) + 7, len(data) - 1):
@@ -147,10 +156,12 @@ def test_load_reads_the_file(lift_file):
     valid = load(lift_file, "lift", images=False, split="valid")
     with h5py.File(lift_file) as file:
         train = [file["data"][name] for name in ("demo_0", "demo_1")]
-        np.testing.assert_array_equal(data["action"], np.concatenate([demo["actions"] for demo in train]))
+        actions = np.concatenate([demo["actions"] for demo in train])
+        np.testing.assert_array_equal(data["action"], actions)
         states = [np.concatenate([demo["obs"][key] for key in LIFT_KEYS], 1) for demo in train]
         np.testing.assert_array_equal(data["state"], np.concatenate(states))
-        assert data["episode_ends"].tolist() == np.cumsum([demo.attrs["num_samples"] for demo in train]).tolist()
+        ends = np.cumsum([demo.attrs["num_samples"] for demo in train])
+        assert data["episode_ends"].tolist() == ends.tolist()
         np.testing.assert_array_equal(valid["action"], file["data/demo_2/actions"])
     assert len(load(lift_file, "lift", images=False, max_episodes=1)["episode_ends"]) == 1
     assert data["meta"]["env_name"] == "Lift"
@@ -175,7 +186,8 @@ def test_observations_are_those_of_robosuites_own_steps(environment):
     np.random.seed(7)  # noqa: NPY002
     env.reset()
     for step, action in enumerate(episode["actions"]):
-        np.testing.assert_allclose(env.env.sim.get_state().flatten(), episode["states"][step], rtol=0, atol=1e-9)
+        state = env.env.sim.get_state().flatten()
+        np.testing.assert_allclose(state, episode["states"][step], rtol=0, atol=1e-9)
         obs, reward, _, _ = env.step(action)
         assert reward == episode["rewards"][step]
         for key in LIFT_KEYS:
@@ -183,7 +195,7 @@ def test_observations_are_those_of_robosuites_own_steps(environment):
 
 
 def test_images_are_those_of_the_environment(image_file):
-    env = maker.build("lift", images=True)  # after image_file: robosuite renders with the newest context only
+    env = maker.build("lift", images=True)  # after image_file: robosuite renders in the newest context
     sim = env.env
     with closing(sim), h5py.File(image_file) as file:
         demo = file["data/demo_1"]
@@ -215,7 +227,8 @@ def test_a_file_with_its_own_model_is_rendered_with_that(environment, image_file
         file["data/demo_0"].attrs["model_file"] = xml
         file["data/demo_1"].attrs["model_file"] = xml.replace(size, "0.04 0.04 0.04")
 
-    own = pixels(render_images(damage(short_file, tmp_path / "own.hdf5", give_models), tmp_path / "image.hdf5"))
+    changed = damage(short_file, tmp_path / "own.hdf5", give_models)
+    own = pixels(render_images(changed, tmp_path / "image.hdf5"))
     same, larger = [(a != b).any(-1).mean() for a, b in zip(own, pixels(image_file), strict=True)]
     assert same < 1e-3 and larger > 3e-3
 
@@ -279,7 +292,7 @@ def test_load_says_what_is_wrong(lift_file, tmp_path, name):
 
 
 IMAGE_ERRORS = {
-    "small": (lambda x: x[:, ::2, ::2], r"data/demo_0/obs/agentview_image holds uint8 images of \(48, 48, 3\), not uint8 of \(96, 96, 3\)"),
+    "small": (lambda x: x[:, ::2, ::2], r"holds uint8 images of \(48, 48, 3\), not uint8 of \(96,"),
     "float": (lambda x: x / np.float32(255), "holds float32 images"),
     "too few": (lambda x: x[:-3], "holds 9 images for 12 states"),
 }
@@ -288,14 +301,16 @@ IMAGE_ERRORS = {
 @pytest.mark.parametrize("name", IMAGE_ERRORS)
 def test_load_says_what_is_wrong_with_images_and_how_to_render_them(image_file, tmp_path, name):
     change, expected = IMAGE_ERRORS[name]
-    text = message(damage(image_file, tmp_path / "a.hdf5", replace("data/demo_0/obs/agentview_image", change)), images=True)
-    assert re.search(expected, text) and "--images-from" in text
+    key = "data/demo_0/obs/agentview_image"
+    text = message(damage(image_file, tmp_path / "a.hdf5", replace(key, change)), images=True)
+    assert re.search(f"{key} {expected}", text) and "--images-from" in text
 
 
 def test_load_says_that_a_later_camera_is_wrong(tmp_path):
     path, keys = tmp_path / "transport.hdf5", TASKS["transport"].image_keys
     with h5py.File(path, "w") as file:
-        file.create_group("data").attrs["env_args"] = json.dumps({"env_name": TASKS["transport"].env_name})
+        meta = {"env_name": TASKS["transport"].env_name}
+        file.create_group("data").attrs["env_args"] = json.dumps(meta)
         demo = file.create_group("data/demo_0")
         demo["actions"], demo["rewards"] = np.zeros((4, 14)), np.ones(4)
         for key in TASKS["transport"].state_keys(True):
@@ -320,7 +335,8 @@ def test_images_are_used_with_the_rendering_that_made_them(image_file, tmp_path)
     load(image_file, "lift", images=True, fast_render=True)
     with pytest.raises(DatasetError, match="rendered with --fast-render; train with the same"):
         load(image_file, "lift", images=True, fast_render=False)
-    elsewhere = damage(image_file, tmp_path / "a.hdf5", lambda file: file["data"].attrs.pop("fast_render"))
+    forget = lambda file: file["data"].attrs.pop("fast_render")
+    elsewhere = damage(image_file, tmp_path / "a.hdf5", forget)
     load(elsewhere, "lift", images=True, fast_render=False)  # does not say
 
 
@@ -342,9 +358,12 @@ def test_load_says_that_a_file_is_not_hdf5(tmp_path):
 
 
 def test_render_images_says_what_is_wrong(image_file, lift_file, tmp_path):
-    other = damage(lift_file, tmp_path / "a.hdf5", lambda file: file["data"].attrs.modify("env_args", json.dumps({"env_name": "Door"})))
+    door = json.dumps({"env_name": "Door"})
+    change = lambda file: file["data"].attrs.modify("env_args", door)
+    other = damage(lift_file, tmp_path / "a.hdf5", change)
     stateless = damage(lift_file, tmp_path / "b.hdf5", lambda file: file["data/demo_0"].pop("states"))
-    for source, text in ((other, "Door"), (stateless, "states"), (tmp_path / "none.hdf5", "cannot be read")):
+    missing = tmp_path / "none.hdf5"
+    for source, text in (other, "Door"), (stateless, "states"), (missing, "cannot be read"):
         with pytest.raises(DatasetError, match=text) as error:
             render_images(source, tmp_path / "out.hdf5")
         assert str(source) in str(error.value) and "\n" not in str(error.value)
@@ -375,17 +394,18 @@ def test_a_failed_run_leaves_the_old_file(environment, monkeypatch, tmp_path, wh
     out = tmp_path / "a.hdf5"
     out.write_text("old")
     monkeypatch.setattr(maker, "build", lambda task: environment(task))
-    expected, text = SystemExit, "No space left"
+    text = "No space left"
     if why == "interrupted":
         steps = iter([maker.write_demo])
         monkeypatch.setattr(maker, "write_demo", lambda *a: next(steps, interrupt)(*a))
-        expected, text = KeyboardInterrupt, None
+        text = "interrupted, nothing was written"
     elif why == "full disk":
         monkeypatch.setattr(maker, "open", FullDisk, raising=False)
     else:
-        monkeypatch.setattr(maker, "run_episode", lambda *a, **k: {"actions": [0], "rewards": np.zeros(1)})
+        failure = {"actions": [0], "rewards": np.zeros(1)}
+        monkeypatch.setattr(maker, "run_episode", lambda *a, **k: failure)
         text = "0 of 21 attempts"
-    with pytest.raises(expected, match=text) as error:
+    with pytest.raises(SystemExit, match=text) as error:
         make(Args(task="lift", episodes=2, out=out))
     assert "\n" not in str(error.value)
     assert out.read_text() == "old" and list(tmp_path.iterdir()) == [out]
@@ -395,7 +415,7 @@ def interrupt(*arguments):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("change", [dict(episodes=0), dict(valid_fraction=1.0), dict(noise=-0.1)])
+@pytest.mark.parametrize("change", [dict(episodes=0), dict(noise=-0.1)])
 def test_make_refuses_nonsense(change, tmp_path):
     with pytest.raises(SystemExit, match=f"--{next(iter(change)).replace('_', '-')}"):
         make(Args(out=tmp_path / "a.hdf5", **change))
