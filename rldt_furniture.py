@@ -226,25 +226,20 @@ class Replay(Ring):
         slots["obs"] = torch.zeros(kept, T + 1, N, policy.obs_dim + 1)
         super().__init__({name: value.to(args.device) for name, value in slots.items()})
 
-    def starts(self, segments: int, length: int) -> torch.Tensor:
-        """Rows (slot, t, environment) where segments begin, as many for each number of pairs reached."""
-        valid, reached, chosen = self.slots["valid"] > 0, self.slots["reached"], []
-        valid[:, valid.shape[1] - length + 1 :] = False
-        kinds = reached[valid].unique()
-        for n, kind in enumerate(kinds):
-            rows = (valid & (reached == kind)).nonzero()
-            fresh = rows[rows[:, 0] == self.slot]  # in the newest rollout
-            count = segments // len(kinds) + (n < segments % len(kinds))
-            fresh_count = math.ceil(FRESH * count) if len(fresh) else 0
-            for group, size in (fresh, fresh_count), (rows, count - fresh_count):
-                if size:
-                    chosen.append(group[torch.randint(len(group), (size,), device=rows.device)])
-        return torch.cat(chosen)
-
     def draw(self, segments: int) -> dict[str, torch.Tensor]:
-        """Segments (SEGMENT, segments, ...), some of them from the newest rollout."""
-        length = min(SEGMENT, self.slots["reward"].shape[1])
-        slot, start, env = self.starts(segments, length).T
+        """Segments (SEGMENT, segments, ...): as many of each `reached`, some of the newest rollout."""
+        T = self.slots["reward"].shape[1]
+        length = min(SEGMENT, T)
+        valid, reached = (self.slots[name][:, : T - length + 1] for name in ("valid", "reached"))
+        weight = torch.zeros_like(valid)
+        for kind in reached[valid > 0].unique():
+            rows = valid * (reached == kind)
+            share = rows / rows.sum()
+            newest = rows[self.slot]
+            share[self.slot] += FRESH / (1 - FRESH) * newest / newest.sum().clamp_min(1)
+            weight += share / share.sum()
+        chosen = torch.multinomial(weight.flatten(), segments, replacement=True)
+        slot, start, env = torch.unravel_index(chosen, weight.shape)
         t = start + torch.arange(length, device=start.device)[:, None]  # (length, segments)
         batch = {name: value[slot, t, env] for name, value in self.slots.items()}
         return batch | {"next_obs": self.slots["obs"][slot, t + 1, env]}
@@ -445,7 +440,8 @@ def evaluate(policy: FlowPolicy, envs, args: Args, episodes: int, seed: int) -> 
 def summary(stages: np.ndarray, name: str, args: Args) -> dict[str, float]:
     """Success of episodes that assembled `stages` pairs, its interval, and their mean."""
     scores = success_rate(stages == stages_of(args), f"eval_success{name}")
-    return scores | {f"eval_stages{name}": stages.mean(), f"eval_stages{name}_std": stages.std()}
+    scores |= {f"eval_stages{name}": float(stages.mean())}
+    return scores | {f"eval_stages{name}_std": float(stages.std())}
 
 
 # --------------------------------------------------------------------------------------- main

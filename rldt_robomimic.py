@@ -17,15 +17,14 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from scipy.stats import binomtest
-from tqdm import tqdm
 
-from common.flow import FlowPolicy, expected_target, flow_matching_loss, interpolate
-from common.runs import Ring, Run, autocast, average_gradients, load_parts, save_parts, set_up
+from common.flow import FlowPolicy, expected_target, fit, flow_matching_loss, interpolate
+from common.runs import Ring, Run, autocast, average_gradients, set_up
 from common.settings import Count, Share, Size, Weight, parse_args
 from common.svgd import particle_gradient, transport_field
 from demos import robomimic as dataset
 from demos.dataset import chunk_starts
+from envs.interface import success_rate
 from envs.robomimic import IMAGE_SIZE, TASKS, RobomimicVectorEnv, record_video
 
 Obs = dict[str, torch.Tensor]  # "state" (..., obs_dim), and "rgb" (..., 3 * cameras, 96, 96) in uint8
@@ -33,8 +32,8 @@ Obs = dict[str, torch.Tensor]  # "state" (..., obs_dim), and "rgb" (..., 3 * cam
 
 # ---------------------------------------------------------------------------------- arguments
 @dataclass
-class Args:
-    """Settings. Where a default differs from the paper's, docs/rldt_robomimic.md says why."""
+class TaskArgs:
+    """Settings of every method on these tasks."""
 
     # the run
     task: Literal["lift", "can", "square", "transport"] = "square"  # robomimic task
@@ -57,6 +56,7 @@ class Args:
     base: Path | None = None  # base policy (.safetensors); default: the shipped one, or pretrained here
     pretrain: bool = False  # pretrain a base policy even where one is shipped
     dataset: Path | None = None  # to pretrain on: robomimic HDF5; default: a scripted expert's
+    encoder: Literal["frozen", "shared", "own"] = "frozen"  # of images: the clone's, the actor's, or two
 
     # rollouts and evaluation
     num_envs: Count = 4  # simulators, each a process of 0.5 to 1.2 GB (paper: 64)
@@ -68,13 +68,17 @@ class Args:
     eval_episodes: Count = 30  # from x_0 = 0, and again from noise, during training
     final_eval_episodes: Count = 100  # of the base, the final and the best policy
 
+
+@dataclass
+class Args(TaskArgs):
+    """Settings of RLDT. Where a default differs from the paper's, docs/rldt_robomimic.md says why."""
+
     # exploration and replay
     exploration_steps: int = -1  # noise |a - a_dagger_k|, k of so many last Euler steps; -1: the task's
     buffer_iterations: Count = 20  # rollouts kept in the replay (paper: 10)
     segments: Count = 128  # of SEGMENT chunks, drawn from the replay per round
 
     # critic
-    encoder: Literal["frozen", "shared", "own"] = "frozen"  # of images: the clone's, the actor's, or two
     gamma: Share = 0.99  # discount per chunk (paper: 0.999)
     td_lambda: Share = 0.5  # lambda of TD(lambda) (authors: 0.5)
     target_momentum: Share = 0.99  # Polyak momentum of the targets per critic step (paper: 0.995)
@@ -259,32 +263,7 @@ def take(obs: Obs, index) -> Obs:
 
 
 # -------------------------------------------------------------------------------- base policy
-def fit(network: nn.Module, loss, steps: int, lr: float, args: Args, checkpoint: Path | None = None):
-    """AdamW on `loss()`; returns the network with averaged weights. It goes on from `checkpoint`."""
-    averaged = copy.deepcopy(network)
-    optimizer = torch.optim.AdamW(network.parameters(), lr, weight_decay=1e-6, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, lr / 10)
-    settings, progress = dict(steps=steps, lr=lr, seed=args.seed), dict(done=0)
-    parts = dict(settings=settings, progress=progress, network=network, averaged=averaged)
-    parts |= dict(optimizer=optimizer, schedule=schedule)
-    if checkpoint and checkpoint.exists():
-        load_parts(checkpoint, parts, args.device)
-    for step in tqdm(range(progress["done"], steps), desc="pretraining", mininterval=1):
-        with autocast(args):
-            value = loss()
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        schedule.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(list(averaged.parameters()), list(network.parameters()), 0.005)
-        progress["done"] = step + 1
-        if checkpoint and (progress["done"] % 500 == 0 or progress["done"] == steps):
-            save_parts(checkpoint, parts)
-    return averaged
-
-
-def pretrain(args: Args, data: dict, checkpoint, epochs, batch, lr, head_steps, **sizes) -> Policy:
+def pretrain(args: TaskArgs, data: dict, checkpoint, epochs, batch, lr, head_steps, **sizes) -> Policy:
     """Flow matching on demonstrations, eq. (1)-(2): a policy of these sizes, its weights averaged.
 
     The velocity network needs more steps than an encoder of images can afford. So shifted copies of all
@@ -329,7 +308,7 @@ def pretrain(args: Args, data: dict, checkpoint, epochs, batch, lr, head_steps, 
     return policy
 
 
-def get_base(args: Args, run: Run) -> Policy:
+def get_base(args: TaskArgs, run: Run) -> Policy:
     """The base policy: given, shipped, or pretrained here; the run keeps a copy of its own."""
     kept = run.path / "base.safetensors"
     shipped = dataset.DEMOS / args.task / f"base_{args.obs}.safetensors"
@@ -341,11 +320,10 @@ def get_base(args: Args, run: Run) -> Policy:
             policy = Policy.load(shipped)
         else:
             data = dataset.get(args.task, args.obs, args.dataset, FAST_RENDER[args.preset])
-            checkpoint = run.path / "pretraining.pt"  # to clone from images takes hours
-            settings = PRETRAINING[args.preset][args.obs]
-            policy = pretrain(args, data, checkpoint, chunk=spec.chunk, **settings)
-            checkpoint.unlink()
+            settings = PRETRAINING[args.preset][args.obs] | dict(chunk=spec.chunk)
+            policy = pretrain(args, data, run.path / "pretraining.pt", **settings)
         policy.save(kept, **policy.info)
+        (run.path / "pretraining.pt").unlink(missing_ok=True)
     run.barrier()
     policy = Policy.load(kept).to(args.device)
     wanted = spec.state_dim(images), 7 * spec.robots, len(spec.cameras) * images
@@ -381,34 +359,29 @@ class Replay(Ring):
         make = lambda value: torch.zeros(kept, *value.shape, dtype=value.dtype, device=args.device)
         super().__init__({name: make(value) for name, value in slots.items()})
 
-    def starts(self, segments: int, length: int) -> torch.Tensor:
-        """Rows (slot, t, environment) where segments begin, half of them in episodes that succeed."""
-        valid, succeeded, chosen = self.slots["valid"] > 0, self.slots["succeeded"] > 0, []
-        valid[:, valid.shape[1] - length + 1 :] = False
-        kinds = [kind for kind in (valid & succeeded, valid & ~succeeded) if kind.any()]
-        for n, kind in enumerate(kinds):
-            rows = kind.nonzero()
-            fresh = rows[rows[:, 0] == self.slot]  # in the newest rollout
-            count = segments // len(kinds) + (n < segments % len(kinds))
-            fresh_count = math.ceil(FRESH * count) if len(fresh) else 0
-            for group, size in (fresh, fresh_count), (rows, count - fresh_count):
-                if size:
-                    chosen.append(group[torch.randint(len(group), (size,), device=rows.device)])
-        return torch.cat(chosen)
-
     def draw(self, segments: int) -> dict[str, torch.Tensor | Obs]:
-        """Segments (SEGMENT, segments, ...), some of them from the newest rollout."""
-        length = min(SEGMENT, self.slots["reward"].shape[1])
-        slot, start, env = self.starts(segments, length).T
-        t = start + torch.arange(length + 1, device=start.device)[:, None]  # (length + 1, segments)
-        names = [name for name in ("state", "rgb") if name in self.slots]
-        obs = {name: self.slots[name][slot, t, env] for name in names}
-        batch = {name: value[slot, t[:-1], env] for name, value in self.slots.items() if name not in obs}
-        return batch | {"obs": take(obs, slice(length)), "next_obs": take(obs, slice(1, None))}
+        """Segments (SEGMENT, segments, ...): half of episodes that succeed, some of the last rollout."""
+        T = self.slots["reward"].shape[1]
+        length = min(SEGMENT, T)
+        valid, succeeded = (self.slots[name][:, : T - length + 1] for name in ("valid", "succeeded"))
+        weight = torch.zeros_like(valid)
+        for kind in succeeded[valid > 0].unique():
+            rows = valid * (succeeded == kind)
+            share = rows / rows.sum()
+            newest = rows[self.slot]
+            share[self.slot] += FRESH / (1 - FRESH) * newest / newest.sum().clamp_min(1)
+            weight += share / share.sum()
+        chosen = torch.multinomial(weight.flatten(), segments, replacement=True)
+        slot, start, env = torch.unravel_index(chosen, weight.shape)
+        t = start + torch.arange(length, device=start.device)[:, None]  # (length, segments)
+        batch = {name: value[slot, t, env] for name, value in self.slots.items()}
+        names = [name for name in ("state", "rgb") if name in batch]
+        batch["next_obs"] = {name: self.slots[name][slot, t + 1, env] for name in names}
+        return batch | {"obs": {name: batch.pop(name) for name in names}}
 
 
 # -------------------------------------------------------------------- exploration and rollout
-def make_envs(args: Args, policy: Policy) -> RobomimicVectorEnv:
+def make_envs(args: TaskArgs, policy: Policy) -> RobomimicVectorEnv:
     """Simulators whose images are rendered as the policy's demonstrations were."""
     fast = policy.info.get("fast_render", True)
     limits = dict(stop_on_success=args.stop_on_success, horizon=args.horizon, chunk=policy.chunk)
@@ -423,7 +396,7 @@ def observe(policy: Policy, raw: dict[str, np.ndarray], args: Args) -> Obs:
 
 
 def explore(trajectory: torch.Tensor, args: Args) -> torch.Tensor:
-    """The action of a trajectory (K + 1, N, D), with noise |a - a_dagger_k| N(0, I), k a late step."""
+    """Actions of trajectories (K + 1, N, D), with noise |a - a_dagger_k| N(0, I): none if k = K - 1."""
     action = trajectory[-1]
     if args.exploration_steps == 0:
         return action
@@ -431,8 +404,7 @@ def explore(trajectory: torch.Tensor, args: Args) -> torch.Tensor:
     k = K - 1 - torch.randint(args.exploration_steps, (N,), device=device)
     n = torch.arange(N, device=device)
     x_k, x_next = trajectory[k, n], trajectory[k + 1, n]
-    velocity = (x_next - x_k) * K  # read off the trajectory
-    a_dagger = expected_target(x_k, k / K, velocity)  # eq. (8)
+    a_dagger = expected_target(x_k, k / K, (x_next - x_k) * K)  # eq. (8), its velocity from the steps
     return action + (action - a_dagger).norm(dim=-1, keepdim=True) * torch.randn_like(action)
 
 
@@ -461,8 +433,8 @@ def collect(policy: Policy, envs: RobomimicVectorEnv, rollout: dict, seed: int, 
         successes.extend(step.score[ended])
         steps += int(step.length.sum())
     with autocast(args):
-        last = observe(policy, envs.obs, args)
-    for name, value in last.items():
+        obs = observe(policy, envs.obs, args)
+    for name, value in obs.items():
         rollout[name][-1] = value
     succeeded, terminated = rollout["succeeded"], rollout["terminated"] > 0
     for t in reversed(range(len(succeeded) - 1)):  # an episode's rows learn how it ends
@@ -561,7 +533,6 @@ def actor_losses(velocity, reference, critic, cond, cond_ref, cond_q, trajectory
 
     # constraint: on fresh points of the path, the velocity stays near the reference's
     constraint = (v_c - v_ref).square().sum(-1).mean()  # eq. (15)
-
     distance = torch.cdist(action, action).sum() / max(1, B * P * (P - 1))
     metrics = {
         "losses/transport": transport, "losses/consistency": consistency,
@@ -600,7 +571,7 @@ def update_actor(policy: Policy, reference: Policy, critic: Critic, optimizer, o
 # --------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
 def evaluate(policy: Policy, envs: RobomimicVectorEnv, args: Args, episodes: int, seed: int):
-    """Success from x_0 = 0 and, as `sampled`, from noise in the same initial states; see `summary`."""
+    """Success from x_0 = 0 and, as `sampled`, from noise in the same initial states."""
     generator = torch.Generator(args.device).manual_seed(seed)
     success = np.zeros(2 * episodes, bool)  # first those from x_0 = 0
     envs.reset(iter(2 * [*range(seed, seed + episodes)]))
@@ -612,37 +583,24 @@ def evaluate(policy: Policy, envs: RobomimicVectorEnv, args: Args, episodes: int
             action = policy.sample(policy.encode(policy.observe(envs.obs)), x0)
         step = envs.step(policy.to_env(action))
         success[episode[episode >= 0]] = step.score[episode >= 0]
-    zero, noise = success[:episodes], success[episodes:]
-    return summary(zero, "eval_success") | summary(noise, "eval_success_sampled")
-
-
-def summary(success: np.ndarray, name: str) -> dict[str, float]:
-    """The share of successes, with Wilson's 95 % interval."""
-    low, high = binomtest(int(success.sum()), len(success)).proportion_ci(method="wilson")
-    return {name: float(success.mean()), f"{name}_low": float(low), f"{name}_high": float(high)}
+    sampled = success_rate(success[episodes:], "eval_success_sampled")
+    return success_rate(success[:episodes], "eval_success") | sampled
 
 
 # --------------------------------------------------------------------------------------- main
-def resolve(args: Args):
-    """Fills in what the task decides."""
-    lift, transport = args.task == "lift", args.task == "transport"
-    args.horizon = args.horizon or TASKS[args.task].horizon
-    args.rollout_chunks = args.rollout_chunks or (200 if lift else 400)
-    if args.iterations == 0 and args.wall_budget_s == 0:
-        args.iterations = 40 if lift else 120
-    if args.exploration_steps < 0:
-        args.exploration_steps = 0 if transport else 2  # no episode of Transport succeeds with noise
-    if args.q_gradient == "particles" and args.n_particles < 2:
-        raise SystemExit("--q-gradient particles needs --n-particles of at least 2, better 16")
-
-
 def main(args: Args) -> dict | None:
     set_up(args)
-    resolve(args)
+    args.horizon = args.horizon or TASKS[args.task].horizon
+    args.rollout_chunks = args.rollout_chunks or (200 if args.task == "lift" else 400)
+    if args.iterations == 0 and args.wall_budget_s == 0:
+        args.iterations = 40 if args.task == "lift" else 120
+    if args.exploration_steps < 0:
+        args.exploration_steps = 0 if args.task == "transport" else 2  # with noise none succeeds
+    if args.q_gradient == "particles" and args.n_particles < 2:
+        raise SystemExit("--q-gradient particles needs --n-particles of at least 2, better 16")
     task, eval_seed = f"{args.task}-{args.obs}", 1_000_000 * (args.seed + 1)
     if args.evaluate:
         policy = Policy.load(args.evaluate / "policy.safetensors").to(args.device)
-        policy.info = Policy.load(args.evaluate / "base.safetensors").info  # how images are rendered
         envs = make_envs(args, policy)
         scores = evaluate(policy, envs, args, args.final_eval_episodes, eval_seed)
         envs.close()
@@ -710,20 +668,19 @@ def main(args: Args) -> dict | None:
                         run.add(update_actor(policy, reference, critic, actor_optimizer, rows, args))
             # 4. the reference of the constraint follows, or stays the base
             state["trained"] += 1
-            cond = policy.encode(take(obs, slice(256)))
+            with torch.no_grad():
+                cond = policy.encode(take(obs, slice(256)))
             run.add({"diagnostics/base_distance": policy.distance(base, cond)})
             if args.reference_every and state["trained"] % args.reference_every == 0:
                 reference.load_state_dict(policy.state_dict())
         run.log(row, state["env_steps"])
         run.save()
 
-    result = None
-    if run.rank == 0:
-        other_seed = eval_seed + 500_000
-        measure = lambda policy: evaluate(policy, envs, args, args.final_eval_episodes, other_seed)
-        result = run.finish("eval_success", measure, task=task, env_steps=state["env_steps"])
-        if args.capture_video:
-            record_video(policy, envs, run.path / "videos")
+    other = eval_seed + 500_000
+    measure = lambda policy: evaluate(policy, envs, args, args.final_eval_episodes, other)
+    result = run.finish("eval_success", measure, task=task, env_steps=state["env_steps"])
+    if args.capture_video and run.rank == 0:
+        record_video(policy, envs, run.path / "videos")
     envs.close()
     return result
 

@@ -249,9 +249,9 @@ class Run:
 
         rows = self.progress["rows"]
         best = final = {key: value for key, value in rows[-1].items() if key.startswith("eval_")}
-        self.policy.save(self.path / "policy.safetensors")
+        self.policy.save(self.path / "policy.safetensors", **self.policy.info)
         if self.progress["best"] > final[score]:
-            self.best_policy.save(self.path / "best_policy.safetensors")
+            self.best_policy.save(self.path / "best_policy.safetensors", **self.policy.info)
             best = max(final, measure(self.best_policy), key=lambda scores: scores[score])
         for name, scores in ("base", rows[0]), ("final", final), ("best", best):
             results |= {key.replace("eval", name): float(scores[key]) for key in final}

@@ -1,5 +1,6 @@
 """What the environments of all three families have in common."""
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
@@ -10,18 +11,12 @@ from scipy.stats import binomtest
 class Step(NamedTuple):
     """What one chunk of actions led to; every array is (N, ...)."""
 
-    next_obs: np.ndarray | dict[str, np.ndarray]
-    """Observations where the chunk ended, before any new episode."""
-    reward: np.ndarray
-    """Rewards, summed over the chunk."""
-    terminated: np.ndarray
-    """Whether the episode ended by itself."""
-    truncated: np.ndarray
-    """Whether a time limit cut it."""
-    length: np.ndarray
-    """Environment steps taken, at most those of the chunk."""
-    score: np.ndarray
-    """Of the episode so far: return (Gym), success 0 or 1 (robomimic), pairs assembled (furniture)."""
+    next_obs: np.ndarray | dict[str, np.ndarray]  # where the chunk ended, before any new episode
+    reward: np.ndarray  # summed over the chunk
+    terminated: np.ndarray  # whether the episode ended by itself
+    truncated: np.ndarray  # whether a time limit cut it
+    length: np.ndarray  # environment steps taken, at most those of the chunk
+    score: np.ndarray  # of the episode so far: return (Gym), success (robomimic), pairs (furniture)
 
 
 class ChunkEnvs(Protocol):
@@ -31,22 +26,54 @@ class ChunkEnvs(Protocol):
     obs: np.ndarray | dict[str, np.ndarray]
 
     def reset(self, seeds: int | Iterator[int]) -> None:
-        """Starts an episode everywhere: a first seed, or an iterator that gives one to each new episode."""
+        """Starts an episode everywhere; a first seed, or an iterator with one for each new episode."""
 
     def step(self, chunks: np.ndarray, active: np.ndarray | None = None) -> Step:
-        """Steps raw actions (N, chunk, action_dim) where `active` (N,); an ended episode starts anew."""
+        """Steps raw actions (N, chunk, action_dim) where `active` (N,); an ended episode starts anew.
 
-    def state_dict(self) -> dict:
-        """Seed and actions since the last reset: simulators cannot be saved."""
-
-    def load_state_dict(self, state: dict) -> None:
-        """Replays them."""
+        Raises FloatingPointError on an action that is not finite, except where it is not `active`.
+        """
 
     def close(self) -> None:
         """Ends the simulators."""
 
 
+class Episodes:
+    """Hands seeds to episodes: the part that the environments of robomimic and furniture share.
+
+    `episode` (N,) is the number of the seed that each environment runs, counted from the reset; -1 where
+    no seed was left. `score` (N,) is that of the episode so far.
+    """
+
+    def __init__(self, num_envs: int):
+        self.num_envs = num_envs
+        self.score, self.episode = np.zeros((2, num_envs), int)
+
+    def reset(self, seeds: int | Iterator[int]):
+        self.seeds = itertools.count(seeds) if isinstance(seeds, int) else seeds
+        self.started = 0
+        self.start(np.arange(self.num_envs))
+
+    def take_seeds(self, indices: np.ndarray) -> dict[int, int]:
+        """The seeds of new episodes in environments `indices`, in this order, while there are any."""
+        seeds = dict(zip(indices.tolist(), self.seeds, strict=False))
+        self.score[indices], self.episode[indices] = 0, -1
+        self.episode[list(seeds)] = self.started + np.arange(len(seeds))
+        self.started += len(seeds)
+        return seeds
+
+    def running(self, chunks: np.ndarray, active: np.ndarray | None) -> np.ndarray:
+        """Where an episode steps (N,): active and not out of seeds. Checks the actions there."""
+        running = self.episode >= 0
+        if active is not None:
+            running &= active
+        if not np.isfinite(chunks[running]).all():
+            raise FloatingPointError("the policy returned a non-finite action")
+        return running
+
+
 def success_rate(success: np.ndarray, name: str) -> dict[str, float]:
     """The share of episodes (n,) that succeeded, by name, and its 95 % interval (Wilson)."""
     interval = binomtest(int(success.sum()), len(success)).proportion_ci(method="wilson")
-    return {name: float(success.mean()), f"{name}_low": interval.low, f"{name}_high": interval.high}
+    shares = {name: success.mean(), f"{name}_low": interval.low, f"{name}_high": interval.high}
+    return {key: float(share) for key, share in shares.items()}
