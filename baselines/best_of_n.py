@@ -79,7 +79,7 @@ class BestOfN(family.FlowPolicy):
         return points[..., torch.arange(B, device=cond.device), q.argmax(1), :]
 
     def save(self, path, **info):
-        super().save(path, method="best_of_n", **info)
+        super().save(path, **info | dict(method="best_of_n"))
 
 
 def make_policy(base: family.FlowPolicy, args: Args) -> BestOfN:
@@ -127,8 +127,8 @@ def main(args: Args) -> dict | None:
                 episodes = args.final_eval_episodes if final else args.eval_episodes
                 row = evaluate(policy, args, episodes, eval_seed)
                 run.keep_best(row["eval_return"])
-            first = 1 + run.rank + run.world * iteration
-            envs.reset(eval_seed + first * max(args.num_envs, 2 * args.final_eval_episodes))
+            block = 1 + run.rank + run.world * iteration  # of seeds; the first is the evaluation's
+            envs.reset(eval_seed + block * max(args.num_envs, 2 * args.final_eval_episodes))
         else:
             # 1. roll out the best of N candidates
             with run.timer(row, "rollout_s"):
@@ -150,8 +150,8 @@ def main(args: Args) -> dict | None:
                     obs, action = batch["obs"].flatten(0, 1), batch["action"].flatten(0, 1)
                     for _ in range(args.critic_steps * (family.WARMUP_FACTOR if warm else 1)):
                         i = torch.randint(len(y), (args.critic_batch,), device=args.device)
-                        batch = obs[i], action[i], y[i]
-                        run.add(family.update_critic(critic, target, optimizer, *batch, args))
+                        rows = obs[i], action[i], y[i]
+                        run.add(family.update_critic(critic, target, optimizer, *rows, args))
             state["trained"] += 1
         run.log(row, state["env_steps"])
         run.save()

@@ -121,7 +121,7 @@ class DenoisingPolicy(family.FlowPolicy):
         return x
 
     def save(self, path, **info):
-        super().save(path, method="dppo", **info)
+        super().save(path, **info | dict(method="dppo"))
 
 
 def make_policy(base: family.FlowPolicy, args: Args) -> DenoisingPolicy:

@@ -218,8 +218,8 @@ def main(args: PPOArgs, method: Method) -> dict | None:
                 episodes = args.final_eval_episodes if final else args.eval_episodes
                 row = evaluate(policy, args, episodes, eval_seed)
                 run.keep_best(row["eval_return"])
-            first = 1 + run.rank + run.world * iteration
-            envs.reset(eval_seed + first * max(args.num_envs, 2 * args.final_eval_episodes))
+            block = 1 + run.rank + run.world * iteration  # of seeds; the first is the evaluation's
+            envs.reset(eval_seed + block * max(args.num_envs, 2 * args.final_eval_episodes))
             reward_scale.carry.zero_()
         else:
             # 1. roll out

@@ -183,8 +183,8 @@ def main(args: Args) -> dict | None:
                 episodes = args.final_eval_episodes if final else args.eval_episodes
                 row = family.evaluate(policy, args, episodes, eval_seed)
                 run.keep_best(row["eval_return"])
-            first = 1 + run.rank + run.world * iteration
-            envs.reset(eval_seed + first * max(args.num_envs, 2 * args.final_eval_episodes))
+            block = 1 + run.rank + run.world * iteration  # of seeds; the first is the evaluation's
+            envs.reset(eval_seed + block * max(args.num_envs, 2 * args.final_eval_episodes))
         else:
             # 1. roll out with exploration
             with run.timer(row, "rollout_s"):
@@ -207,8 +207,8 @@ def main(args: Args) -> dict | None:
                     obs, action = batch["obs"].flatten(0, 1), batch["action"].flatten(0, 1)
                     for _ in range(args.critic_steps * (family.WARMUP_FACTOR if warm else 1)):
                         i = torch.randint(len(y), (args.critic_batch,), device=args.device)
-                        batch = obs[i], action[i], y[i]
-                        run.add(family.update_critic(critic, target, critic_optimizer, *batch, args))
+                        rows = obs[i], action[i], y[i]
+                        run.add(family.update_critic(critic, target, critic_optimizer, *rows, args))
                 # 3. the actor: adjoint matching in some of the same states
                 with run.timer(row, "actor_s"):
                     for _ in range(0 if warm else args.actor_steps):

@@ -102,7 +102,7 @@ class NoisyPolicy(family.FlowPolicy):
         return x
 
     def save(self, path, **info):
-        super().save(path, method="reinflow", **info)
+        super().save(path, **info | dict(method="reinflow"))
 
 
 def make_policy(base: family.FlowPolicy, args: Args) -> NoisyPolicy:

@@ -101,7 +101,7 @@ class GaussianPolicy(family.FlowPolicy):
         return action[None] if trajectory else action
 
     def save(self, path, **info):
-        super().save(path, method="sac", **info)
+        super().save(path, **info | dict(method="sac"))
 
 
 # -------------------------------------------------------------------------------- base policy
@@ -204,8 +204,8 @@ def main(args: Args) -> dict | None:
             episodes = args.final_eval_episodes if final else args.eval_episodes
             row = family.evaluate(policy, args, episodes, eval_seed)
             run.keep_best(row["eval_return"])
-            first = 1 + iteration
-            envs.reset(eval_seed + first * max(args.num_envs, 2 * args.final_eval_episodes))
+            block = 1 + iteration  # of seeds; the first is the evaluation's
+            envs.reset(eval_seed + block * max(args.num_envs, 2 * args.final_eval_episodes))
         else:
             with run.timer(row, "rollout_s"):
                 steps, returns = family.collect(policy, envs, replay.next(), args)
@@ -222,7 +222,7 @@ def main(args: Args) -> dict | None:
 
     envs.close()
     measure = lambda policy: family.evaluate(policy, args, args.final_eval_episodes, eval_seed + 500_000)
-    if args.capture_video and run.rank == 0:
+    if args.capture_video:
         family.record_video(policy, args.env_id, run.path / "videos")
     return run.finish("eval_return", measure, task=args.env_id, env_steps=state["env_steps"])
 
