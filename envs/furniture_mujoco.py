@@ -19,23 +19,21 @@ primitives that stand for concave parts, the mass that the reset's force moves (
 
 import copy
 import functools
-import importlib
 import importlib.metadata
 import itertools
 import math
 import os
-import sys
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import gymnasium as gym
 import mujoco
 import numpy as np
 
-from envs.interface import Step
+from envs import rendering
+from envs.interface import Episodes, Step
 
 CONTROL_RATE = 10  # Hz
 BLOCKS = 6  # per action, of 1/60 s: the original's physics step, in which its force of the reset acts
@@ -116,10 +114,15 @@ def numbers(*values: float) -> str:
     return " ".join(f"{value:.8g}" for value in values)
 
 
+def pose(position, turn: np.ndarray | None = None) -> str:
+    """Attributes of a position (3,) and a rotation (3, 3)."""
+    quat = "" if turn is None else f'quat="{numbers(*quaternion(turn))}"'
+    return f'pos="{numbers(*position)}" {quat}'
+
+
 def geom(kind: str, size, pos, bits: tuple, contact: str = PART, mass: float = 0.0, turn=None) -> str:
     """A collision shape: half sizes, position, contact bits and parameters, mass, rotation (3, 3)."""
-    quat = "" if turn is None else f'quat="{numbers(*quaternion(turn))}"'
-    place = f'size="{numbers(*size)}" pos="{numbers(*pos)}" {quat}'
+    place = f'size="{numbers(*size)}" {pose(pos, turn)}'
     return f'<geom type="{kind}" {place} {collides(*bits)} mass="{mass}" group="3" {contact}/>'
 
 
@@ -327,63 +330,58 @@ def assets() -> Path:
     return Path(wheel.locate_file("furniture_bench/assets"))
 
 
-ORIGINS = (  # of the Franka's joints in its URDF: position and roll in quarter turns
-    ((0, 0, 0.333), 0), ((0, 0, 0), -1), ((0, -0.316, 0), 1), ((0.0825, 0, 0), 1),
-    ((-0.0825, 0.384, 0), -1), ((0, 0, 0), 1), ((0.088, 0, 0), 1),
-)  # fmt: skip
-JOINT_LOW = np.array([-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973])
-JOINT_HIGH = np.array([2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973])
-TORQUE = (87, 87, 87, 87, 12, 12, 12)  # N m
-FINGERS = (  # two blocks, a slanted one and the pad, as in the URDF: position, half sizes, roll
-    ((0, 0.0185, 0.011), (0.011, 0.0075, 0.010), 0),
-    ((0, 0.0068, 0.0022), (0.011, 0.0044, 0.0019), 0),
-    ((0, 0.0159, 0.02835), (0.00875, 0.0035, 0.01175), np.pi / 6),
-    ((0, 0.00758, 0.04525), (0.00875, 0.0076, 0.00925), 0),
-)
-
-
-def robot(franka: Path, opening: float) -> str:
-    """The arm of the URDF; links 6, 7 and the hand collide as primitives of their meshes' extent."""
-    inertial, bits = {}, (ROBOT, TABLE)
-    for link in ET.parse(franka / "robots/franka_panda.urdf").getroot().iterfind("link[inertial]"):
-        pos, mass = link.find("inertial/origin").get("xyz"), link.find("inertial/mass").get("value")
-        inertia = link.find("inertial/inertia").attrib
+def robot(franka: Path, opening: float) -> tuple[str, str]:
+    """The arm of the URDF and its motors; links 6, 7 and the hand collide as primitives."""
+    urdf = ET.parse(franka / "robots/franka_panda.urdf").getroot()
+    floats = lambda text: np.array(text.split(), float)
+    bits = ROBOT, TABLE
+    ends = 'fromto="0 0.015 0.006 0.082 0.015 0.006" size="0.05"'
+    primitives = {
+        6: f'<geom type="capsule" {ends} {collides(*bits)} mass="0" group="3"/>',
+        7: geom("cylinder", (0.055, 0.027), (0.012, 0.012, 0.079), bits),
+    }
+    drive = 'gaintype="fixed" gainprm="1000" biastype="affine" biasprm="0 -1000 -200"'
+    bodies, motors = '<geom type="mesh" mesh="link0" class="visual"/>', ""
+    for i in range(1, 8):
+        joint = urdf.find(f"joint[@name='panda_joint{i}']")
+        origin, limit = joint.find("origin").attrib, joint.find("limit").attrib
+        place = pose(floats(origin["xyz"]), rotation(*floats(origin["rpy"])))
+        inertial = urdf.find(f"link[@name='panda_link{i}']/inertial")
+        center, mass = inertial.find("origin").get("xyz"), inertial.find("mass").get("value")
+        inertia = inertial.find("inertia").attrib
         full = " ".join(inertia[key] for key in ("ixx", "iyy", "izz", "ixy", "ixz", "iyz"))
-        inertial[link.get("name")] = f'<inertial pos="{pos}" mass="{mass}" fullinertia="{full}"/>'
-    result = '<geom type="mesh" mesh="link0" class="visual"/>'
-    for i, (pos, roll) in enumerate(ORIGINS, 1):
-        limits = f'range="{JOINT_LOW[i - 1]} {JOINT_HIGH[i - 1]}" armature="{ARMATURE}" damping="0.003"'
-        quat = numbers(*quaternion(rotation(roll * np.pi / 2, 0, 0)))
-        result += f'<body name="link{i}" pos="{numbers(*pos)}" quat="{quat}" gravcomp="1">'
-        result += f'{inertial[f"panda_link{i}"]}<joint name="joint{i}" axis="0 0 1" {limits}/>'
-        result += f'<geom type="mesh" mesh="link{i}" class="visual"/>'
-        if i == 6:
-            ends = 'fromto="0 0.015 0.006 0.082 0.015 0.006" size="0.05"'
-            result += f'<geom type="capsule" {ends} {collides(*bits)} mass="0" group="3"/>'
-        if i == 7:
-            result += geom("cylinder", (0.055, 0.027), (0.012, 0.012, 0.079), bits)
-    quat = numbers(*quaternion(rotation(0, 0, -np.pi / 4)))
-    result += f'<body name="hand" pos="0 0 0.107" quat="{quat}" gravcomp="1">'
-    result += '<inertial pos="-0.01 0 0.03" mass="0.73" diaginertia="0.001 0.0025 0.0017"/>'
-    result += '<geom type="mesh" mesh="hand" class="visual"/><site name="ee" pos="0 0 0.103399"/>'
-    result += box((-0.0316, -0.104, -0.0259), (0.0316, 0.1004, 0.066), bits)
-    for name, side in (("left", 1), ("right", -1)):
-        result += f'<body name="{name}" pos="0 0 0.0584" gravcomp="1">'
-        result += f'<joint name="{name}" type="slide" axis="0 {side} 0" range="0 {opening / 2}" '
-        result += 'solreflimit="0.004 1" armature="0.1" damping="6" frictionloss="0.3"/>'
-        for pos, half, roll in FINGERS:
-            pos, turn = np.array(pos) * (1, side, 1), rotation(side * roll, 0, 0)
-            shape = geom("box", half, pos, bits, FINGER, mass=0.004, turn=turn)
-            result += shape.replace('group="3"', 'group="0" rgba="0.2 0.2 0.2 1"')
-        result += "</body>"
-    return result + "</body>" + "</body>" * len(ORIGINS)
+        span = f'range="{limit["lower"]} {limit["upper"]}" armature="{ARMATURE}" damping="0.003"'
+        bodies += f'<body name="link{i}" {place} gravcomp="1">'
+        bodies += f'<inertial pos="{center}" mass="{mass}" fullinertia="{full}"/>'
+        bodies += f'<joint name="joint{i}" axis="0 0 1" {span}/>'
+        bodies += f'<geom type="mesh" mesh="link{i}" class="visual"/>{primitives.get(i, "")}'
+        torque = limit["effort"]
+        motors += f'<general joint="joint{i}" {drive} forcerange="-{torque} {torque}"/>'
+    place = pose((0, 0, 0.107), rotation(0, 0, -np.pi / 4))
+    bodies += f'<body name="hand" {place} gravcomp="1">'
+    bodies += '<inertial pos="-0.01 0 0.03" mass="0.73" diaginertia="0.001 0.0025 0.0017"/>'
+    bodies += '<geom type="mesh" mesh="hand" class="visual"/><site name="ee" pos="0 0 0.103399"/>'
+    bodies += box((-0.0316, -0.104, -0.0259), (0.0316, 0.1004, 0.066), bits)
+    for name, side in ("left", 1), ("right", -1):
+        bodies += f'<body name="{name}" pos="0 0 0.0584" gravcomp="1">'
+        bodies += f'<joint name="{name}" type="slide" axis="0 {side} 0" range="0 {opening / 2}" '
+        bodies += 'solreflimit="0.004 1" armature="0.1" damping="6" frictionloss="0.3"/>'
+        for shape in urdf.iterfind(f"link[@name='panda_{name}finger']/collision"):
+            origin, size = shape.find("origin").attrib, shape.find("geometry/box").get("size")
+            pos, turn = floats(origin["xyz"]), rotation(*floats(origin["rpy"]))
+            block = geom("box", floats(size) / 2, pos, bits, FINGER, mass=0.004, turn=turn)
+            bodies += block.replace('group="3"', 'group="0" rgba="0.2 0.2 0.2 1"')
+        bodies += "</body>"
+        motors += f'<motor joint="{name}" forcerange="-{FINGER_FORCE} {FINGER_FORCE}"/>'
+    return bodies + "</body>" * 8, motors
 
 
 def build_xml(furniture: str) -> str:
     """The task's MJCF: table, robot, obstacle and parts."""
     spec, root = FURNITURE[furniture], assets()
     franka = root / "franka_description_ros/franka_description"
-    meshes, bodies, motors = "", "", ""
+    arm, motors = robot(franka, spec.gripper)
+    meshes, bodies = "", ""
     for name in ("hand", *(f"link{i}" for i in range(8))):
         meshes += f'<mesh name="{name}" file="{franka}/meshes/collision/{name}.stl"/>'
     for i, part in enumerate(spec.parts):
@@ -391,20 +389,15 @@ def build_xml(furniture: str) -> str:
         meshes += f'<mesh name="{part.name}" file="{file}" inertia="shell"/>'
         screws = i == spec.screw.part
         color = "0.85 0.25 0.2 1" if screws else "0.85 0.7 0.5 1"
-        tip = f'<site name="tip" pos="{numbers(*spec.screw.tip)}"/>' if screws else ""
+        tip = f'<site name="tip" {pose(spec.screw.tip)}/>' if screws else ""
         bodies += f'<body name="{part.name}"><freejoint name="{part.name}"/>{part.build()}{tip}'
         bodies += f'<geom type="mesh" mesh="{part.name}" class="visual" rgba="{color}"/></body>'
     fixed = f'{collides(TABLE, 0)} rgba="0.3 0.3 0.3 1"'
-    quat = numbers(*quaternion(rotation(0, 0, np.pi / 2)))
     for name, pos in OBSTACLE.items():
-        half = (0.175, 0.01, 0.015) if name == "front" else (0.01, 0.085, 0.015)
-        bodies += f'<body name="{name}_obstacle" mocap="true" pos="{numbers(*pos)}" quat="{quat}">'
-        bodies += f'<geom type="box" size="{numbers(*half)}" {fixed} {ON_TABLE}/></body>'
-    drive = 'gaintype="fixed" gainprm="1000" biastype="affine" biasprm="0 -1000 -200"'
-    for i, torque in enumerate(TORQUE, 1):
-        motors += f'<general joint="joint{i}" {drive} forcerange="-{torque} {torque}"/>'
-    for name in ("left", "right"):
-        motors += f'<motor joint="{name}" forcerange="-{FINGER_FORCE} {FINGER_FORCE}"/>'
+        half = "0.175 0.01 0.015" if name == "front" else "0.01 0.085 0.015"
+        place = pose(pos, rotation(0, 0, np.pi / 2))
+        bodies += f'<body name="{name}_obstacle" mocap="true" {place}>'
+        bodies += f'<geom type="box" size="{half}" {fixed} {ON_TABLE}/></body>'
     return f"""<mujoco>
 <compiler angle="radian" autolimits="true"/>
 <option integrator="implicitfast" cone="elliptic" impratio="1" tolerance="1e-5" iterations="20"
@@ -421,7 +414,7 @@ def build_xml(furniture: str) -> str:
 <geom name="table" type="box" pos="0.3 0 -0.015" size="0.65 0.4 0.015" {collides(TABLE, 0)}
  rgba="0.5 0.5 0.5 1" {ON_TABLE}/>
 <geom name="floor" type="plane" size="3 3 0.1" pos="0 0 -0.415" {fixed}/>
-<body name="robot">{robot(franka, spec.gripper)}</body>
+<body name="robot">{arm}</body>
 {bodies}
 </worldbody>
 <actuator>{motors}</actuator>
@@ -448,50 +441,43 @@ def load_models(furniture: str) -> dict[tuple[bool, bool], mujoco.MjModel]:
 
 
 # --------------------------------------------------------------------------------- environment
-class FurnitureEnv(gym.Env):
-    """One task. Observation (58,) or (44,) float32: position, rotation (6D), linear and angular velocity
-    of the end effector and opening of the gripper, then per part and for the front obstacle position and
-    quaternion (x, y, z, w >= 0) in the tag's frame.
 
-    Action (10,) in [-1, 1]: the pose that the end effector shall reach, position (m) and rotation (6D),
-    and the gripper, which a positive value closes. The reward is 1 when a pair is newly assembled.
-    Episodes never terminate and are truncated at `horizon` steps. info: "stages", the number of pairs
-    assembled, and "success", whether that is all. Raises PhysicsError if the simulation diverges.
+
+class FurnitureEnv:
+    """One task, with `reset` and `step` as in Gymnasium.
+
+    Observation (58,) or (44,) float32: position, rotation (6D), linear and angular velocity of the end
+    effector and opening of the gripper, then per part and for the front obstacle position and quaternion
+    (x, y, z, w >= 0) in the tag's frame. Action (10,) in [-1, 1]: the pose that the end effector shall
+    reach, position (m) and rotation (6D), and the gripper, which a positive value closes.
+    The reward is 1 when a pair is newly assembled. Episodes never terminate and are truncated at
+    `horizon` steps; info["success"] is whether all pairs are assembled. Raises PhysicsError if the
+    simulation diverges.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": CONTROL_RATE}  # noqa: RUF012
-
-    def __init__(self, furniture: str = "one_leg", randomness: str = "low", render_mode=None,
-                 horizon: int | None = None, image_size: tuple[int, int] = (320, 240)):  # fmt: skip
-        modes = None, "rgb_array"
-        for value, known in (furniture, FURNITURE), (randomness, RANDOMNESS), (render_mode, modes):
-            if value not in known:
-                raise SystemExit(f"Unknown {value!r}: choose {', '.join(map(str, known))}.")
+    def __init__(self, furniture="one_leg", randomness="low", horizon: int | None = None):
         self.furniture, self.ranges = FURNITURE[furniture], RANDOMNESS[randomness]
         self.horizon = horizon or self.furniture.horizon
-        self.render_mode, self.image_size, self.renderer = render_mode, image_size, None
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (self.furniture.obs_dim,), np.float32)
-        self.action_space = gym.spaces.Box(-1.0, 1.0, (10,), np.float32)
         self.models = load_models(furniture)
-        self.model = self.models[True, True]
-        self.data = mujoco.MjData(self.model)
-        self.parts = [self.model.body(part.name).id for part in self.furniture.parts]
-        self.part_qpos = [self.model.joint(part.name).qposadr[0] for part in self.furniture.parts]
-        self.part_qvel = [self.model.joint(part.name).dofadr[0] for part in self.furniture.parts]
-        self.seen = [*self.parts, self.model.body("front_obstacle").id]
-        self.obstacles = [self.model.body(f"{name}_obstacle").mocapid[0] for name in OBSTACLE]
-        self.site = self.model.site("ee").id
-        self.tip = self.data.site_xpos[self.model.site("tip").id]  # views, as are the following
-        self.nut = self.data.xpos[self.parts[0]], self.data.xmat[self.parts[0]].reshape(3, 3)
-        self.qpos, self.qvel, self.ctrl = self.data.qpos, self.data.qvel, self.data.ctrl
-        self.hand = self.data.site_xpos[self.site], self.data.site_xmat[self.site].reshape(3, 3)
-        self.jacobian = np.zeros((6, self.model.nv))
+        self.model = model = self.models[True, True]
+        self.data = data = mujoco.MjData(model)
+        self.rng, self.renderer = np.random.default_rng(), None
+        self.parts = [model.body(part.name).id for part in self.furniture.parts]
+        self.seen = [*self.parts, model.body("front_obstacle").id]
+        self.site = model.site("ee").id
+        self.jacobian = np.zeros((6, model.nv))
         self.assembled = np.zeros(len(self.furniture.pairs), bool)
+        # Views of the state. The arm's joints come first in qpos, qvel and ctrl, then the fingers.
+        self.qpos, self.qvel, self.ctrl = data.qpos, data.qvel, data.ctrl
+        self.joints = [data.joint(part.name) for part in self.furniture.parts]
+        self.hand = data.site_xpos[self.site], data.site_xmat[self.site].reshape(3, 3)
+        self.nut = data.xpos[self.parts[0]], data.xmat[self.parts[0]].reshape(3, 3)
+        self.tip = data.site_xpos[model.site("tip").id]
 
-    # ---- state; arm joints come first in qpos, qvel and ctrl, then the fingers
+    # ---- state
     def ee_pose(self) -> tuple[np.ndarray, np.ndarray]:
         """Position (3,) and rotation (3, 3) of the end effector."""
-        return self.data.site_xpos[self.site].copy(), self.data.site_xmat[self.site].reshape(3, 3).copy()
+        return self.hand[0].copy(), self.hand[1].copy()
 
     def part_pose(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Position (3,) and rotation (3, 3) of a part in the base frame."""
@@ -500,10 +486,10 @@ class FurnitureEnv(gym.Env):
 
     def obstacle_position(self, index: int) -> np.ndarray:
         """Position (3,) of the front, right or left obstacle."""
-        return self.data.mocap_pos[self.obstacles[index]].copy()
+        return self.data.mocap_pos[index].copy()
 
     def gripper_width(self) -> float:
-        return self.data.qpos[7] + self.data.qpos[8]
+        return self.qpos[7] + self.qpos[8]
 
     def relative_pose(self, first: int, second: int) -> tuple[np.ndarray, np.ndarray]:
         """Position (3,) and rotation (3, 3) of a part in the frame of another."""
@@ -512,9 +498,8 @@ class FurnitureEnv(gym.Env):
 
     def place(self, index: int, position: np.ndarray, matrix: np.ndarray):
         """Puts a part, at rest, at a position (3,) and rotation (3, 3) in the base frame."""
-        q, v = self.part_qpos[index], self.part_qvel[index]
-        self.data.qpos[q : q + 3], self.data.qpos[q + 3 : q + 7] = position, quaternion(matrix)
-        self.data.qvel[v : v + 6] = 0
+        self.joints[index].qpos = np.concatenate([position, quaternion(matrix)])
+        self.joints[index].qvel = 0
 
     def refresh(self):
         """Derives poses and Jacobians from the joints, which mj_step leaves one step behind."""
@@ -525,9 +510,9 @@ class FurnitureEnv(gym.Env):
     def observe(self) -> np.ndarray:
         """(obs_dim,) float32."""
         data, obs = self.data, np.empty(self.furniture.obs_dim, np.float32)
-        obs[:3], obs[3:9] = data.site_xpos[self.site], data.site_xmat[self.site][:6]
-        obs[9:15] = self.jacobian @ data.qvel
-        obs[15] = data.qpos[7] + data.qpos[8]
+        obs[:3], obs[3:9] = self.hand[0], rotation_6d(self.hand[1])
+        obs[9:15] = self.jacobian @ self.qvel
+        obs[15] = self.gripper_width()
         poses = obs[16:].reshape(-1, 7)
         poses[:, :3] = (data.xpos[self.seen] - TAG[1]) @ TAG[0]
         quaternions = data.xquat[self.seen] @ TAG_QUATERNION
@@ -558,15 +543,16 @@ class FurnitureEnv(gym.Env):
         if not (np.isfinite(self.qpos).all() and np.isfinite(self.qvel).all()):
             raise PhysicsError(f"the simulation diverged in step {self.t} of the episode")
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
-        super().reset(seed=seed)
-        data, spec, ranges, rng = self.data, self.furniture, self.ranges, self.np_random
+    def reset(self, seed: int | None = None) -> tuple[np.ndarray, dict]:
+        """Starts an episode; without a seed the generator goes on."""
+        if seed is not None:
+            self.rng = np.random.default_rng(seed)
+        data, spec, ranges, rng = self.data, self.furniture, self.ranges, self.rng
         mujoco.mj_resetData(self.model, data)
-        data.qpos[:7] = data.ctrl[:7] = HOME + rng.uniform(-ranges.joints, ranges.joints, 7)
-        data.qpos[7:9], data.ctrl[7:] = spec.gripper / 2, FINGER_FORCE
+        self.qpos[:7] = self.ctrl[:7] = HOME + rng.uniform(-ranges.joints, ranges.joints, 7)
+        self.qpos[7:9], self.ctrl[7:] = spec.gripper / 2, FINGER_FORCE
         offset = rng.uniform(-ranges.obstacle, ranges.obstacle, 2)
-        for i, pos in zip(self.obstacles, OBSTACLE.values(), strict=True):
-            data.mocap_pos[i] = np.array(pos) + [*offset, 0]
+        data.mocap_pos[:] = np.array(list(OBSTACLE.values())) + [*offset, 0]
         for i, part in enumerate(spec.parts):
             self.place(i, TAG[0] @ part.position + TAG[1], TAG[0] @ rotation(*part.angles))
         count = len(spec.parts)
@@ -575,7 +561,7 @@ class FurnitureEnv(gym.Env):
         force = rng.uniform(0, ranges.force, count) * spec.force * scale
         torque = rng.uniform(-ranges.torque, ranges.torque, count) * spec.torque * scale
         self.t, self.gripper, self.resting = 0, -1.0, None
-        self.assembled = np.zeros(len(spec.pairs), bool)
+        self.assembled[:] = False
         mujoco.mj_kinematics(self.model, data)
         pushes = force * np.cos(direction), force * np.sin(direction), *np.zeros((3, count)), torque
         data.xfrc_applied[self.parts] = np.stack(pushes, 1)
@@ -585,10 +571,7 @@ class FurnitureEnv(gym.Env):
             self.simulate(9)
             self.resting = self.part_pose(spec.held)
             self.simulate(1)
-        return self.observe(), self.info()
-
-    def info(self) -> dict:
-        return {"stages": int(self.assembled.sum()), "success": bool(self.assembled.all())}
+        return self.observe(), {}
 
     def joint_targets(self, position: np.ndarray, matrix: np.ndarray) -> np.ndarray:
         """Joint positions (7,) that reach a pose to first order: least norm, damped where singular."""
@@ -596,7 +579,7 @@ class FurnitureEnv(gym.Env):
         error = np.concatenate([position - here, rotation_vector(matrix @ turn.T)])
         J = self.jacobian[:, :7]
         step = J.T @ np.linalg.solve(J @ J.T + 1e-6 * np.eye(6), error)
-        return np.clip(self.qpos[:7] + step, JOINT_LOW, JOINT_HIGH)
+        return np.clip(self.qpos[:7] + step, *self.model.jnt_range[:7].T)
 
     def advance(self, action: np.ndarray) -> float:
         """Executes one action (10,); returns the reward."""
@@ -608,7 +591,7 @@ class FurnitureEnv(gym.Env):
         self.gripper = grasp
         self.ctrl[7:] = FINGER_FORCE if opens else -FINGER_FORCE
         if self.resting is not None:
-            close = np.abs(self.ee_pose()[0] - self.resting[0]).max() <= 0.03
+            close = np.abs(self.hand[0] - self.resting[0]).max() <= 0.03
             if close or self.t > self.horizon / 2:
                 self.resting = None
         self.simulate(BLOCKS)
@@ -617,25 +600,22 @@ class FurnitureEnv(gym.Env):
 
     def newly_assembled(self) -> float:
         """1 if a pair is assembled that was not before in this episode, else 0."""
-        new = False
+        before = self.assembled.copy()
         for i, (first, second, positions, turn) in enumerate(self.furniture.pairs):
-            if self.assembled[i]:
-                continue
             position, matrix = self.relative_pose(first, second)
             placed = (np.abs(position - positions) <= POSITION_TOLERANCE).all(1).any()
             aligned = turn is None or ((matrix * turn).sum(1) >= COSINE_TOLERANCE).all()
-            self.assembled[i] = placed and aligned
-            new = new or self.assembled[i]
-        return float(new)
+            self.assembled[i] |= placed and aligned
+        return float((self.assembled != before).any())
 
-    def step(self, action: np.ndarray):
-        reward = self.advance(action)
-        return self.observe(), reward, False, self.t >= self.horizon, self.info()
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        reward, success = self.advance(action), bool(self.assembled.all())
+        return self.observe(), reward, False, self.t >= self.horizon, {"success": success}
 
     def render(self) -> np.ndarray:
-        """The front camera, (height, width, 3) uint8; set MUJOCO_GL before MuJoCo is imported."""
+        """The front camera, (240, 320, 3) uint8; set MUJOCO_GL before MuJoCo is imported."""
         if self.renderer is None:
-            self.renderer = mujoco.Renderer(self.model, *self.image_size[::-1])
+            self.renderer = mujoco.Renderer(self.model)
             self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False  # 5 times as fast on a CPU
         self.renderer.update_scene(self.data, "front")
         return self.renderer.render()
@@ -643,43 +623,28 @@ class FurnitureEnv(gym.Env):
     def close(self):
         if self.renderer is not None:
             self.renderer.close()
-            self.renderer = None
 
 
-class FurnitureVectorEnv:
+class FurnitureVectorEnv(Episodes):
     """`num_envs` environments in threads, outside Python's lock, sharing a model; see envs/interface.py.
 
-    An episode ends when all pairs are assembled, at the time limit, or where its simulation diverges: then
-    with the last finite observation, counted in `diverged` (N,). `episode` (N,) is the number of the seed
-    that each environment runs, counted from the reset; -1 where no seed was left.
+    An episode ends when all pairs are assembled, at the time limit, or where its simulation diverges.
+    Then its last observation is the last finite one, and `diverged` (N,) counts it.
     """
 
+    fps = CONTROL_RATE
+
     def __init__(self, num_envs: int, furniture: str, randomness: str, horizon=None, threads=None):
-        load_models(furniture)
-        self.envs = [FurnitureEnv(furniture, randomness, None, horizon) for _ in range(num_envs)]
-        self.num_envs, self.obs_dim, self.action_dim = num_envs, self.envs[0].furniture.obs_dim, 10
+        super().__init__(num_envs)
+        self.envs = [FurnitureEnv(furniture, randomness, horizon) for _ in range(num_envs)]
+        self.obs_dim, self.action_dim = self.envs[0].furniture.obs_dim, 10
         self.obs = np.zeros((num_envs, self.obs_dim), np.float32)
-        self.score, self.episode, self.diverged = np.zeros((3, num_envs), int)
-        threads = min(threads or os.cpu_count(), num_envs)
-        self.pool = ThreadPoolExecutor(threads) if threads > 1 else None
-
-    def each(self, function, indices) -> list:
-        """`function` of every index, in the pool's threads."""
-        return list(self.pool.map(function, indices)) if self.pool else [function(i) for i in indices]
-
-    def reset(self, seeds: int | Iterator[int]):
-        self.seeds = itertools.count(seeds) if isinstance(seeds, int) else seeds
-        self.started = 0
-        self.start(np.arange(self.num_envs))
+        self.diverged = np.zeros(num_envs, int)
+        self.pool = ThreadPoolExecutor(min(threads or os.cpu_count(), num_envs))
 
     def start(self, indices: np.ndarray):
-        """Starts an episode in each environment of `indices`, in their order, while there are seeds."""
-        seeds = dict(zip(indices, self.seeds, strict=False))
-        self.episode[indices] = -1
-        self.episode[list(seeds)] = self.started + np.arange(len(seeds))
-        self.started += len(seeds)
-        self.score[indices] = 0
-        self.each(lambda i: self.renew(i, seeds[i]), seeds)
+        seeds = self.take_seeds(indices)
+        list(self.pool.map(self.renew, seeds.keys(), seeds.values()))
 
     def renew(self, i: int, seed: int | None):
         """Resets one environment; where that diverges, again with its generator's next numbers."""
@@ -694,7 +659,7 @@ class FurnitureVectorEnv:
 
     def run_chunk(self, i: int, actions: np.ndarray) -> tuple[float, bool, bool, int]:
         """Steps one environment; returns reward, terminated, truncated and steps taken."""
-        env, reward, length, diverged = self.envs[i], 0.0, 0, False
+        env, reward, length = self.envs[i], 0.0, 0
         try:
             for action in actions:
                 length += 1
@@ -704,52 +669,34 @@ class FurnitureVectorEnv:
             self.obs[i] = env.observe()
         except PhysicsError:
             self.diverged[i] += 1
-            diverged = True
+            env.t = env.horizon
         self.score[i] = env.assembled.sum()
         terminated = bool(env.assembled.all())
-        return reward, terminated, not terminated and (diverged or env.t >= env.horizon), length
+        return reward, terminated, env.t >= env.horizon and not terminated, length
 
     def step(self, chunks: np.ndarray, active: np.ndarray | None = None) -> Step:
-        """See envs/interface.py. Raises FloatingPointError on a non-finite action."""
-        indices = np.flatnonzero(self.episode >= 0 if active is None else active & (self.episode >= 0))
-        if not np.isfinite(chunks[indices]).all():
-            raise FloatingPointError("the policy returned a non-finite action")
+        """See envs/interface.py."""
+        indices = np.flatnonzero(self.running(chunks, active))
         reward, length = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
         terminated, truncated = np.zeros((2, self.num_envs), bool)
-        results = self.each(lambda i: self.run_chunk(i, chunks[i]), indices)
+        results = self.pool.map(self.run_chunk, indices, chunks[indices])
         for i, result in zip(indices, results, strict=True):
             reward[i], terminated[i], truncated[i], length[i] = result
         next_obs, score = self.obs.copy(), self.score.copy()
         self.start(np.flatnonzero(terminated | truncated))
         return Step(next_obs, reward, terminated, truncated, length, score)
 
+    def render(self) -> np.ndarray:
+        """The first environment's picture."""
+        return self.envs[0].render()
+
     def close(self):
-        if self.pool:
-            self.pool.shutdown()
+        self.pool.shutdown()
         for env in self.envs:
             env.close()
 
 
 def record_video(policy, furniture: str, randomness: str, folder: Path):
-    """An episode of a policy from x_0 = 0 as mp4, in real time."""
-    import imageio.v2 as imageio
-
-    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
-        os.environ.setdefault("MUJOCO_GL", "egl")
-    try:
-        importlib.reload(mujoco.gl_context)  # it chose a renderer when MuJoCo was imported
-        env = FurnitureEnv(furniture, randomness, render_mode="rgb_array")
-        (obs, _), over, frames = env.reset(seed=1_000_000), False, [env.render()]
-        while not over:
-            obs = policy.normalize(obs)[None]
-            for action in policy.to_env(policy.sample(obs, obs.new_zeros(1, policy.action_size)))[0]:
-                obs, _, _, truncated, info = env.step(action)
-                frames.append(env.render())
-                over = truncated or info["success"]
-                if over:
-                    break
-        env.close()
-        folder.mkdir(parents=True, exist_ok=True)
-        imageio.mimwrite(folder / "episode.mp4", frames, fps=CONTROL_RATE)
-    except Exception as error:  # GL drivers fail in many ways; none of them may cost the trained policy
-        print(f"No video: {error}. MuJoCo needs libegl1 or libosmesa6, and MUJOCO_GL=egl or osmesa.")
+    """Films a policy, see envs/rendering.py."""
+    make_envs = lambda: FurnitureVectorEnv(1, furniture, randomness)
+    rendering.record_video(policy, policy.normalize, make_envs, folder)

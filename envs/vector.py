@@ -1,28 +1,13 @@
 """Vectorised Gymnasium tasks that step whole action chunks, over EnvPool or Gymnasium."""
 
-import os
-import sys
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import torch
 
+from envs import rendering
 from envs.interface import Step
-
-
-class SkipNaN(gym.Wrapper):
-    """An action of NaN leaves the environment as it is: how one of a batch sits out a step."""
-
-    def reset(self, **kwargs):
-        self.obs, info = self.env.reset(**kwargs)
-        return self.obs, info
-
-    def step(self, action):
-        if np.isnan(action).any():
-            return self.obs, 0.0, False, False, {}
-        self.obs, *rest = self.env.step(action)
-        return self.obs, *rest
 
 
 def envpool_has(env_id: str) -> bool:
@@ -33,20 +18,42 @@ def envpool_has(env_id: str) -> bool:
     return env_id in envpool.list_all_envs()
 
 
-class VectorEnv:
-    """`num_envs` copies of one task, over EnvPool where it has the task, else over Gymnasium; see envs/interface.py.
+class GymnasiumPool:
+    """Copies of a Gymnasium task with those methods of EnvPool that are used here."""
 
-    Both backends run through one loop (`step`). An environment that ends inside a chunk sits out the rest of it.
+    def __init__(self, env_id: str, num_envs: int, seed: int, **options):
+        try:
+            self.envs = [gym.make(env_id, **options) for _ in range(num_envs)]
+        except (gym.error.Error, ImportError) as error:
+            raise SystemExit(f"Cannot make the environment {env_id!r}: {error}") from error
+        self.seeds = {i: seed + i for i in range(num_envs)}  # of the first episodes
+        self.observation_space = self.envs[0].observation_space
+        self.action_space = self.envs[0].action_space
+
+    def reset(self, ids: np.ndarray):
+        return np.stack([self.envs[i].reset(seed=self.seeds.pop(i, None))[0] for i in ids]), {}
+
+    def step(self, actions: np.ndarray, ids: np.ndarray):
+        results = [self.envs[i].step(action) for i, action in zip(ids, actions, strict=True)]
+        obs, reward, terminated, truncated, infos = zip(*results, strict=True)
+        return np.array(obs), np.array(reward), np.array(terminated), np.array(truncated), infos
+
+    def close(self):
+        for env in self.envs:
+            env.close()
+
+
+class VectorEnv:
+    """`num_envs` copies of one task, over EnvPool where it has the task, else over Gymnasium.
+
+    See envs/interface.py. An environment that ends inside a chunk sits out the rest of it.
     """
 
-    def __init__(self, env_id: str, num_envs: int, threads: int = 1, backend: str | None = None):
-        self.env_id, self.num_envs, self.threads = env_id, num_envs, threads
+    def __init__(self, env_id: str, num_envs: int, threads=1, backend: str | None = None, **options):
+        self.env_id, self.num_envs, self.threads, self.options = env_id, num_envs, threads, options
         self.backend = backend or ("envpool" if envpool_has(env_id) else "gymnasium")
         self.make(seed=0)
-        if self.backend == "envpool":
-            space, self.action_space = self.envs.observation_space, self.envs.action_space
-        else:
-            space, self.action_space = self.envs.single_observation_space, self.envs.single_action_space
+        space, self.action_space = self.envs.observation_space, self.envs.action_space
         for name, box in ("observation", space), ("action", self.action_space):
             if not isinstance(box, gym.spaces.Box) or len(box.shape) != 1:
                 raise SystemExit(f"{env_id}: the {name} space must be a flat Box, not {box}.")
@@ -54,100 +61,75 @@ class VectorEnv:
 
     def make(self, seed: int):
         """New simulators: EnvPool takes its seed when it is made."""
-        if self.backend == "envpool":
-            import envpool
-
-            self.envs = envpool.make_gymnasium(
-                self.env_id, num_envs=self.num_envs, num_threads=self.threads, seed=seed
-            )
+        if self.backend == "gymnasium":
+            self.envs = GymnasiumPool(self.env_id, self.num_envs, seed, **self.options)
             return
-        try:
-            mode = gym.vector.AutoresetMode.SAME_STEP
-            makers = [lambda: SkipNaN(gym.make(self.env_id))] * self.num_envs
-            self.envs = gym.vector.SyncVectorEnv(makers, autoreset_mode=mode)
-        except (gym.error.Error, ImportError) as error:
-            raise SystemExit(f"Cannot make the environment {self.env_id!r}: {error}") from error
+        import envpool
+
+        sizes = dict(num_envs=self.num_envs, num_threads=self.threads)
+        self.envs = envpool.make_gymnasium(self.env_id, seed=seed, **sizes)
 
     def reset(self, seeds: int):
         self.envs.close()
         self.make(seeds)
-        result = self.envs.reset() if self.backend == "envpool" else self.envs.reset(seed=seeds)
-        self.obs = result[0].astype(np.float32)
+        self.obs = self.envs.reset(np.arange(self.num_envs, dtype=np.int32))[0].astype(np.float32)
         self.seed, self.tape, self.score = seeds, [], np.zeros(self.num_envs)
 
     def state_dict(self) -> dict:
+        """Seed and actions since the last reset, as simulators cannot be saved."""
         return {"seed": self.seed, "tape": torch.as_tensor(np.array(self.tape))}
 
     def load_state_dict(self, state: dict):
+        """Replays them."""
         self.reset(state["seed"])
         for chunks in state["tape"].cpu().numpy():
             self.step(chunks)
 
     def step(self, chunks: np.ndarray, active: np.ndarray | None = None) -> Step:
-        """See envs/interface.py; actions are clipped to the action space. Raises FloatingPointError on NaN."""
+        """See envs/interface.py; actions are clipped to the action space.
+
+        Raises FloatingPointError also where an observation or a reward is not finite.
+        """
         if not np.isfinite(chunks).all():
             raise FloatingPointError("the policy returned a non-finite action")
         self.tape.append(chunks)
         low, high = self.action_space.low, self.action_space.high
         chunks = np.clip(chunks, low, high).astype(self.action_space.dtype)
-        next_obs, new_obs = self.obs.copy(), self.obs.copy()
+        next_obs = self.obs.copy()
         reward, length = np.zeros(self.num_envs), np.zeros(self.num_envs, np.int64)
-        terminated, truncated = np.zeros(self.num_envs, bool), np.zeros(self.num_envs, bool)
+        terminated, truncated = np.zeros((2, self.num_envs), bool)
         ids = np.arange(self.num_envs) if active is None else np.flatnonzero(active)
         for actions in chunks.swapaxes(0, 1):
-            obs, r, term, trunc, ended = self._step(actions, ids)
+            if len(ids) == 0:
+                break
+            obs, r, term, trunc, _ = self.envs.step(actions[ids], ids.astype(np.int32))
             for name, value in ("observation", obs), ("reward", r):
                 if not np.isfinite(value).all():
                     raise FloatingPointError(f"the environment returned a non-finite {name}")
             next_obs[ids], terminated[ids], truncated[ids] = obs, term, trunc & ~term
             reward[ids] += r
             length[ids] += 1
-            new_obs[ids[term | trunc]] = ended
             ids = ids[~(term | trunc)]
-            if len(ids) == 0:
-                break
         done = terminated | truncated
-        if self.backend == "envpool" and done.any():
-            new_obs[done] = self.envs.reset(np.flatnonzero(done).astype(np.int32))[0]
-        self.obs = np.where(done[:, None], new_obs, next_obs)
-        score = self.score + reward
+        self.obs, score = next_obs.copy(), self.score + reward
+        if done.any():
+            self.obs[done] = self.envs.reset(np.flatnonzero(done).astype(np.int32))[0]
         self.score = np.where(done, 0.0, score)
         return Step(next_obs, reward, terminated, truncated, length, score)
 
-    def _step(self, actions: np.ndarray, ids: np.ndarray):
-        """One step of environments `ids`; the last value is the new episodes' observations, if known yet."""
-        if self.backend == "envpool":
-            obs, r, term, trunc, _ = self.envs.step(actions[ids], ids.astype(np.int32))
-            return obs, r, term, trunc, obs[term | trunc]
-        padded = np.full_like(actions, np.nan)
-        padded[ids] = actions[ids]
-        obs, r, term, trunc, info = self.envs.step(padded)
-        done = term | trunc
-        new_obs = obs[done]
-        if done.any():
-            obs[done] = np.stack(info["final_obs"][done])
-        return obs[ids], r[ids], term[ids], trunc[ids], new_obs
+    @property
+    def fps(self) -> int:
+        return self.envs.envs[0].metadata.get("render_fps", 30)
+
+    def render(self) -> np.ndarray:
+        """The first environment's picture, with Gymnasium only."""
+        return self.envs.envs[0].render()
 
     def close(self):
         self.envs.close()
 
 
 def record_video(policy, env_id: str, folder: Path):
-    """One episode of a policy from x_0 = 0 as mp4, by Gymnasium's RecordVideo."""
-    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
-        os.environ.setdefault("MUJOCO_GL", "egl")
-    try:
-        env = gym.make(env_id, render_mode="rgb_array", width=320, height=320)
-        env = gym.wrappers.RecordVideo(env, str(folder), disable_logger=True)
-        obs, over = env.reset(seed=0)[0], False
-        while not over:
-            obs = policy.normalize(obs)[None]
-            chunk = policy.to_env(policy.sample(obs, torch.zeros(1, policy.action_size, device=obs.device)))[0]
-            for action in chunk.clip(env.action_space.low, env.action_space.high):
-                obs, _, terminated, truncated, _ = env.step(action)
-                over = terminated or truncated
-                if over:
-                    break
-        env.close()
-    except Exception as error:  # GL drivers fail in many ways; none of them may cost the trained policy
-        print(f"No video: {error}. MuJoCo needs a GL backend: install libegl1 or libosmesa6, set MUJOCO_GL.")
+    """Films a policy, see envs/rendering.py."""
+    options = dict(backend="gymnasium", render_mode="rgb_array", width=320, height=320)
+    rendering.record_video(policy, policy.normalize, lambda: VectorEnv(env_id, 1, **options), folder)
