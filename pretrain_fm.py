@@ -1,134 +1,119 @@
-"""Pretrains a flow-matching base policy, nothing else; one subcommand per environment family.
+"""Pretrains a flow-matching base policy, nothing else: the other door to the three scripts' `pretrain`.
 
     python pretrain_fm.py gym --env-id Hopper-v4 --out base.safetensors
     python pretrain_fm.py robomimic --task square --obs state --out base.safetensors
     python pretrain_fm.py furniture --furniture one_leg --randomness low --out base.safetensors
 
-runs the same function as `rldt_gym.py --pretrain` (or `rldt_robomimic.py`, `rldt_furniture.py`) and reports the validation
-loss and the policy's return or success rate. The file is what `--base` takes there.
+writes a file for --base, with the score of the policy in it. Settings that are not given are those of
+the script's PRETRAINING. A run that was stopped goes on where the same command is given again.
 """
 
-try:  # Isaac Gym cannot be imported after torch
-    import isaacgym  # noqa: F401
-except (ImportError, RuntimeError):  # the latter on another Python than its own
-    pass
-
-import itertools
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import tyro
-
-import rldt_furniture
+import rldt_furniture  # first: it imports Isaac Gym, which must come before torch
 import rldt_gym
 import rldt_robomimic
-from demos import dataset
+from common.runs import set_up
+from common.settings import parse_args
+from demos import dataset, furniture, robomimic
 
 
-def gym(args: rldt_gym.Args, out: Path | None = None) -> dict[str, float]:
-    """Flow matching on demonstrations of a Gymnasium task.
+@dataclass
+class Pretraining:
+    """Settings of pretraining; None: the script's."""
 
-    Args:
-        args: the fields of rldt_gym.py; those of the base policy and the evaluation matter here.
-        out: file to write; default demos/<env_id>/base.safetensors.
-    """
-    args = rldt_gym.resolve(args)
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    out = out or dataset.DEMOS / args.env_id / "base.safetensors"
-    envs = rldt_gym.VectorEnv(args.env_id, 1, args.chunk, args.backend)
-    policy = rldt_gym.pretrain(args, rldt_gym.get_demonstrations(args, envs))
-    scores = rldt_gym.evaluate(policy, args, args.final_eval_episodes, 1_000_000)
-    info = {
-        "env_id": args.env_id,
-        "validation_loss": policy.validation_loss,
-        "return_zero": scores["zero"].mean(),
-        "return_zero_std": scores["zero"].std(),
-        "return_sampled": scores["noise"].mean(),
-        "return_sampled_std": scores["noise"].std(),
-    }
-    rldt_gym.save_base(policy, out, **info)
-    print(f"{out}: validation loss {info['validation_loss']:.4f}, return {info['return_zero']:.0f} +- {info['return_zero_std']:.0f} "
-          f"from x_0 = 0, {info['return_sampled']:.0f} +- {info['return_sampled_std']:.0f} from noise")  # fmt: skip
-    return info
+    # pretraining
+    out: Path | None = None  # file to write; default: where the script looks for it, in demos/
+    epochs: int | None = None  # passes over the data
+    batch: int | None = None  # chunks of actions per step
+    lr: float | None = None  # first step size of AdamW, falling to a tenth along a cosine
+    head_steps: int | None = None  # with images: further steps of the velocity network alone
+    spread: float | None = None  # furniture: deviations from the mean that become 1; 0: the range
+    start: Path | None = None  # furniture: base policy whose weights and scaling come first
+    episodes: int = 0  # manipulation: demonstrations to clone; 0: all
+    split: str | None = None  # robomimic: clone those of mask/<split> in the file
 
+    # sizes of the policy
+    chunk: int | None = None  # actions per decision, executed open loop
+    euler_steps: int | None = None  # K, Euler steps from noise to action
+    width: int | None = None  # of the velocity network's hidden layers
+    depth: int | None = None  # hidden layers of the velocity network, odd
+    time_dim: int | None = None  # size of the time embedding, even
 
-def robomimic(args: rldt_robomimic.Args, out: Path | None = None) -> dict[str, float]:
-    """Flow matching on demonstrations of a robomimic task.
-
-    Args:
-        args: the fields of rldt_robomimic.py; those of the base policy and the evaluation matter here.
-        out: file to write; default demos/<task>/base_<obs>.safetensors.
-    """
-    args = rldt_robomimic.resolve(args)
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    if args.obs == "image":
-        rldt_robomimic.choose_renderer()
-    out = out or dataset.DEMOS / args.task / f"base_{args.obs}.safetensors"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint = out.with_name(f"{out.name}.unfinished")
-    policy = rldt_robomimic.pretrain(args, rldt_robomimic.get_demonstrations(args), checkpoint=checkpoint)
-    info = {"task": args.task, "obs": args.obs, "validation_loss": policy.validation_loss, "episodes": args.final_eval_episodes,
-            "fast_render": args.fast_render}  # fmt: skip
-    rldt_robomimic.save_base(policy, out, **info)  # before the evaluation, which takes longer
-    checkpoint.unlink(missing_ok=True)
-    envs = rldt_robomimic.make_envs(args, args.num_envs)
-    scores = rldt_robomimic.evaluate(policy, envs, args, args.final_eval_episodes, 1_000_000)
-    envs.close()
-    info |= {"success_zero": rldt_robomimic.rate(scores["zero"])[0], "success_sampled": rldt_robomimic.rate(scores["noise"])[0]}
-    rldt_robomimic.save_base(policy, out, **info)
-    print(f"{out}: validation loss {info['validation_loss']:.4f}, success {100 * info['success_zero']:.0f} % from x_0 = 0, "
-          f"{100 * info['success_sampled']:.0f} % from noise, {args.final_eval_episodes} episodes each")  # fmt: skip
-    return info
+    def settings(self, defaults: dict) -> dict:
+        """The script's settings with those that were given."""
+        chosen = dict(defaults)
+        for name in SETTINGS:
+            if getattr(self, name) is not None and name not in defaults:
+                raise SystemExit(f"--{name.replace('_', '-')} is not a setting of this family")
+            if getattr(self, name) is not None:
+                chosen[name] = getattr(self, name)
+        return chosen
 
 
-def furniture(args: rldt_furniture.Args, out: Path | None = None) -> dict[str, float]:
-    """Flow matching on demonstrations of a FurnitureBench task.
+SETTINGS = "epochs batch lr head_steps spread start chunk euler_steps width depth time_dim".split()
 
-    Args:
-        args: the fields of rldt_furniture.py; those of the base policy and the evaluation matter here.
-        out: file to write; default demos/<furniture>/base_<randomness>.safetensors.
-    """
-    args = rldt_furniture.resolve(args)
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    out = out or dataset.DEMOS / args.furniture / f"base_{args.randomness}.safetensors"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint = out.with_name(f"{out.name}.unfinished")
-    policy = rldt_furniture.pretrain(args, rldt_furniture.get_demonstrations(args), checkpoint=checkpoint)
-    info = {"furniture": args.furniture, "randomness": args.randomness, "backend": args.backend, "validation_loss": policy.validation_loss,
-            "episodes": args.final_eval_episodes}  # fmt: skip
-    rldt_furniture.save_base(policy, out, **info)  # before the evaluation, which takes longer
-    checkpoint.unlink(missing_ok=True)
-    envs = rldt_furniture.make_envs(args, args.num_envs)
-    scores = rldt_furniture.evaluate(policy, envs, args, args.final_eval_episodes, 1_000_000)
-    envs.close()
-    for start, stages in ("zero", scores["zero"]), ("sampled", scores["noise"]):
-        info |= {f"success_{start}": float((stages == rldt_furniture.stages_of(args)).mean()), f"pairs_{start}": float(stages.mean())}
-    rldt_furniture.save_base(policy, out, **info)
-    print(f"{out}: validation loss {info['validation_loss']:.4f}, success {100 * info['success_zero']:.0f} % ({info['pairs_zero']:.2f} pairs) "
-          f"from x_0 = 0, {100 * info['success_sampled']:.0f} % ({info['pairs_sampled']:.2f}) from noise, {args.backend}, "
-          f"{args.final_eval_episodes} episodes each")  # fmt: skip
-    return info
+
+def unfinished(out: Path) -> Path:
+    """Where a pretraining that is not done keeps what it needs to go on."""
+    return out.with_suffix(".unfinished")
+
+
+@dataclass
+class Gym(Pretraining, rldt_gym.TaskArgs):
+    def run(self):
+        envs = rldt_gym.make_envs(self, 1)
+        data = dataset.get(self.env_id, self.dataset, envs)
+        out = self.out or dataset.DEMOS / self.env_id / "base.safetensors"
+        settings = self.settings(rldt_gym.PRETRAINING[self.preset])
+        policy = rldt_gym.pretrain(self, data, unfinished(out), **settings)
+        scores = rldt_gym.evaluate(policy, self, self.final_eval_episodes, 1_000_000)
+        return policy, scores, out
+
+
+@dataclass
+class Robomimic(Pretraining, rldt_robomimic.TaskArgs):
+    def run(self):
+        out = self.out or dataset.DEMOS / self.task / f"base_{self.obs}.safetensors"
+        fast = rldt_robomimic.FAST_RENDER[self.preset]
+        data = robomimic.get(self.task, self.obs, self.dataset, fast, self.episodes, self.split)
+        settings = dict(chunk=rldt_robomimic.TASKS[self.task].chunk)
+        settings |= rldt_robomimic.PRETRAINING[self.preset][self.obs]
+        policy = rldt_robomimic.pretrain(self, data, unfinished(out), **self.settings(settings))
+        envs = rldt_robomimic.make_envs(self, policy)
+        scores = rldt_robomimic.evaluate(policy, envs, self, self.final_eval_episodes, 1_000_000)
+        envs.close()
+        return policy, scores, out
+
+
+@dataclass
+class Furniture(Pretraining, rldt_furniture.TaskArgs):
+    def run(self):
+        rldt_furniture.resolve(self)
+        out = self.out or dataset.DEMOS / self.furniture / f"base_{self.randomness}.safetensors"
+        data = furniture.get(self.furniture, self.randomness, self.dataset, self.episodes)
+        settings = self.settings(rldt_furniture.PRETRAINING[self.preset])
+        policy = rldt_furniture.pretrain(self, data, unfinished(out), **settings)
+        envs = rldt_furniture.make_envs(self, self.num_envs)
+        scores = rldt_furniture.evaluate(policy, envs, self, self.final_eval_episodes, 1_000_000)
+        envs.close()
+        return policy, scores, out
+
+
+FAMILIES = {"gym": Gym, "robomimic": Robomimic, "furniture": Furniture}
 
 
 def main(argv: list[str]):
-    """Command line -> subcommand: the preset sets the defaults, explicit flags win."""
-    paper = "--preset=paper" in argv or any(pair == ("--preset", "paper") for pair in itertools.pairwise(argv))
-
-    def subcommand(function, script):
-        default = script.Args(preset="paper", **script.PAPER) if paper else script.Args()
-
-        def run(args: script.Args = default, out: Path | None = None):
-            function(args, out)
-
-        run.__doc__ = function.__doc__
-        return run
-
-    families = {"gym": subcommand(gym, rldt_gym), "robomimic": subcommand(robomimic, rldt_robomimic), "furniture": subcommand(furniture, rldt_furniture)}
-    tyro.extras.subcommand_cli_from_dict(families, args=argv, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    if not argv or argv[0] not in FAMILIES:
+        raise SystemExit(__doc__)
+    args = parse_args(FAMILIES[argv[0]], {}, __doc__, argv[1:])
+    set_up(args)
+    policy, scores, out = args.run()
+    policy.save(out, **policy.info | scores)
+    unfinished(out).unlink(missing_ok=True)
+    print(f"{out}: {scores}")
 
 
 if __name__ == "__main__":

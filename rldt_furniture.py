@@ -118,10 +118,10 @@ PRESETS = {
     )
 }  # fmt: skip
 PRETRAINING = {  # of a base policy that is made here; pretrain_fm.py has these as flags
-    "laptop": dict(epochs=200, batch=256, lr=1e-3, spread=1.0, chunk=8, euler_steps=8, width=512,
-                   depth=5, time_dim=32, layer_norm=True, cond_mlp=[512, 256]),
-    "paper": dict(epochs=8000, batch=256, lr=1e-4, spread=0.0, chunk=8, euler_steps=32, width=1024,
-                  depth=7, time_dim=32, layer_norm=True, cond_mlp=[512, 64]),
+    "laptop": dict(epochs=200, batch=256, lr=1e-3, spread=1.0, start=None, chunk=8, euler_steps=8,
+                   width=512, depth=5, time_dim=32, layer_norm=True, cond_mlp=[512, 256]),
+    "paper": dict(epochs=8000, batch=256, lr=1e-4, spread=0.0, start=None, chunk=8, euler_steps=32,
+                  width=1024, depth=7, time_dim=32, layer_norm=True, cond_mlp=[512, 64]),
 }  # fmt: skip
 TRANSPORT_SCALE = {"one_leg": 30.0, "lamp": 8.0}  # Lamp's particles are spread more widely
 CRITIC_WIDTH = {"laptop": 256, "paper": 512}
@@ -162,7 +162,7 @@ class Critic(nn.Module):
 
 # -------------------------------------------------------------------------------- base policy
 def pretrain(args: TaskArgs, data: dict, checkpoint: Path, epochs: int, batch: int, lr: float,
-             spread: float, start: Path | None = None, **sizes) -> FlowPolicy:  # fmt: skip
+             spread: float, start: Path | None, **sizes) -> FlowPolicy:  # fmt: skip
     """Flow matching on demonstrations, eq. (1)-(2): a policy of these sizes, its weights averaged.
 
     It begins with the weights and the scaling of `start`, where given.

@@ -92,7 +92,7 @@ def load(path: str | Path, task: str, images: bool, max_episodes: int = 0, split
         return join(path, episodes(file["data"], in_order(names)), max_episodes) | {"meta": meta}
 
 
-def get(task: str, obs: str, source: Path | None, fast_render: bool) -> dict:
+def get(task: str, obs: str, source: Path | None, fast_render: bool, episodes=0, split=None) -> dict:
     """The given dataset, or that of the scripted expert, made when it is first needed."""
     images, folder = obs == "image", DEMOS / task
     path = source or folder / ("image.hdf5" if images else "low_dim.hdf5")
@@ -109,4 +109,4 @@ def get(task: str, obs: str, source: Path | None, fast_render: bool) -> dict:
             make(states)
         if images:
             make(path, "--images-from", str(states), f"--{'' if fast_render else 'no-'}fast-render")
-    return load(path, task, images, fast_render=fast_render)
+    return load(path, task, images, episodes, split, fast_render)
