@@ -27,7 +27,8 @@ from demos.dataset import chunk_starts
 from envs.interface import success_rate
 from envs.robomimic import IMAGE_SIZE, TASKS, RobomimicVectorEnv, record_video
 
-Obs = dict[str, torch.Tensor]  # "state" (..., obs_dim), and "rgb" (..., 3 * cameras, 96, 96) in uint8
+# "state" (..., obs_dim), or all features if the encoder is frozen; "rgb" (..., 3 * cameras, 96, 96)
+Obs = dict[str, torch.Tensor]
 
 
 # ---------------------------------------------------------------------------------- arguments
@@ -56,7 +57,7 @@ class TaskArgs:
     base: Path | None = None  # base policy (.safetensors); default: the shipped one, or pretrained here
     pretrain: bool = False  # pretrain a base policy even where one is shipped
     dataset: Path | None = None  # to pretrain on: robomimic HDF5; default: a scripted expert's
-    encoder: Literal["frozen", "shared", "own"] = "frozen"  # of images: the clone's, the actor's, or two
+    encoder: Literal["frozen", "shared", "own"] = "frozen"  # of images; own: the critic trains another
 
     # rollouts and evaluation
     num_envs: Count = 4  # simulators, each a process of 0.5 to 1.2 GB (paper: 64)
@@ -96,7 +97,7 @@ class Args(TaskArgs):
     kernel: Literal["rbf", "delta"] = "rbf"  # of the transport field; delta: the paper's RLDT-Delta
     q_gradient: Literal["critic", "particles"] = "critic"  # of Q, or toward particles of a high Q (ours)
     alpha: Weight = 1e-3  # temperature, the weight of the repulsion relative to |grad Q| (paper: 1e-3)
-    transport_loss: Literal["literal", "authors"] = "authors"  # eq. (13), or weighted 1 / (1 - t)
+    transport_loss: Literal["literal", "authors"] = "authors"  # eq. (13), or the authors' form of it
     transport_scale: Weight = 30.0  # factor on grad Q: values are below 1, on Gym near 50 (authors: 1)
     consistency_weight: Weight = 0.05  # of eq. (14) (paper: 0.5)
     constraint_weight: Weight = 0.2  # of eq. (15) (paper: 0.2)
@@ -126,7 +127,7 @@ PRETRAINING = {  # of a base policy that is made here; pretrain_fm.py has these 
 }
 FAST_RENDER = {"laptop": True, "paper": False}  # images of those demonstrations without shadows
 COPIES = 6  # of every image, shifted, on which the velocity network is pretrained alone
-SHIFT = 4  # pixels by which images are shifted in pretraining and updates (DPPO)
+SHIFT = 4  # pixels by which images, where there are some, are shifted in training (DPPO)
 SEGMENT = 16  # chunks of a replay segment (authors: the whole rollout, 200)
 FRESH = 0.33  # least share of the segments that comes from the newest rollout (authors)
 REPLAY_GIB = 4  # memory of the replay; it keeps fewer rollouts where they would take more
@@ -286,7 +287,8 @@ def pretrain(args: TaskArgs, data: dict, checkpoint, epochs, batch, lr, head_ste
         cond = policy.encode(augment(take(obs, first[i])))
         return flow_matching_loss(policy.velocity, action[i], cond)  # eq. (2)
 
-    policy = fit(policy, loss, max(1, epochs * len(train) // batch), lr, args, checkpoint)
+    averaged = fit(policy, loss, max(1, epochs * len(train) // batch), lr, args, checkpoint)
+    policy = averaged
     if policy.cameras and head_steps:
         with torch.no_grad(), autocast(args):
             encode = lambda i: policy.encode(augment(take(obs, first[i]))).float()
@@ -365,7 +367,7 @@ class Replay(Ring):
         length = min(SEGMENT, T)
         valid, succeeded = (self.slots[name][:, : T - length + 1] for name in ("valid", "succeeded"))
         weight = torch.zeros_like(valid)
-        for kind in succeeded[valid > 0].unique():
+        for kind in succeeded[valid > 0].unique():  # equal shares of episodes that succeed and that fail
             rows = valid * (succeeded == kind)
             share = rows / rows.sum()
             newest = rows[self.slot]
@@ -447,7 +449,7 @@ def td_lambda(reward, terminated, next_value, gamma: float, lam: float) -> torch
     """TD(lambda) targets of segments, time first, all (T, L), in [0, 1] as values of success are.
 
     y_t = r_t + gamma (1 - terminated_t) [(1 - lam) V(s_{t+1}) + lam y_{t+1}]; at the segment's end
-    V(s_{t+1}) stands alone.
+    V(s_{t+1}) stands alone. Unlike on Gym, a time limit is an end: the task was not solved.
     """
     target, y = torch.empty_like(reward), next_value[-1]
     for t in reversed(range(len(reward))):
@@ -485,7 +487,7 @@ def update_critic(critic: Critic, target: Critic, policy: Policy, optimizer, obs
 
 # -------------------------------------------------------------------------------------- actor
 def start_noise(shape, args: Args) -> torch.Tensor:
-    """x_0 of particles (B, P, D): N(0, I), and zero for a share `zero_fraction` of them."""
+    """x_0 of particles, and of the constraint's paths: N(0, I), zero for a share `zero_fraction`."""
     x0 = torch.randn(shape, device=args.device)
     return x0 * (torch.rand(*shape[:-1], 1, device=args.device) >= args.zero_fraction)
 
