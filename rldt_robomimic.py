@@ -386,7 +386,7 @@ class Replay(Ring):
 def make_envs(args: TaskArgs, policy: Policy) -> RobomimicVectorEnv:
     """Simulators whose images are rendered as the policy's demonstrations were."""
     fast = policy.info.get("fast_render", True)
-    limits = dict(stop_on_success=args.stop_on_success, horizon=args.horizon, chunk=policy.chunk)
+    limits = dict(stop_on_success=args.stop_on_success, horizon=args.horizon)
     images = args.obs == "image"
     return RobomimicVectorEnv(args.num_envs, task=args.task, images=images, fast_render=fast, **limits)
 

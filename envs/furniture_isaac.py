@@ -5,15 +5,13 @@ FurnitureBench, github.com/ankile/furniture-bench. Both have to be installed by 
 """
 
 import importlib.util
-import itertools
 import sys
-from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 from envs.furniture_mujoco import FURNITURE
-from envs.interface import Step
+from envs.interface import Episodes, Step
 
 
 def isaac_missing() -> str:
@@ -30,7 +28,7 @@ def isaac_missing() -> str:
     return "" if found else "the installed furniture-bench is not the fork ankile/furniture-bench"
 
 
-class IsaacVectorEnv:
+class IsaacVectorEnv(Episodes):
     """`num_envs` FurnitureRLSimEnvs with DPPO's arguments, stepped in lockstep on the GPU.
 
     A reset disturbs the other environments: all move on for a few steps of the physics. So episodes run
@@ -42,7 +40,8 @@ class IsaacVectorEnv:
         from furniture_bench.envs.furniture_rl_sim_env import FurnitureRLSimEnv
         from furniture_bench.envs.observation import DEFAULT_STATE_OBS
 
-        self.num_envs, self.obs_dim, self.action_dim = num_envs, FURNITURE[furniture].obs_dim, 10
+        super().__init__(num_envs)
+        self.obs_dim, self.action_dim = FURNITURE[furniture].obs_dim, 10
         self.horizon = horizon or FURNITURE[furniture].horizon
         self.env = FurnitureRLSimEnv(
             furniture=furniture, randomness=randomness, num_envs=num_envs, max_env_steps=self.horizon,
@@ -60,26 +59,16 @@ class IsaacVectorEnv:
             raise FloatingPointError("the simulator returned a non-finite observation")
         return state
 
-    def reset(self, seeds: int | Iterator[int]):
-        self.seeds = itertools.count(seeds) if isinstance(seeds, int) else seeds
-        self.started = 0
-        self.start()
-
-    def start(self):
+    def start(self, indices: np.ndarray):
         """Starts as many episodes as there are environments and seeds."""
-        count = len(list(itertools.islice(self.seeds, self.num_envs)))
-        self.t, self.score, self.episode = np.zeros((3, self.num_envs), int)
-        self.episode[:count] = self.started + np.arange(count)
-        self.episode[count:] = -1
-        self.started += count
+        self.t = np.zeros(self.num_envs, int)
+        count = len(self.take_seeds(indices))
         if count:
             self.obs = self.observe(self.env.reset(torch.arange(count, device=self.env.device).int()))
 
     def step(self, chunks: np.ndarray, active: np.ndarray | None = None) -> Step:
         """See envs/interface.py; environments that are not active move on unobserved."""
-        if not np.isfinite(chunks).all():
-            raise FloatingPointError("the policy returned a non-finite action")
-        running = self.episode >= 0 if active is None else active & (self.episode >= 0)
+        running = self.running(chunks, active)
         total, length = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
         for action in torch.as_tensor(chunks, dtype=torch.float32, device=self.env.device).unbind(1):
             obs, reward, _, _ = self.env.step(action)
@@ -92,7 +81,7 @@ class IsaacVectorEnv:
         step = Step(self.obs, total, np.zeros(self.num_envs, bool), truncated, length, self.score.copy())
         self.episode[truncated] = -1
         if (self.episode < 0).all():
-            self.start()
+            self.start(np.arange(self.num_envs))
         return step
 
     def close(self):

@@ -23,7 +23,6 @@ import importlib.metadata
 import itertools
 import math
 import os
-import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -38,10 +37,7 @@ from envs.interface import Episodes, Step
 CONTROL_RATE = 10  # Hz
 BLOCKS = 6  # per action, of 1/60 s: the original's physics step, in which its force of the reset acts
 HOME = np.array([-0.02630888, 0.3758795, 0.12485036, -2.1383357, -0.09431414, 2.49649072, 0.01921718])
-FINGER_FORCE = 13.0  # N
-# Of the arm's joints (kg m^2), as in MuJoCo Menagerie. Contacts do not see that the drives' damping is
-# implicit: with a tenth of it, an arm that accelerates drags the part out of the fingers.
-ARMATURE = 0.1
+FINGER_FORCE = 13.0  # N, also in furniture.xml
 GRASP_MARGIN = 0.019  # a change of sign of the gripper's action counts above this
 POSITION_TOLERANCE = 0.005  # m per axis, of an assembled pair
 COSINE_TOLERANCE = 0.94  # per row of the rotation
@@ -102,10 +98,6 @@ TABLE, ROBOT, SHELL, THREAD, LEG, HOOD, HOLE = 1, 2, 4, 8, 16, 32, 64
 ALL = TABLE | ROBOT | SHELL | LEG
 WALL, SOLID, STUB, INSIDE = (SHELL, ROBOT), (LEG, ALL), (0, ALL | HOLE | THREAD), (THREAD, 0)
 ALONG_Y = rotation(np.pi / 2, 0, 0)  # of capsules and cylinders
-STIFF = 'solref="0.005 1" solimp="0.95 0.99 0.0005"'
-ON_TABLE = f'friction="0.125 0.002 0.0001" condim="3" {STIFF}'
-PART = f'friction="0.15 0.001 0.0001" condim="3" {STIFF}'
-FINGER = 'friction="0.575 0.01 0.0001" condim="4" priority="2" ' + STIFF.replace("0.005", "0.004")
 WIRE = 0.0022  # radius of the capsules of a thread
 PITCH = 0.00955  # per turn of the right-handed threads: measured on the meshes of top, leg and lamp base
 
@@ -120,10 +112,10 @@ def pose(position, turn: np.ndarray | None = None) -> str:
     return f'pos="{numbers(*position)}" {quat}'
 
 
-def geom(kind: str, size, pos, bits: tuple, contact: str = PART, mass: float = 0.0, turn=None) -> str:
-    """A collision shape: half sizes, position, contact bits and parameters, mass, rotation (3, 3)."""
+def geom(kind: str, size, pos, bits: tuple, contact="part", mass: float = 0.0, turn=None) -> str:
+    """A collision shape: half sizes, position, contact bits, class of contact, mass, rotation (3, 3)."""
     place = f'size="{numbers(*size)}" {pose(pos, turn)}'
-    return f'<geom type="{kind}" {place} {collides(*bits)} mass="{mass}" group="3" {contact}/>'
+    return f'<geom type="{kind}" {place} {collides(*bits)} mass="{mass}" class="{contact}"/>'
 
 
 def collides(contype: int, conaffinity: int) -> str:
@@ -151,7 +143,8 @@ def ring(count: int, radius: float, half, low: float, bits: tuple, center=(0, 0)
     result = ""
     for angle in 2 * np.pi * np.arange(count) / count:
         pos = center[0] + radius * np.cos(angle), low + half[1], center[1] + radius * np.sin(angle)
-        result += geom("box", half, pos, bits, PART, mass, rotation(0, -angle, 0) @ rotation(0, 0, tilt))
+        turn = rotation(0, -angle, 0) @ rotation(0, 0, tilt)
+        result += geom("box", half, pos, bits, mass=mass, turn=turn)
     return result
 
 
@@ -167,7 +160,7 @@ def thread(*curve, bits: tuple) -> str:
     shapes = ""
     for a, b in itertools.pairwise(helix(*curve)):
         ends = f'fromto="{numbers(*a, *b)}" size="{WIRE}"'
-        shapes += f'<geom type="capsule" {ends} {collides(*bits)} mass="0" group="3" {PART}/>'
+        shapes += f'<geom type="capsule" {ends} {collides(*bits)} mass="0" class="part"/>'
     return f"<body>{shapes}</body>"
 
 
@@ -179,7 +172,7 @@ def beads(*curve, bits: tuple) -> str:
 def table_top() -> str:
     """A tray with four threaded holes. A solid box, of a table top's mass, carries it on the table."""
     tray, rim = 0.08125, 0.003  # half width of the tray, half thickness of its rim
-    result = geom("box", (tray, 0.0156, tray), (0, 0, 0), (0, TABLE), ON_TABLE, mass=0.151)
+    result = geom("box", (tray, 0.0156, tray), (0, 0, 0), (0, TABLE), "on_table", mass=0.151)
     result += box((-tray, -0.0156, -tray), (tray, -0.0094, tray), WALL)
     for side in (-1, 1):
         result += geom("box", (rim, 0.0125, tray), (side * (tray - rim), 0.0031, 0), WALL)
@@ -194,7 +187,7 @@ def table_leg(threaded: bool) -> str:
     """A square leg with a stub; the one that the task needs has a thread around the stub's core."""
     z = -0.000625 if threaded else 0.000625  # offset of the mesh from its origin
     core = 0.0100 if threaded else 0.0122
-    result = geom("box", (0.015, 0.03125, 0.015), (0, 0, z), SOLID, ON_TABLE, mass=0.0195)
+    result = geom("box", (0.015, 0.03125, 0.015), (0, 0, z), SOLID, "on_table", mass=0.0195)
     result += bundle(core, -0.05625, -0.03125, STUB, 0.0036, (0, z))
     if threaded:
         result += beads(-0.0500, -0.0332, 0.0100, 0.020, (0, z), bits=(0, THREAD))
@@ -204,7 +197,7 @@ def table_leg(threaded: bool) -> str:
 def lamp_base() -> str:
     """A stepped foot and a neck with a thread inside, open towards -y."""
     foot, plate = 0.0423, (SHELL, TABLE | ROBOT)
-    result = box((-foot, 0.0066, -foot), (foot, 0.0172, foot), plate, contact=ON_TABLE, mass=0.03)
+    result = box((-foot, 0.0066, -foot), (foot, 0.0172, foot), plate, contact="on_table", mass=0.03)
     steps = (0.035, 0.001, 0.0066, 0.005), (0.03, -0.005, 0.001, 0.005), (0.024, -0.0146, -0.005, 0.01)
     for half, low, high, mass in steps:
         result += box((-half, low, -half), (half, high, half), WALL, mass=mass)
@@ -317,7 +310,6 @@ class Randomness:
 
 RANDOMNESS = {"low": Randomness(0.2, 0.007, 0.02, np.radians(5)),
               "med": Randomness(0.5, 0.01, 0.04, np.radians(10))}  # fmt: skip
-OBSTACLE = dict(front=(0.6815, 0.0, 0.015), right=(0.6065, -0.175, 0.015), left=(0.6065, 0.175, 0.015))
 
 
 # --------------------------------------------------------------------------------------- model
@@ -330,95 +322,21 @@ def assets() -> Path:
     return Path(wheel.locate_file("furniture_bench/assets"))
 
 
-def robot(franka: Path, opening: float) -> tuple[str, str]:
-    """The arm of the URDF and its motors; links 6, 7 and the hand collide as primitives."""
-    urdf = ET.parse(franka / "robots/franka_panda.urdf").getroot()
-    floats = lambda text: np.array(text.split(), float)
-    bits = ROBOT, TABLE
-    ends = 'fromto="0 0.015 0.006 0.082 0.015 0.006" size="0.05"'
-    primitives = {
-        6: f'<geom type="capsule" {ends} {collides(*bits)} mass="0" group="3"/>',
-        7: geom("cylinder", (0.055, 0.027), (0.012, 0.012, 0.079), bits),
-    }
-    drive = 'gaintype="fixed" gainprm="1000" biastype="affine" biasprm="0 -1000 -200"'
-    bodies, motors = '<geom type="mesh" mesh="link0" class="visual"/>', ""
-    for i in range(1, 8):
-        joint = urdf.find(f"joint[@name='panda_joint{i}']")
-        origin, limit = joint.find("origin").attrib, joint.find("limit").attrib
-        place = pose(floats(origin["xyz"]), rotation(*floats(origin["rpy"])))
-        inertial = urdf.find(f"link[@name='panda_link{i}']/inertial")
-        center, mass = inertial.find("origin").get("xyz"), inertial.find("mass").get("value")
-        inertia = inertial.find("inertia").attrib
-        full = " ".join(inertia[key] for key in ("ixx", "iyy", "izz", "ixy", "ixz", "iyz"))
-        span = f'range="{limit["lower"]} {limit["upper"]}" armature="{ARMATURE}" damping="0.003"'
-        bodies += f'<body name="link{i}" {place} gravcomp="1">'
-        bodies += f'<inertial pos="{center}" mass="{mass}" fullinertia="{full}"/>'
-        bodies += f'<joint name="joint{i}" axis="0 0 1" {span}/>'
-        bodies += f'<geom type="mesh" mesh="link{i}" class="visual"/>{primitives.get(i, "")}'
-        torque = limit["effort"]
-        motors += f'<general joint="joint{i}" {drive} forcerange="-{torque} {torque}"/>'
-    place = pose((0, 0, 0.107), rotation(0, 0, -np.pi / 4))
-    bodies += f'<body name="hand" {place} gravcomp="1">'
-    bodies += '<inertial pos="-0.01 0 0.03" mass="0.73" diaginertia="0.001 0.0025 0.0017"/>'
-    bodies += '<geom type="mesh" mesh="hand" class="visual"/><site name="ee" pos="0 0 0.103399"/>'
-    bodies += box((-0.0316, -0.104, -0.0259), (0.0316, 0.1004, 0.066), bits)
-    for name, side in ("left", 1), ("right", -1):
-        bodies += f'<body name="{name}" pos="0 0 0.0584" gravcomp="1">'
-        bodies += f'<joint name="{name}" type="slide" axis="0 {side} 0" range="0 {opening / 2}" '
-        bodies += 'solreflimit="0.004 1" armature="0.1" damping="6" frictionloss="0.3"/>'
-        for shape in urdf.iterfind(f"link[@name='panda_{name}finger']/collision"):
-            origin, size = shape.find("origin").attrib, shape.find("geometry/box").get("size")
-            pos, turn = floats(origin["xyz"]), rotation(*floats(origin["rpy"]))
-            block = geom("box", floats(size) / 2, pos, bits, FINGER, mass=0.004, turn=turn)
-            bodies += block.replace('group="3"', 'group="0" rgba="0.2 0.2 0.2 1"')
-        bodies += "</body>"
-        motors += f'<motor joint="{name}" forcerange="-{FINGER_FORCE} {FINGER_FORCE}"/>'
-    return bodies + "</body>" * 8, motors
-
-
 def build_xml(furniture: str) -> str:
-    """The task's MJCF: table, robot, obstacle and parts."""
+    """The task's MJCF: envs/furniture.xml with the parts."""
     spec, root = FURNITURE[furniture], assets()
-    franka = root / "franka_description_ros/franka_description"
-    arm, motors = robot(franka, spec.gripper)
-    meshes, bodies = "", ""
-    for name in ("hand", *(f"link{i}" for i in range(8))):
-        meshes += f'<mesh name="{name}" file="{franka}/meshes/collision/{name}.stl"/>'
+    meshes, parts = "", ""
     for i, part in enumerate(spec.parts):
         file = f"{root}/furniture/mesh/{spec.mesh}/{spec.mesh}_{part.name}.obj"
         meshes += f'<mesh name="{part.name}" file="{file}" inertia="shell"/>'
         screws = i == spec.screw.part
         color = "0.85 0.25 0.2 1" if screws else "0.85 0.7 0.5 1"
         tip = f'<site name="tip" {pose(spec.screw.tip)}/>' if screws else ""
-        bodies += f'<body name="{part.name}"><freejoint name="{part.name}"/>{part.build()}{tip}'
-        bodies += f'<geom type="mesh" mesh="{part.name}" class="visual" rgba="{color}"/></body>'
-    fixed = f'{collides(TABLE, 0)} rgba="0.3 0.3 0.3 1"'
-    for name, pos in OBSTACLE.items():
-        half = "0.175 0.01 0.015" if name == "front" else "0.01 0.085 0.015"
-        place = pose(pos, rotation(0, 0, np.pi / 2))
-        bodies += f'<body name="{name}_obstacle" mocap="true" {place}>'
-        bodies += f'<geom type="box" size="{half}" {fixed} {ON_TABLE}/></body>'
-    return f"""<mujoco>
-<compiler angle="radian" autolimits="true"/>
-<option integrator="implicitfast" cone="elliptic" impratio="1" tolerance="1e-5" iterations="20"
- gravity="0 0 -9.8"><flag autoreset="disable"/></option>
-<visual><global offwidth="1280" offheight="960"/><headlight ambient="0.4 0.4 0.4"/>
-<map znear="0.01"/></visual>
-<default><default class="visual">
-<geom contype="0" conaffinity="0" mass="0" rgba="0.9 0.9 0.9 1"/></default></default>
-<asset>{meshes}</asset>
-<worldbody>
-<light pos="0.5 0 2"/>
-<camera name="front" mode="targetbody" target="aim" pos="1.2 0 0.62" fovy="30.6"/>
-<body name="aim" pos="0.5 0 0.05"/>
-<geom name="table" type="box" pos="0.3 0 -0.015" size="0.65 0.4 0.015" {collides(TABLE, 0)}
- rgba="0.5 0.5 0.5 1" {ON_TABLE}/>
-<geom name="floor" type="plane" size="3 3 0.1" pos="0 0 -0.415" {fixed}/>
-<body name="robot">{arm}</body>
-{bodies}
-</worldbody>
-<actuator>{motors}</actuator>
-</mujoco>"""
+        parts += f'<body name="{part.name}"><freejoint name="{part.name}"/>{part.build()}{tip}'
+        parts += f'<geom mesh="{part.name}" class="visual" rgba="{color}"/></body>'
+    franka = root / "franka_description_ros/franka_description/meshes/collision"
+    scene = Path(__file__).with_name("furniture.xml").read_text()
+    return scene.format(franka=franka, opening=spec.gripper / 2, meshes=meshes, parts=parts)
 
 
 @functools.cache
@@ -552,7 +470,7 @@ class FurnitureEnv:
         self.qpos[:7] = self.ctrl[:7] = HOME + rng.uniform(-ranges.joints, ranges.joints, 7)
         self.qpos[7:9], self.ctrl[7:] = spec.gripper / 2, FINGER_FORCE
         offset = rng.uniform(-ranges.obstacle, ranges.obstacle, 2)
-        data.mocap_pos[:] = np.array(list(OBSTACLE.values())) + [*offset, 0]
+        data.mocap_pos[:, :2] += offset
         for i, part in enumerate(spec.parts):
             self.place(i, TAG[0] @ part.position + TAG[1], TAG[0] @ rotation(*part.angles))
         count = len(spec.parts)

@@ -6,25 +6,30 @@ Images need MuJoCo's EGL or OSMesa: `choose_renderer` finds which one works.
 """
 
 import contextlib
-import itertools
+import importlib
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
-import types
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import MagicMock
 
-import gymnasium as gym
 import numpy as np
 
-from envs.interface import Step
+from envs import rendering
+from envs.interface import Episodes, Step
+from envs.rendering import choose_renderer
 
 IMAGE_SIZE = 96  # pixels
 MODEL_SEED = 0  # of the sizes of objects, which robosuite draws once per model
-SYSTEM_PACKAGES = "libegl1 libgl1 libgles2 libosmesa6"  # Debian and Ubuntu
+TIMEOUT = 300  # s within which a simulator must answer
+# Imports of robomimic 0.3.0 that may be missing. mujoco_py is superseded by mujoco, egl_probe needs a
+# GPU's headers, torchvision has no CPU wheel for this torch.
+UNUSED = (
+    "mujoco_py", "egl_probe", "tensorboardX", "torchvision", "torchvision.models",
+    "torchvision.transforms", "torchvision.transforms.functional",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,37 +93,18 @@ def metadata(task: str, images: bool) -> dict:
 
 def importable(name: str) -> bool:
     try:
-        __import__(name)
+        importlib.import_module(name)
     except Exception:  # mujoco_py and OpenGL raise their own
         return False
     return True
 
 
 def import_robomimic():
-    """Imports robomimic 0.3.0, some of whose imports fail on a machine of today, and are not used here.
-
-    mujoco_py is superseded by mujoco, egl_probe needs a GPU's headers, torchvision has no CPU wheel for
-    this torch. Modules that are installed are left alone.
-    """
-    stubs = {
-        "mujoco_py": {"builder": types.SimpleNamespace(MujocoException=RuntimeError)},
-        "egl_probe": {"get_available_devices": list},
-        "torchvision": {},
-        "torchvision.models": {},
-        "torchvision.transforms": {"Lambda": object, "Compose": object},
-        "torchvision.transforms.functional": {},
-        "tensorboardX": {"SummaryWriter": object},
-    }
-    missing = [name for name in stubs if not importable(name)]
+    """Imports robomimic 0.3.0. What it imports and we do not use is replaced where it is missing."""
+    missing = [name for name in UNUSED if not importable(name)]
     if os.environ.get("MUJOCO_GL", "egl") == "egl" and not importable("mujoco.egl"):
         missing.append("robosuite.renderers.context.egl_context")
-    for name in missing:
-        module = types.ModuleType(name)
-        module.__dict__.update(stubs.get(name, {"EGLGLContext": None}))
-        sys.modules[name] = module
-        parent, _, child = name.rpartition(".")
-        if parent in sys.modules:
-            setattr(sys.modules[parent], child, module)
+    sys.modules.update({name: MagicMock() for name in missing})
     try:
         import robomimic
         import robosuite
@@ -129,28 +115,6 @@ def import_robomimic():
         found = f"robosuite {robosuite.__version__} is installed"
         raise SystemExit(f"{found}; its controllers are not those of robomimic's data. Install 1.4.1.")
     return robomimic
-
-
-# ---------------------------------------------------------------------------------- rendering
-def choose_renderer(log=print) -> str:
-    """Sets MUJOCO_GL to a backend that renders off-screen here and says which; exits if none can."""
-    chosen, tried = os.environ.get("MUJOCO_GL"), {}
-    code = "import mujoco; c = mujoco.GLContext(64, 64); c.make_current(); c.free()"
-    for backend in [chosen] if chosen else ["egl", "osmesa"]:
-        environment = os.environ | {"MUJOCO_GL": backend}
-        command = [sys.executable, "-c", code]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if result.returncode == 0:
-            os.environ["MUJOCO_GL"] = backend
-            os.environ.setdefault("PYOPENGL_PLATFORM", backend)
-            others = "".join(f"; {other} does not: {why}" for other, why in tried.items())
-            why = "MUJOCO_GL asks for it" if chosen else f"the first that works here{others}"
-            log(f"Rendering with {backend} ({why}).")
-            return backend
-        tried[backend] = (result.stderr.strip().splitlines() or ["it crashed"])[-1]
-    reasons = "; ".join(f"{backend}: {why}" for backend, why in tried.items())
-    install = f"Install `apt-get install {SYSTEM_PACKAGES}`, or use --obs state."
-    raise SystemExit(f"MuJoCo cannot render off-screen: {reasons}. {install}")
 
 
 def render_fast(sim):
@@ -165,26 +129,21 @@ def render_fast(sim):
 
 
 # -------------------------------------------------------------------------------- environment
-_rendering = False  # whether this process has made a rendering context
-
-
 def make_robosuite(task: str, images: bool, meta: dict | None = None, fast_render=True, render=False):
     """robomimic's `EnvRobosuite` of its metadata; `env.env` is robosuite's environment.
 
     `images` makes camera observations; `render` alone only makes `env.env.sim.render` work.
     """
-    global _rendering
     import_robomimic()
     import robomimic.utils.env_utils as env_utils
     import robomimic.utils.obs_utils as obs_utils
 
-    spec, renders = TASKS[task], images or render
+    spec = TASKS[task]
     modalities = {"low_dim": [*spec.proprioception, "object"], "rgb": list(spec.image_keys)}
-    options = dict(render=False, render_offscreen=renders, use_image_obs=images)
+    options = dict(render=False, render_offscreen=images or render, use_image_obs=images)
     with open(os.devnull, "w") as devnull, contextlib.redirect_stdout(devnull):  # it prints its settings
         obs_utils.initialize_obs_modality_mapping_from_dict(modalities)
         env = env_utils.create_env_from_metadata(meta or metadata(task, images), **options)
-    _rendering = _rendering or renders
     env.postprocess_visual_obs = False  # images as uint8
     env.env.hard_reset = False  # keep the compiled model, as DPPO does
     if images and fast_render:
@@ -223,199 +182,174 @@ def control_step(env, action: np.ndarray, observe: bool) -> float:
     return env._post_action(action)[0]
 
 
-class RobomimicEnv(gym.Env):
+class RobomimicEnv:
     """One robomimic task that steps chunks of actions in [-1, 1], (chunk, action_dim).
 
-    The simulator is built at the first reset, so that a worker process owns its rendering context. A
-    chunk's reward is the sum of its steps. Success terminates with `stop_on_success`; the time limit
-    truncates. info["success"] is whether the chunk solved the task, info["steps"] how many it took.
-    A chunk that holds NaN leaves the environment as it is. With `record`, every step adds to `frames`.
+    The simulator is built at the first reset, so that a worker process owns its rendering context.
+    Success ends an episode with `stop_on_success`; `renders` makes `render` work without images, too.
     """
 
-    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
-    render_mode = "rgb_array"
-
     def __init__(
-        self, task: str, images: bool, fast_render=True, stop_on_success=True, meta: dict | None = None,
-        horizon: int | None = None, chunk: int | None = None, record=False,
+        self, task: str, images: bool, fast_render=True, stop_on_success=True,
+        horizon: int | None = None, renders=False,
     ):  # fmt: skip
-        if task not in TASKS:
-            raise SystemExit(f"Unknown task {task!r}: choose {', '.join(TASKS)}.")
-        self.task, self.images, self.fast_render, self.meta = task, images, fast_render, meta
-        self.task_spec, self.stop_on_success, self.record = TASKS[task], stop_on_success, record
-        self.horizon, chunk = horizon or self.task_spec.horizon, chunk or self.task_spec.chunk
-        size, cameras = self.task_spec.state_dim(images), len(self.task_spec.cameras)
-        spaces = {"state": gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)}
-        if images:
-            spaces["rgb"] = gym.spaces.Box(0, 255, (3 * cameras, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
-        self.observation_space = gym.spaces.Dict(spaces)
-        self.action_space = gym.spaces.Box(-1, 1, (chunk, 7 * self.task_spec.robots), np.float32)
-        self.obs = {name: np.zeros(space.shape, space.dtype) for name, space in spaces.items()}
-        self.env, self.frames = None, []
+        self.task, self.images, self.stop_on_success = task, images, stop_on_success
+        self.spec, self.options = TASKS[task], dict(fast_render=fast_render, render=renders)
+        self.horizon = horizon or self.spec.horizon
+        self.env = None
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
-        super().reset(seed=seed)
+    def reset(self, seed: int) -> dict[str, np.ndarray]:
+        """Starts an episode; returns the observation."""
         if self.env is None:
             np.random.seed(MODEL_SEED)  # noqa: NPY002, sizes of objects are drawn when they are built
-            kwargs = dict(fast_render=self.fast_render, render=self.record)
-            self.env = make_robosuite(self.task, self.images, self.meta, **kwargs)
-        if seed is not None:
-            np.random.seed(seed)  # noqa: NPY002, robosuite draws from the global generator
+            self.env = make_robosuite(self.task, self.images, **self.options)
+        np.random.seed(seed)  # noqa: NPY002, robosuite draws from the global generator
         self.obs, self.t = self.read(self.env.reset()), 0
-        return self.obs, {}
+        return self.obs
 
     def read(self, obs: dict) -> dict[str, np.ndarray]:
         """robomimic's observation -> ours."""
-        state = np.concatenate([obs[key] for key in self.task_spec.state_keys(self.images)])
+        state = np.concatenate([obs[key] for key in self.spec.state_keys(self.images)])
         result = {"state": state.astype(np.float32)}
         if self.images:
-            views = [obs[key].transpose(2, 0, 1) for key in self.task_spec.image_keys]
+            views = [obs[key].transpose(2, 0, 1) for key in self.spec.image_keys]
             result["rgb"] = np.concatenate(views)
         return result
 
-    def step(self, action: np.ndarray):
-        if np.isnan(action).any():
-            return self.obs, 0.0, False, False, {"success": False, "steps": 0}
+    def step(self, actions: np.ndarray) -> tuple[dict, float, bool, bool, bool, int]:
+        """Returns observation, sum of rewards, terminated, truncated, success and steps of a chunk."""
         total, success = 0.0, False
-        for i, a in enumerate(action):
+        for i, action in enumerate(actions):
             self.t += 1
-            last = i == len(action) - 1 or self.t == self.horizon
-            reward = control_step(self.env.env, a, observe=last)
+            last = i == len(actions) - 1 or self.t == self.horizon
+            reward = control_step(self.env.env, action, observe=last)
             total, success = total + reward, success or reward > 0
-            if self.record:
-                self.frames.append(self.render())
             if last or (success and self.stop_on_success):
                 break
         terminated = success and self.stop_on_success
         if last:  # a terminal observation is never looked at, so it needs no image
             self.obs = self.read(self.env.get_observation(self.env.env._get_observations()))
         truncated = not terminated and self.t >= self.horizon
-        return self.obs, total, terminated, truncated, {"success": success, "steps": i + 1}
+        return self.obs, total, terminated, truncated, success, i + 1
 
-    def render(self, size: int = 256) -> np.ndarray:
-        """The task's first camera, (size, size, 3) uint8; needs images=True or record=True."""
-        camera = self.task_spec.cameras[0]
-        frame = self.env.env.sim.render(height=size, width=size, camera_name=camera)
+    def render(self, size: int) -> np.ndarray:
+        """The task's first camera, (size, size, 3) uint8."""
+        frame = self.env.env.sim.render(height=size, width=size, camera_name=self.spec.cameras[0])
         return np.ascontiguousarray(frame[::-1])
-
-    def close(self):
-        if self.env is not None:
-            self.env.env.close()
-            self.env = None
 
 
 class WorkerError(RuntimeError):
     """A worker process ended or its simulator failed."""
 
 
-class RobomimicVectorEnv:
+def work(pipe, others, settings: dict):
+    """A worker process: calls the methods of its RobomimicEnv that the pipe names, until it closes."""
+    others.close()  # the main process's end of the pipe, so that it closes with that process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C; the main process decides
+    env = RobomimicEnv(**settings)
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            method, argument = pipe.recv()
+            try:
+                pipe.send(getattr(env, method)(argument))
+            except (SystemExit, Exception) as error:
+                pipe.send(WorkerError(f"a simulator failed: {type(error).__name__}: {error}"))
+
+
+class RobomimicVectorEnv(Episodes):
     """`num_envs` copies of a RobomimicEnv, each in a process of its own; see envs/interface.py.
 
-    `obs` is {"state": (N, ...), "rgb": (N, ...)}. `episode` (N,) is the number of the seed that each
-    environment runs, counted from the reset; -1 where no seed was left. A worker that dies or raises
+    `obs` is {"state": (N, ...), "rgb": (N, ...)}. A worker that ends, raises or does not answer in time
     becomes a WorkerError.
     """
 
-    def __init__(self, num_envs: int, timeout: float = 300.0, **kwargs):
-        if kwargs["images"]:
+    fps = 20
+
+    def __init__(self, num_envs: int, **settings):
+        super().__init__(num_envs)
+        spec, images = TASKS[settings["task"]], settings["images"]
+        self.settings, self.action_dim = settings, 7 * spec.robots
+        self.obs = {"state": np.zeros((num_envs, spec.state_dim(images)), np.float32)}
+        if images:
+            shape = num_envs, 3 * len(spec.cameras), IMAGE_SIZE, IMAGE_SIZE
+            self.obs["rgb"] = np.zeros(shape, np.uint8)
             choose_renderer()
-        main = os.getpid()
+        display = getattr(sys.modules.get("mujoco.egl"), "EGL_DISPLAY", None)
+        rendering_here = display is not None or "robosuite" in sys.modules  # then a fork would hang
+        spawn = sys.platform != "linux" or (images and rendering_here)
+        context = multiprocessing.get_context("spawn" if spawn else "fork")
+        self.pipes, self.processes = [], []
+        for _ in range(num_envs):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=work, args=(theirs, ours, settings), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
 
-        def make() -> RobomimicEnv:
-            if os.getpid() != main:  # Ctrl-C goes to every process of a terminal; the main one decides
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
-            return RobomimicEnv(**kwargs)
-
-        display = getattr(sys.modules.get("mujoco.egl"), "EGL_DISPLAY", None)  # MuJoCo's own context
-        renders = kwargs["images"] and (_rendering or display is not None)  # it must not fork
-        context = "fork" if sys.platform == "linux" and not renders else "spawn"
-        disabled, makers = gym.vector.AutoresetMode.DISABLED, [make] * num_envs
-        self.envs = gym.vector.AsyncVectorEnv(makers, context=context, autoreset_mode=disabled)
-        self.num_envs, self.timeout, self.settings = num_envs, timeout, kwargs
-        example = make()
-        self.horizon, (self.chunk, self.action_dim) = example.horizon, example.action_space.shape
-        self.observation_space = example.observation_space
-        self.score, self.episode = np.zeros((2, num_envs), int)
-
-    def call(self, start, wait, *args):
+    def call(self, method: str, arguments: dict) -> dict:
+        """What a method returns in the environments of `arguments`, {index: argument}, all at once."""
         try:
-            start(*args)
-            return wait(timeout=self.timeout)
-        except multiprocessing.TimeoutError as error:
-            self.kill()
-            raise WorkerError(f"a simulator has not answered for {self.timeout:.0f} s") from error
-        except Exception as error:  # raised by a simulator, or by a broken pipe
-            for process in self.envs.processes:
+            for i, argument in arguments.items():
+                self.pipes[i].send((method, argument))
+            results = {}
+            for i in arguments:
+                if not self.pipes[i].poll(TIMEOUT):
+                    raise TimeoutError
+                results[i] = self.pipes[i].recv()
+        except (EOFError, OSError) as error:  # TimeoutError is one of them
+            for process in self.processes:
                 process.join(0.2)
-            codes = [process.exitcode for process in self.envs.processes]
-            self.kill()
-            broken = isinstance(error, EOFError | OSError) and not str(error).strip()
-            if broken or any(codes):
-                hint = "-9 is a kill, often for lack of memory: use fewer --num-envs"
-                raise WorkerError(f"a worker process ended, exit codes {codes}; {hint}") from error
-            raise WorkerError(f"a simulator failed: {type(error).__name__}: {error}") from error
+            codes = [process.exitcode for process in self.processes]
+            self.close()
+            hint = "-9 is a kill, often for lack of memory: use fewer --num-envs"
+            ended = f"a worker process ended, or did not answer for {TIMEOUT} s"
+            raise WorkerError(f"{ended}; exit codes {codes}, {hint}") from error
+        for result in results.values():
+            if isinstance(result, WorkerError):
+                self.close()
+                raise result
+        return results
 
-    def reset(self, seeds: int | Iterator[int]):
-        self.seeds = itertools.count(seeds) if isinstance(seeds, int) else seeds
-        self.started = 0
-        self.start(np.ones(self.num_envs, bool))
+    def observe(self, observations: dict[int, dict]):
+        """Puts observations of some environments into a copy of `obs`."""
+        self.obs = {name: value.copy() for name, value in self.obs.items()}
+        for i, obs in observations.items():
+            for name, value in obs.items():
+                self.obs[name][i] = value
 
-    def start(self, mask: np.ndarray):
-        """Starts an episode in each environment of `mask` (N,), in order, while there are seeds."""
-        seeds = dict(zip(np.flatnonzero(mask), self.seeds, strict=False))
-        chosen = np.isin(np.arange(self.num_envs), list(seeds))
-        self.score[mask], self.episode[mask] = 0, -1
-        self.episode[chosen] = self.started + np.arange(len(seeds))
-        self.started += len(seeds)
-        if seeds:
-            each = [int(seeds.get(i, 0)) for i in range(self.num_envs)]
-            options = {"reset_mask": chosen}
-            self.obs = self.call(self.envs.reset_async, self.envs.reset_wait, each, options)[0]
+    def start(self, indices: np.ndarray):
+        self.observe(self.call("reset", self.take_seeds(indices)))
 
     def step(self, chunks: np.ndarray, active: np.ndarray | None = None) -> Step:
         """See envs/interface.py; actions are clipped to [-1, 1]."""
-        running = self.episode >= 0
-        active = running if active is None else active & running
-        if not np.isfinite(chunks[active]).all():
-            raise FloatingPointError("the policy returned a non-finite action")
-        chunks = np.where(active[:, None, None], np.clip(chunks, -1, 1), np.nan).astype(np.float32)
-        result = self.call(self.envs.step_async, self.envs.step_wait, chunks)
-        self.obs, reward, terminated, truncated, info = result
+        running = np.flatnonzero(self.running(chunks, active))
+        chunks = np.clip(chunks, -1, 1).astype(np.float32)
+        reward, length = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
+        terminated, truncated = np.zeros((2, self.num_envs), bool)
+        results = self.call("step", {i: chunks[i] for i in running})
+        for i, (_, *values) in results.items():
+            reward[i], terminated[i], truncated[i], success, length[i] = values
+            self.score[i] = max(self.score[i], success)
+        self.observe({i: result[0] for i, result in results.items()})
         if not (np.isfinite(self.obs["state"]).all() and np.isfinite(reward).all()):
             raise FloatingPointError("the simulator returned a non-finite observation or reward")
-        self.score = np.maximum(self.score, info["success"].astype(int))
         next_obs, score = self.obs, self.score.copy()
-        if (terminated | truncated).any():
-            self.start(terminated | truncated)
-        return Step(next_obs, reward, terminated, truncated, info["steps"].astype(int), score)
+        self.start(np.flatnonzero(terminated | truncated))
+        return Step(next_obs, reward, terminated, truncated, length, score)
 
-    def kill(self):
-        """Ends the workers without a word; Gymnasium's `close` waits for answers that may never come."""
-        for process in self.envs.processes:
-            process.kill()
-            process.join()
-        self.envs.closed = True
+    def render(self) -> np.ndarray:
+        """The first environment's picture."""
+        return self.call("render", {0: 256})[0]
 
     def close(self):
-        if not self.envs.closed:
-            self.envs.close()
+        for process in self.processes:
+            process.kill()
+            process.join()
 
 
 def record_video(policy, envs: RobomimicVectorEnv, folder: Path):
-    """One episode of a policy from x_0 = 0 as mp4."""
-    import imageio.v2 as imageio
-
-    try:
-        choose_renderer()
-        env = RobomimicEnv(**envs.settings, record=True)
-        obs, over = env.reset(seed=1_000_000)[0], False
-        while not over:
-            cond = policy.encode(policy.observe({name: value[None] for name, value in obs.items()}))
-            chunk = policy.to_env(policy.sample(cond, cond.new_zeros(1, policy.action_size)))[0]
-            obs, _, terminated, truncated, _ = env.step(chunk.clip(-1, 1))
-            over = terminated or truncated
-        env.close()
-        folder.mkdir(parents=True, exist_ok=True)
-        imageio.mimwrite(folder / "episode.mp4", env.frames, fps=20)
-    except (SystemExit, Exception) as error:  # GL drivers fail in many ways; none may cost the policy
-        print(f"No video: {error}")
+    """Films a policy in an environment with the settings of `envs`, see envs/rendering.py."""
+    encode = lambda obs: policy.encode(policy.observe(obs))
+    make_envs = lambda: RobomimicVectorEnv(1, **envs.settings, renders=True)
+    rendering.record_video(policy, encode, make_envs, folder)
