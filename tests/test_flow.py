@@ -17,6 +17,7 @@ from common.flow import (
     FlowPolicy,
     VelocityMLP,
     expected_target,
+    fit,
     flow_matching_loss,
     interpolate,
     sample,
@@ -247,6 +248,44 @@ def test_depth_counts_the_hidden_layers():
     for depth in 1, 4:
         with pytest.raises(ValueError, match=f"odd and at least 3.*{depth}"):
             VelocityMLP(2, 2, depth=depth)
+
+
+def fitted(checkpoint=None, stop=None):
+    """1200 steps on a small network: its weights before each step and after them, and their average."""
+    torch.manual_seed(5)
+    net, weights = torch.nn.Linear(3, 2), []
+
+    def loss():
+        weights.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+        if len(weights) == stop:
+            raise KeyboardInterrupt
+        return net(torch.randn(4, 3)).sum()
+
+    args = rldt_gym.Args(device="cpu", bf16=False)
+    averaged = fit(net, loss, 1200, 1e-2, args, checkpoint)
+    loss()
+    return weights, torch.cat([p.detach().flatten() for p in averaged.parameters()])
+
+
+def test_fit_averages_the_weights_of_steps_that_shrink_to_a_tenth():
+    weights, averaged = fitted()
+    expected = weights[0]
+    for value in weights[1:]:
+        expected = 0.995 * expected + 0.005 * value
+    torch.testing.assert_close(averaged, expected)
+    bias = torch.stack(weights)[:, -1]  # its gradient is constant: Adam's steps are the step sizes
+    k = torch.arange(1200)
+    sizes = 1e-2 * (0.1 + 0.9 * (1 + torch.cos(torch.pi * k / 1200)) / 2)
+    torch.testing.assert_close(bias[:-1] - bias[1:], sizes, rtol=1e-2, atol=1e-6)
+
+
+def test_fit_that_was_killed_goes_on_to_the_same_weights(tmp_path):
+    weights, averaged = fitted()
+    with pytest.raises(KeyboardInterrupt):
+        fitted(tmp_path / "fit.pt", stop=1150)
+    later_weights, later = fitted(tmp_path / "fit.pt")
+    assert len(later_weights) == 201  # from step 1000 on
+    assert torch.equal(later_weights[-1], weights[-1]) and torch.equal(later, averaged)
 
 
 def test_time_embedding_tells_times_apart():

@@ -6,9 +6,11 @@ from envs.robomimic import SYSTEM_PACKAGES
 
 
 def readme_lines():
-    section = re.search(r"^## Test\n(.*?)(?=^## |\Z)", (ROOT / "README.md").read_text(), re.M | re.S).group(1)
+    readme = (ROOT / "README.md").read_text()
+    section = re.search(r"^## Test\n(.*?)(?=^## |\Z)", readme, re.M | re.S).group(1)
     block = re.search(r"^```bash\n(.*?)^```", section, re.M | re.S).group(1)
-    return [line.strip() for line in block.splitlines() if line.strip() and not line.strip().startswith("#")]
+    lines = [line.strip() for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def ci_lines(*skip):

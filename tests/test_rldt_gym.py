@@ -266,8 +266,8 @@ def test_run_killed_and_resumed_equals_one_never_killed(killed_runs, finished_ru
         assert str(checkpoint(run)[name]) == str(checkpoint(finished_run[0])[name])
 
 
-def without_base(flags):
-    return [flag for flag in flags if not flag.startswith("--base=")]
+def without(flags, *names):
+    return [flag for flag in flags if not flag.startswith(tuple(f"--{name}=" for name in names))]
 
 
 WORKER = """
@@ -316,7 +316,8 @@ def test_two_processes_train_one_policy_and_go_on_after_ctrl_c(tiny_flags, tmp_p
     (tmp_path / "worker.py").write_text(WORKER)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [tmp_path / "worker.py", tmp_path / "runs", json.dumps(TINY_PRETRAINING)]
-    command += [*without_base(tiny_flags), f"--dataset={data}"]  # the first process pretrains
+    command += [*without(tiny_flags, "base", "device"), "--device=cpu"]
+    command += [f"--dataset={data}"]  # the first process pretrains
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert process.returncode == 0, process.stderr
@@ -436,7 +437,7 @@ def demonstrations(episodes=12, length=30):
 
 def pretrain(data, **changes):
     settings = dict(epochs=1, batch=64, lr=1e-3, chunk=1, euler_steps=4, width=32, depth=3, time_dim=8)
-    return rldt_gym.pretrain(rldt_gym.Args(device="cpu", bf16=False), data, **settings | changes)
+    return rldt_gym.pretrain(rldt_gym.Args(device="cpu", bf16=False), data, None, **settings | changes)
 
 
 def test_pretraining_learns_the_demonstrators_actions():
@@ -449,16 +450,6 @@ def test_pretraining_learns_the_demonstrators_actions():
         error.append(np.abs(action[:, 0] - data.actions).mean())
     assert loss[1] < 0.5 * loss[0]
     assert error[1] < 0.25 * error[0]
-
-
-def test_pretrained_weights_are_averaged_over_the_steps():
-    moved = []
-    for lr in 0.0, 1e-2:
-        torch.manual_seed(0)
-        policy = pretrain(demonstrations(), epochs=1, batch=342, lr=lr)  # one step
-        moved.append(policy.velocity.trunk[2].bias.detach())
-    expected = torch.full((2,), 0.005 * 1e-2)  # Adam's first step is of length lr
-    torch.testing.assert_close((moved[1] - moved[0]).abs(), expected, rtol=0.02, atol=0)
 
 
 def test_pretrained_policy_has_the_scaling_of_the_file_where_it_has_one():
@@ -546,7 +537,7 @@ def test_own_environment_and_demonstrations(tmp_path, monkeypatch, tiny_flags, o
         for key, value in d4rl_arrays.items():
             file[key] = np.tile(value, (4, *[1] * (value.ndim - 1)))
     flags = "--env-id=own_tasks:Own-v0", f"--dataset={tmp_path / 'own.hdf5'}", "--iterations=3"
-    flags = *without_base(tiny_flags), *flags, f"--runs={tmp_path / 'runs'}"
+    flags = *without(tiny_flags, "base", "env-id"), *flags, f"--runs={tmp_path / 'runs'}"
     result = rldt_gym.main(parse(rldt_gym, flags))
     base = FlowPolicy.load(only_run() / "base.safetensors")
     assert (base.obs_dim, base.action_dim, base.chunk) == (3, 2, 2)

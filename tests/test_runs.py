@@ -57,13 +57,20 @@ def parse(*argv):
 
 
 class Toy(torch.nn.Linear):
-    """A policy of three numbers."""
+    """A policy of four numbers."""
 
-    def save(self, path):
+    info = property(lambda self: dict(task="toy"))
+
+    def save(self, path, **info):
         save_file(self.state_dict(), path)
 
 
-def train(args, during=lambda iteration, row: None, measure=lambda policy: {"eval_score": 0.0}):
+def score(policy):
+    """Best at iteration 3: the bias starts below 0.5 and moves on to 1."""
+    return {"eval_score": -(policy.bias - 0.5).square().item()}
+
+
+def train(args, during=lambda iteration, row: None):
     """A script in miniature: iterations 0, 3, 6 and the last evaluate, the others train on a ring."""
     runs.set_up(args)
     run = Run(args, "toy")
@@ -74,7 +81,7 @@ def train(args, during=lambda iteration, row: None, measure=lambda policy: {"eva
     for iteration, spent in run.iterations():
         row = {}
         if iteration % 3 == 0 or spent == 1:
-            row["eval_score"] = policy.weight.sum().item()
+            row |= score(policy)
             run.keep_best(row["eval_score"])
         else:
             ring.next()["x"].normal_()
@@ -89,7 +96,7 @@ def train(args, during=lambda iteration, row: None, measure=lambda policy: {"eva
         during(iteration, row)
         run.log(row, state["env_steps"])
         run.save()
-    return run.finish("eval_score", measure, task="toy") if run.rank == 0 else None
+    return run.finish("eval_score", score, task="toy")
 
 
 @pytest.fixture
@@ -102,6 +109,7 @@ def whole(tmp_path_factory):
     """Directory and result of a toy run that nobody disturbed."""
     parent = tmp_path_factory.mktemp("whole")
     result = train(Args(runs=parent))
+    assert result["best_score"] > max(result["base_score"], result["final_score"])
     return next(parent.iterdir()), result
 
 
@@ -343,7 +351,7 @@ def budgets(args, seconds):
     run.checkpoints(dict(env_steps=0), Toy(1, 1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-        for iteration, spent in run.iterations():
+        for (iteration, spent), _ in zip(run.iterations(), range(20), strict=False):
             clock.now += seconds
             run.log({}, 0)
             seen.append((iteration, spent))
