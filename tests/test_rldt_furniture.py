@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import math
-import shutil
 import signal
 import types
 from collections import Counter
@@ -12,16 +11,16 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICE, check_resumed_run_keeps_its_base, metrics, parse
+from conftest import DEVICE, metrics, parse
+from fakes import SHORT, FakeEnvs, Identity, QuadraticCritic, checkpoint, only_run, same, words
 from hypothesis import given
 from hypothesis import strategies as st
-from test_furniture_base import DIMS, SETTINGS, STAGES, arguments, same, small_policy, write_demos
+from test_furniture_base import DIMS, SETTINGS, STAGES, arguments, small_policy, write_demos
 
 import rldt_furniture
+import rldt_gym
 from common.flow import FlowPolicy, VelocityMLP, expected_target, sample
 from common.svgd import particle_gradient, transport_field
-from envs.furniture_mujoco import record_video
-from envs.interface import Step
 from rldt_furniture import (
     Critic,
     Replay,
@@ -33,85 +32,10 @@ from rldt_furniture import (
     stages_of,
     summary,
     td_lambda,
-    update_actor,
 )
 
 
-def small_critic(policy):
-    return Critic(policy.obs_dim + 1, policy.action_size, True, width=16, depth=2)
-
-
-def copied(module):
-    return copy.deepcopy(module.state_dict())
-
-
-class FakeEnvs:
-    """Scripted episodes in place of a simulator; see envs/interface.py.
-
-    An episode lasts length(seed) chunks; assembles(seed, t, chunk) pairs are assembled in chunk t, at
-    most `stages` in all. In chunk diverges(seed) the simulation diverges. A step that ends an episode
-    takes one environment step, any other as many as the chunk has.
-    """
-
-    def __init__(self, num_envs, length, assembles, stages=1, stop=True, obs_dim=4, action_dim=2,
-                 diverges=lambda seed: None):  # fmt: skip
-        self.num_envs, self.obs_dim, self.action_dim = num_envs, obs_dim, action_dim
-        self.length, self.assembles, self.stages, self.stop = length, assembles, stages, stop
-        self.diverges, self.closed = diverges, False
-        self.seed, self.t, self.score, self.episode = np.zeros((4, num_envs), int)
-        self.begun, self.executed, self.resets = [], [], 0
-        self.steps, self.valid = Counter(), Counter()  # by seed: env steps, and chunks until all is done
-
-    def observation(self, seed, t):
-        """What is seen in chunk t of the episode of a seed: its last five digits, t, and noise."""
-        noise = np.random.default_rng([seed, t]).normal(size=self.obs_dim - 2)
-        return np.r_[seed % 100_000 / 100_000, t / 10, noise].astype(np.float32)
-
-    @property
-    def obs(self):
-        pairs = zip(self.seed, self.t, strict=True)
-        return np.stack([self.observation(seed, t) for seed, t in pairs])
-
-    def reset(self, seeds):
-        self.seeds = itertools.count(seeds) if isinstance(seeds, int) else seeds
-        self.started, self.resets = 0, self.resets + 1
-        self.start(range(self.num_envs))
-
-    def start(self, indices):
-        for i in indices:
-            seed = next(self.seeds, None)
-            self.episode[i], self.score[i] = -1, 0
-            if seed is not None:
-                self.episode[i], self.seed[i], self.t[i] = self.started, seed, 0
-                self.started += 1
-                self.begun.append(seed)
-
-    def step(self, chunks, active=None):
-        self.executed.append(chunks.copy())
-        reward, length = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
-        terminated, truncated = np.zeros((2, self.num_envs), bool)
-        for i in np.flatnonzero(self.episode >= 0):
-            seed, t = self.seed[i], self.t[i]
-            self.valid[seed] += self.score[i] < self.stages
-            if self.diverges(seed) == t:  # what is seen is the last finite state
-                truncated[i] = True
-            else:
-                reward[i] = min(self.assembles(seed, t, chunks[i]), self.stages - self.score[i])
-                self.score[i] += int(reward[i])
-                terminated[i] = self.stop and self.score[i] == self.stages
-                truncated[i] = t + 1 == self.length(seed) and not terminated[i]
-                self.t[i] += 1
-            length[i] = 1 if terminated[i] or truncated[i] else chunks.shape[1]
-            self.steps[seed] += length[i]
-        step = Step(self.obs, reward, terminated, truncated, length, self.score.copy())
-        self.start(np.flatnonzero(terminated | truncated))
-        return step
-
-    def close(self):
-        self.closed = True
-
-
-# -------------------------------------------------------------------------------- TD(lambda)
+# ------------------------------------------------------------------------------------- critic
 @st.composite
 def segments(draw):
     """Rewards, ends and next values (T, L) of segments, gamma, lambda and the number of stages."""
@@ -146,14 +70,6 @@ def test_td_lambda_equals_its_recursive_definition_clipped_to_the_number_of_stag
         assert y[:, column].tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
-def test_pairs_assembled_one_after_the_other_add_up():
-    reward = torch.tensor([[0.0], [1.0], [0.0], [1.0]])
-    end = torch.tensor([[0.0], [0.0], [0.0], [1.0]])
-    y = td_lambda(reward, end, torch.full((4, 1), 77.0), 0.5, 1.0, 2)
-    assert y.flatten().tolist() == [0.5 * 1.25, 1.25, 0.5, 1.0]
-
-
-# ------------------------------------------------------------------------------------- critic
 @pytest.mark.parametrize("furniture, pairs", [("lamp", 2), ("one_leg", 1)])
 def test_critic_sees_the_state_and_the_share_of_the_pairs_that_are_assembled(furniture, pairs):
     policy, envs = small_policy(), scripted(2, [9, 9], [(), ()])
@@ -169,7 +85,7 @@ def test_critic_sees_the_state_and_the_share_of_the_pairs_that_are_assembled(fur
 def test_critic_target_takes_the_smaller_value_of_the_next_obs_at_an_action_of_the_policy(furniture):
     args, stages = arguments(furniture=furniture, gamma=0.9, td_lambda=0.4), STAGES[furniture]
     policy, T, L = small_policy(), 3, 2
-    target = small_critic(policy)
+    target = Critic(5, 4, True, width=16, depth=2)
     target.biases[-1].data.fill_(0.5 * stages)  # values inside [0, stages]
     batch = dict(next_obs=torch.randn(T, L, 5), reward=torch.zeros(T, L), terminated=torch.zeros(T, L))
     batch["reward"][1, 0] = batch["terminated"][1, 0] = 1
@@ -189,81 +105,96 @@ def test_critic_target_takes_the_smaller_value_of_the_next_obs_at_an_action_of_t
     assert (critic_target(policy, target, batch, args)[0] == stages).all()
 
 
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_critic_and_its_update_are_those_of_rldt_gym(layer_norm):
+    results = []
+    for script in rldt_furniture, rldt_gym:
+        torch.manual_seed(3)
+        critic = script.Critic(5, 4, layer_norm, width=16)
+        target = copy.deepcopy(critic).requires_grad_(False)
+        optimizer = torch.optim.SGD(critic.parameters(), 0.1)
+        batch = torch.randn(9, 5), torch.randn(9, 4), torch.rand(9)
+        args = arguments(target_momentum=0.9)
+        measured = script.update_critic(critic, target, optimizer, *batch, args)
+        results.append((measured, critic.state_dict(), target.state_dict()))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 # -------------------------------------------------------------------------------------- actor
 K, B, P, D = 4, 3, 5, 2
 
 
-class QuadraticCritic:
-    """Q = -0.75 |a - 1|^2 from both networks."""
-
-    def __call__(self, obs, action):
-        return -0.75 * (action - 1).square().sum(-1).expand(2, -1)
-
-
-def losses(**changes):
-    """Networks, the three losses and what they were computed from, in double precision."""
-    velocity, reference = (VelocityMLP(D, 3, 16, 3, 8).double() for _ in range(2))
-    obs = torch.randn(B, 4, dtype=torch.float64)
-    start = torch.randn(B, P, D, dtype=torch.float64)
-    each = obs[:, None, :-1].expand(-1, P, -1)  # the states
-    trajectory = sample(velocity, each, start, K, trajectory=True)
-    args = arguments(**dict(alpha=0.3, transport_scale=1.0, transport_loss="literal") | changes)
-    k = torch.randint(K, (B, P))
-    result = actor_losses(velocity, reference, QuadraticCritic(), obs, trajectory, args, k)
-    x = trajectory[k, torch.arange(B)[:, None], torch.arange(P)]
-    return velocity, each, trajectory, x, k / K, args, result
-
-
-def gradients(velocity, scalar):
-    return torch.autograd.grad(scalar, list(velocity.parameters()), retain_graph=True)
+def test_exploration_is_that_of_rldt_gym():
+    trajectory = torch.randn(K + 1, 50, D)
+    for steps in 0, 1, 3:
+        actions = []
+        for script in rldt_furniture, rldt_gym:
+            torch.manual_seed(1)
+            actions.append(script.explore(trajectory, arguments(exploration_steps=steps)))
+        assert torch.equal(*actions)
 
 
 @pytest.mark.parametrize("kernel", ["rbf", "delta"])
 @pytest.mark.parametrize("form", ["literal", "authors"])
+def test_losses_and_step_of_the_actor_are_those_of_rldt_gym(kernel, form):
+    changes = dict(kernel=kernel, transport_loss=form, transport_scale=1.0, zero_fraction=0.0)
+    args, obs, results = arguments(alpha=0.3, n_particles=P, **changes), torch.randn(7, 5), []
+    start, reference = small_policy(), small_policy()
+    for script, seen in (rldt_furniture, obs), (rldt_gym, obs[:, :-1]):
+        policy = copy.deepcopy(start)
+        optimizer = torch.optim.SGD(policy.parameters(), 0.1)
+        torch.manual_seed(5)
+        measured = script.update_actor(policy, reference, QuadraticCritic(), optimizer, seen, args)
+        results.append((measured, policy.state_dict()))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("kernel", ["rbf", "delta"])
 @pytest.mark.parametrize("q_gradient", ["critic", "particles"])
-@pytest.mark.parametrize("scale", [1.0, 10.0])
-def test_gradient_of_the_transport_loss_is_the_field_times_the_jacobian(
-    kernel, form, q_gradient, scale
-):
-    changes = dict(kernel=kernel, transport_loss=form, q_gradient=q_gradient, transport_scale=scale)
-    velocity, obs, trajectory, x, t, args, (transport, *_) = losses(**changes)
-    query = expected_target(x, t, velocity(x, t, obs)).detach()
+def test_field_is_that_of_the_scaled_gradient_of_q_or_toward_particles_of_high_q(kernel, q_gradient):
+    velocity, reference = (VelocityMLP(D, 3, 16, 3, 8).double() for _ in range(2))
+    obs, start = torch.randn(B, 4, dtype=torch.float64), torch.randn(B, P, D, dtype=torch.float64)
+    state = obs[:, None, :-1].expand(-1, P, -1)
+    trajectory = sample(velocity, state, start, K, trajectory=True)
+    changes = dict(kernel=kernel, q_gradient=q_gradient, transport_loss="literal")
+    args, k = arguments(alpha=0.3, transport_scale=10.0, **changes), torch.randint(K, (B, P))
+    transport, *_ = actor_losses(velocity, reference, QuadraticCritic(), obs, trajectory, args, k)
+    x, t = trajectory[k, torch.arange(B)[:, None], torch.arange(P)], k / K
+    query = expected_target(x, t, velocity(x, t, state)).detach()
     particles = query if kernel == "delta" else trajectory[-1]
     gradient = 1.5 * (1 - particles)
     if q_gradient == "particles":
         gradient = particle_gradient(-0.75 * (particles - 1).square().sum(-1), particles)
-    phi = transport_field(query, particles, scale * gradient, args.alpha, kernel)
-    weight = -2 / K * (1 - t) if form == "literal" else -1 / (K * (1 - t))  # eq. (13)
-    weights = weight[..., None] * phi / (B * P)
-    expected = torch.autograd.grad(velocity(x, t, obs), list(velocity.parameters()), weights)
-    torch.testing.assert_close(gradients(velocity, transport), expected)
+    phi = transport_field(query, particles, 10 * gradient, args.alpha, kernel)
+    weights = -2 / K * (1 - t)[..., None] * phi / (B * P)  # eq. (13)
+    parameters = list(velocity.parameters())
+    expected = torch.autograd.grad(velocity(x, t, state), parameters, weights)
+    torch.testing.assert_close(torch.autograd.grad(transport, parameters, retain_graph=True), expected)
 
 
-def test_consistency_loss_has_the_value_and_gradient_of_eq_14():
-    velocity, obs, trajectory, x, t, _, (_, consistency, *_) = losses()
-    a_dagger = x + (1 - t)[..., None] * velocity(x, t, obs)
-    expected = ((a_dagger - trajectory[-1]).square().sum(-1) / (K * (1 - t)).square()).mean()
-    torch.testing.assert_close(consistency, expected)
-    torch.testing.assert_close(gradients(velocity, consistency), gradients(velocity, expected))
+@pytest.mark.parametrize("zero_fraction", [0.0, 0.5, 1.0])
+def test_particles_and_the_constraint_start_from_zero_in_a_share_of_all(monkeypatch, zero_fraction):
+    starts, losses = {}, actor_losses
 
+    def recorded(velocity, reference, critic, obs, trajectory, args):
+        starts["particles"] = trajectory[0]
 
-@pytest.mark.parametrize("zero_fraction", [0.0, 1.0])
-def test_constraint_loss_is_eq_15_between_actions_and_the_noise_that_particles_start_from(zero_fraction):
-    velocity, seen = VelocityMLP(D, 3, 16, 3, 8).double(), {}
+        def seen(x, t, obs):
+            starts["constraint"] = x - t[..., None] * trajectory[-1]  # (1 - t) x_0
+            return reference(x, t, obs)
 
-    def reference(x, t, obs):
-        seen.update(x=x, t=t, obs=obs)
-        return x.sin()
+        return losses(velocity, seen, critic, obs, trajectory, args)
 
-    trajectory = torch.randn(K + 1, B, P, D, dtype=torch.float64)
-    obs, args = torch.randn(B, 4, dtype=torch.float64), arguments(zero_fraction=zero_fraction)
-    result = actor_losses(velocity, reference, QuadraticCritic(), obs, trajectory, args)
-    moved = velocity(seen["x"], seen["t"], seen["obs"])
-    expected = (moved - seen["x"].sin()).square().sum(-1).mean()
-    torch.testing.assert_close(result[2], expected)
-    torch.testing.assert_close(gradients(velocity, result[2]), gradients(velocity, expected))
-    x0 = seen["x"] - seen["t"][..., None] * trajectory[-1]  # (1 - t) x_0
-    assert (x0.abs() < 1e-5).all(-1).float().mean() == zero_fraction
+    monkeypatch.setattr(rldt_furniture, "actor_losses", recorded)
+    args, policy = arguments(n_particles=6, zero_fraction=zero_fraction), small_policy()
+    optimizer = torch.optim.SGD(policy.parameters(), 0.0)
+    networks = policy, copy.deepcopy(policy), QuadraticCritic()
+    rldt_furniture.update_actor(*networks, optimizer, torch.randn(200, 5), args)
+    for x0 in starts.values():
+        zero = (x0.abs() < 1e-5).all(-1).float()  # (200, 6)
+        assert zero.mean().item() == pytest.approx(zero_fraction, abs=0.05)
+        some = 1 - (1 - zero_fraction) ** 6  # drawn per particle, not per state
+        assert (zero.mean(1) > 0).float().mean().item() == pytest.approx(some, abs=0.05)
 
 
 def test_losses_show_the_velocities_the_state_and_the_critic_all():
@@ -283,117 +214,106 @@ def test_losses_show_the_velocities_the_state_and_the_critic_all():
         assert torch.equal(each, expected[:, None].expand(len(each), -1, P, -1)), name
 
 
-@pytest.mark.parametrize("zero_fraction", [0.0, 0.5, 1.0])
-def test_update_actor_steps_along_the_weighted_losses_of_its_particles(monkeypatch, zero_fraction):
-    policy, seen = small_policy(), []
-    bias = policy.velocity.trunk[0].bias
-
-    def fake_losses(velocity, reference, critic, obs, trajectory, args):
-        seen.append((trajectory, obs))
-        nothing = 0 * sum(p.sum() for p in velocity.parameters())  # a gradient for every weight
-        return bias.sum() + nothing, 10 * bias.sum(), 100 * bias.sum(), {}
-
-    monkeypatch.setattr(rldt_furniture, "actor_losses", fake_losses)
-    weights = dict(consistency_weight=0.7, constraint_weight=0.2)
-    args = arguments(n_particles=6, zero_fraction=zero_fraction, **weights)
-    before, obs = bias.detach().clone(), torch.randn(50, 5)
-    optimizer = torch.optim.SGD(policy.parameters(), 0.1)
-    networks = policy, copy.deepcopy(policy), small_critic(policy)
-    metrics = update_actor(*networks, optimizer, obs, args)
-    torch.testing.assert_close(bias.detach(), before - 0.1 * (1 + 0.7 * 10 + 0.2 * 100))  # eq. (16)
-    assert metrics["diagnostics/actor_grad_norm"].item() == pytest.approx(28 * 4)  # of 16 equal numbers
-    ((trajectory, seen_obs),) = seen
-    assert seen_obs is obs
-    assert trajectory.shape == (5, 50, 6, 4)
-    assert not trajectory.requires_grad
-    zero = (trajectory[0] == 0).all(-1).float()
-    assert zero.mean().item() == pytest.approx(zero_fraction, abs=0.1)
-    some = 1 - (1 - zero_fraction) ** 6  # drawn per particle, not per state
-    assert (zero.mean(1) > 0).float().mean().item() == pytest.approx(some, abs=0.1)
-    bias.data.copy_(before)
-    with torch.no_grad():
-        state = obs[:, None, :-1].expand(-1, 6, -1)
-        again = policy.sample(state, trajectory[0], trajectory=True)
-    torch.testing.assert_close(trajectory, again)
-
-
 # ------------------------------------------------------------------------------------- replay
 CAPACITY, T, N = 3, 10, 4
 
 
-def numbered(added, valid=None, reached=None):
-    """A replay that encodes rollout, environment and time: 1000 rollout + 100 environment + time."""
+def numbered(added, seed=0):
+    """A replay that encodes rollout, environment and time: 1000 rollout + 100 environment + time.
+
+    Its episodes reach 0 to 2 pairs, and some rows are not valid, at random.
+    """
     args = arguments(buffer_iterations=CAPACITY, horizon=T, num_envs=N)
     replay = Replay(args, small_policy(2, 3, chunk=1))
+    generator = torch.Generator().manual_seed(seed)
     for rollout in range(added):
         slot = replay.next()
         code = 1000.0 * rollout + 100 * torch.arange(N) + torch.arange(T + 1)[:, None]
         slot["obs"].copy_(code[..., None].expand(-1, -1, 3))
         slot["action"].copy_(code[:-1, :, None].expand(-1, -1, 3))
         slot["reward"].copy_(code[:-1])
-        slot["valid"].copy_(torch.ones(T, N) if valid is None else valid)
-        slot["reached"].copy_(torch.zeros(T, N) if reached is None else reached)
+        slot["valid"].copy_(torch.rand(T, N, generator=generator) < 0.7)
+        slot["valid"][0] = 1
+        slot["reached"].copy_(torch.randint(3, (T, N), generator=generator) * (rollout > 0))
     return replay
 
 
 def draw(replay, count, length):
+    """A batch, and the weights of the starts that it was drawn by, in double precision."""
+    weights, multinomial = [], torch.multinomial
+    recorded = lambda weight, *args, **how: weights.append(weight) or multinomial(weight, *args, **how)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rldt_furniture, "SEGMENT", length)
-        return replay.draw(count)
+        patch.setattr(torch, "multinomial", recorded)
+        batch = replay.draw(count)
+    return batch, weights[0].double().view(CAPACITY, -1, N)
 
 
 @given(st.integers(1, 7), st.integers(1, T + 2), st.integers(1, 40), st.integers(0, 1000))
 def test_segments_are_consecutive_rows_of_one_environment_that_begin_validly(added, length, count, seed):
-    torch.manual_seed(seed)
-    valid, reached = (torch.rand(T, N) < 0.7).float(), torch.randint(3, (T, N)).float()
-    valid[0] = 1
-    batch, length = draw(numbered(added, valid, reached), count, length), min(length, T)
-    assert batch["obs"].shape == batch["action"].shape == (length, count, 3)
+    replay = numbered(added, seed)
+    batch, length = draw(replay, count, length)[0], min(length, T)
     first = batch["obs"][0, :, 0]
-    codes = first + torch.arange(length)[:, None]
-    assert torch.equal(batch["obs"], codes[..., None].expand(-1, -1, 3))
-    assert torch.equal(batch["next_obs"], batch["obs"] + 1)
-    assert torch.equal(batch["action"], batch["obs"])
+    codes = first + torch.arange(length)[:, None]  # (length, count)
+    for name, shift in ("obs", 0), ("action", 0), ("next_obs", 1):
+        assert torch.equal(batch[name], (codes + shift)[..., None].expand(-1, -1, 3)), name
     assert torch.equal(batch["reward"], codes)
     assert (batch["valid"][0] == 1).all()
-    assert (first // 1000 >= max(0, added - CAPACITY)).all()
-    time, column = (codes % 100).long(), (first // 100 % 10).long().expand(length, -1)
-    assert torch.equal(batch["valid"], valid[time, column])
-    assert torch.equal(batch["reached"], reached[time, column])
+    assert (first % 100 + length <= T).all()  # none runs over the rollout's end
+    assert (first // 1000 >= max(0, added - CAPACITY)).all()  # none that is overwritten
+    rollout, column, time = (codes // 1000).long(), (first // 100 % 10).long(), (codes % 100).long()
+    for name in "valid", "reached":
+        assert torch.equal(batch[name], replay.slots[name][rollout % CAPACITY, time, column])
 
 
-@pytest.mark.parametrize("count", [1, 7, 24])
-@pytest.mark.parametrize("kinds", [(0,), (0, 1), (0, 1, 2), (0, 2)])
-def test_equally_many_segments_begin_in_episodes_of_each_number_of_pairs(count, kinds):
-    reached = torch.full((T, N), float(kinds[0]))
-    for i, kind in enumerate(kinds[1:]):
-        reached[2 + i, 1] = kind  # few of them
-    begins = draw(numbered(4, reached=reached), count, 2)["reached"][0].tolist()
-    shares = [begins.count(kind) for kind in kinds]
-    assert sum(shares) == count
-    assert max(shares) - min(shares) <= 1
+def start_probabilities(replay, length):
+    """Of each start (rollout, time, environment), from the definition.
+
+    Each kind of episode has the same. Its starts in the newest rollout get FRESH of that, where there
+    are some, and the rest falls on all of its starts alike.
+    """
+    fresh, valid, kind = rldt_furniture.FRESH, replay.slots["valid"], replay.slots["reached"]
+    starts = [start for start in np.ndindex(CAPACITY, T - length + 1, N) if valid[start]]
+    p = torch.zeros(CAPACITY, T - length + 1, N, dtype=torch.float64)
+    for start in starts:
+        alike = [other for other in starts if kind[other] == kind[start]]
+        newest = sum(other[0] == replay.slot for other in alike)
+        p[start] = 1 / len(alike)
+        if newest:
+            p[start] = (1 - fresh) / len(alike) + fresh / newest * (start[0] == replay.slot)
+    return p / len({kind[start].item() for start in starts})
 
 
-@given(added=st.integers(1, 7), count=st.integers(1, 60))
-def test_at_least_the_fresh_share_comes_from_the_newest_rollout(added, count):
-    reached = torch.zeros(T, N)
-    reached[:3], reached[3:5] = 1, 2
-    rollout = draw(numbered(added, reached=reached), count, 2)["obs"][0, :, 0] // 1000
-    assert (rollout == added - 1).sum() >= rldt_furniture.FRESH * count - 1e-9
+@pytest.mark.parametrize("added", [1, 2, 3, 5])
+@pytest.mark.parametrize("length", [1, 3, T])
+def test_starts_are_drawn_with_the_probabilities_of_their_definition(added, length):
+    replay = numbered(added, seed=added)
+    expected, count = start_probabilities(replay, length), 20_000
+    batch, weight = draw(replay, count, length)
+    torch.testing.assert_close(weight / weight.sum(), expected, rtol=1e-5, atol=0)
+    code = batch["obs"][0, :, 0].long()
+    drawn = torch.zeros_like(expected)
+    where = code // 1000 % CAPACITY, code % 100, code // 100 % 10
+    drawn.index_put_(where, torch.ones(count, dtype=torch.float64), accumulate=True)
+    deviation = (expected * (1 - expected) / count).sqrt()
+    assert ((drawn / count - expected).abs() <= 5 * deviation).all()
 
 
-def test_every_kept_rollout_environment_and_start_is_drawn():
-    first = draw(numbered(5), 20_000, 3)["obs"][0, :, 0].long()
-    assert len(first.unique()) == CAPACITY * N * (T - 2)
-    assert (first >= 2000).all()
-
-
-def test_fresh_segments_come_from_wherever_there_are_some():
-    replay = numbered(2)
-    replay.slots["reached"][0] = 1  # pairs assembled in the old rollout only
-    begins = draw(replay, 10, 2)
-    assert begins["reached"][0].sum() == 5
-    assert (begins["obs"][0, :, 0] // 1000).sum() >= 2  # a third of the others
+def test_shares_of_kinds_and_of_the_newest_rollout_on_a_replay_made_by_hand():
+    replay = numbered(3)
+    reached = replay.slots["reached"].zero_()
+    replay.slots["valid"].fill_(1)
+    reached[1, :2, 0] = 1  # two starts of the rollout before the newest
+    reached[1:, 2, 1] = 2  # a start there and one in the newest
+    weight = draw(replay, 1, 2)[1]
+    share = weight / weight.sum()
+    kinds = [share[reached[:, :-1] == kind] for kind in (0, 1, 2)]
+    assert [kind.sum().item() for kind in kinds] == pytest.approx([1 / 3] * 3)
+    assert (3 * kinds[1]).tolist() == pytest.approx([1 / 2, 1 / 2])
+    assert (3 * kinds[2]).tolist() == pytest.approx([0.67 / 2, 0.67 / 2 + 0.33])
+    newest = 3 * share[2][reached[2, :-1] == 0].sum()
+    others = [36, 36 - 3, 36 - 1]  # starts without a pair in each rollout
+    assert newest.item() == pytest.approx(0.33 + 0.67 * others[2] / sum(others))
 
 
 # ------------------------------------------------------------------------------------ rollouts
@@ -473,25 +393,19 @@ def test_a_rollout_is_as_long_as_an_episode_may_be():
 
 
 @pytest.mark.parametrize("fraction, count", [(0.0, 0), (0.5, 2), (1.0, 4)])
-def test_share_of_the_environments_acts_from_zero(fraction, count):
-    policy, slot, _ = rollout(scripted(4, [20] * 4, [()] * 4), 6, zero_fraction=fraction)
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_a_rollout_explores_from_zero_in_a_share_of_the_environments(fraction, count, steps):
+    envs = scripted(4, [20] * 4, [()] * 4)
+    policy, slot, _ = rollout(envs, 6, zero_fraction=fraction, exploration_steps=steps)
     with torch.no_grad():
         deterministic = policy.sample(slot["obs"][:-1, :, :-1], torch.zeros(6, 4, 4))
     same = (slot["action"] - deterministic).abs().amax((0, 2)) < 1e-5
+    count = 0 if steps == 4 else count  # steps before the last add noise
     assert same.tolist() == [True] * count + [False] * (4 - count)
 
 
 # ---------------------------------------------------------------------------------- evaluation
-class Identity:
-    """A policy whose actions are its x_0."""
-
-    action_size = 4
-    normalize = staticmethod(lambda obs: obs)
-    sample = staticmethod(lambda obs, x0: x0)
-    to_env = staticmethod(lambda action: action.view(len(action), 2, 2).numpy())
-
-
-@pytest.mark.parametrize("num_envs", [1, 3, 4, 16])
+@pytest.mark.parametrize("num_envs", [1, 4, 16])
 @pytest.mark.parametrize("stop", [False, True])
 def test_evaluation_runs_every_state_once_from_zero_and_once_from_noise(monkeypatch, num_envs, stop):
     starts = {}
@@ -552,22 +466,28 @@ def test_summary_has_the_success_rate_with_wilsons_interval_and_the_pairs(k, n):
 
 
 # ------------------------------------------------------------------------------------ settings
+def settled(monkeypatch, *flags):
+    """The settings with which main begins its run."""
+    taken = []
+    monkeypatch.setattr(rldt_furniture, "Run", lambda args, name: taken.append(args) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(flags)
+    return taken[0]
+
+
 @pytest.mark.parametrize("furniture, horizon, scale", [("one_leg", 700, 30), ("lamp", 1000, 8)])
-def test_resolve_fills_in_the_settings_of_the_task(furniture, horizon, scale):
-    args = rldt_furniture.Args(furniture=furniture)
-    rldt_furniture.resolve(args)
+def test_the_task_decides_what_is_not_given(monkeypatch, furniture, horizon, scale):
+    args = settled(monkeypatch, f"--furniture={furniture}")
     assert (args.horizon, args.transport_scale, args.backend) == (horizon, scale, "mujoco")
     assert stages_of(args) == STAGES[furniture]
-    args = rldt_furniture.Args(furniture=furniture, horizon=48, transport_scale=3.0)
-    rldt_furniture.resolve(args)
+    given = "--horizon=48", "--transport-scale=3", "--q-gradient=critic", "--n-particles=1"
+    args = settled(monkeypatch, f"--furniture={furniture}", *given)
     assert (args.horizon, args.transport_scale) == (48, 3)
 
 
 def test_gradient_of_the_particles_needs_two_of_them():
-    rldt_furniture.resolve(rldt_furniture.Args(q_gradient="particles", n_particles=2))
-    rldt_furniture.resolve(rldt_furniture.Args(q_gradient="critic", n_particles=1))
     with pytest.raises(SystemExit, match="--q-gradient particles needs --n-particles"):
-        rldt_furniture.resolve(rldt_furniture.Args(q_gradient="particles", n_particles=1))
+        main(["--q-gradient=particles", "--n-particles=1"])
 
 
 def test_paper_preset_sets_the_values_of_the_paper():
@@ -585,14 +505,8 @@ def test_paper_preset_sets_the_values_of_the_paper():
     assert (large["width"], large["depth"], large["euler_steps"], large["lr"]) == (1024, 7, 32, 1e-4)
 
 
-def test_settings_are_few_and_help_shows_all_of_them(capsys):
-    fields = dataclasses.fields(rldt_furniture.Args)
-    assert len(fields) <= 50
-    with pytest.raises(SystemExit):
-        parse(rldt_furniture, ["--help"])
-    printed = capsys.readouterr().out
-    for field in fields:
-        assert f"\n  --{field.name.replace('_', '-')} " in printed
+def test_settings_are_few():
+    assert len(dataclasses.fields(rldt_furniture.Args)) <= 50
 
 
 # ------------------------------------------------------------------- whole runs without simulators
@@ -611,30 +525,11 @@ def bases(tmp_path_factory):
 
 def flags(base, runs, **changes):
     """Flags of a run of four iterations, the first and the last of which evaluate."""
-    values = dict(
-        furniture="lamp", backend="mujoco", runs=runs, base=base, device=DEVICE, threads=1, seed=3,
-        iterations=4, num_envs=2, horizon=52, buffer_iterations=2, eval_every=10, eval_episodes=2,
-        final_eval_episodes=3, rounds=2, critic_steps=2, critic_batch=8, segments=6,
-        warmup_iterations=1, actor_steps=1, actor_batch=4, n_particles=2, exploration_steps=2,
-        actor_lr=1e-3, q_gradient="critic", transport_scale=30.0, reference_every=1,
-    ) | changes  # fmt: skip
-    words = []
-    for key, value in values.items():
-        flag = key.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        elif value is not None:
-            words.append(f"--{flag}={value}")
-    return words
-
-
-def only_run(runs):
-    (run,) = runs.iterdir()
-    return run
-
-
-def checkpoint(run):
-    return torch.load(run / "checkpoint.pt", weights_only=True)
+    values = SHORT | dict(
+        furniture="lamp", backend="mujoco", runs=runs, base=base, device=DEVICE, horizon=52,
+        exploration_steps=2, q_gradient="critic", transport_scale=30.0, reference_every=1,
+    )  # fmt: skip
+    return words(values | changes)
 
 
 def main(argv):
@@ -650,10 +545,10 @@ def use_fakes(patch):
 
     def make_envs(args, num_envs):
         """Episodes of 3 to 5 chunks, whose actions decide whether they assemble a pair."""
-        assembles = lambda seed, t, chunk: int(math.sin(100 * chunk.sum()) > 0.4)
+        scores = lambda seed, t, chunk: int(math.sin(100 * chunk.sum()) > 0.4)
         sizes = dict(obs_dim=DIMS[args.furniture], action_dim=10)
         length = lambda seed: 3 + seed % 3
-        fakes.made.append(FakeEnvs(num_envs, length, assembles, stages_of(args), fakes.stop, **sizes))
+        fakes.made.append(FakeEnvs(num_envs, length, scores, stages_of(args), fakes.stop, **sizes))
         return fakes.made[-1]
 
     patch.setattr(rldt_furniture, "make_envs", make_envs)
@@ -677,25 +572,31 @@ def whole_run(furniture, base, runs, **changes):
 
 @pytest.fixture(scope="module")
 def fake_run(bases, tmp_path_factory):
-    """A complete run on fake environments; read it, do not write to it."""
+    """Directory and result of a complete run on fake environments, and these; read it only."""
     with pytest.MonkeyPatch.context() as patch:
-        use_fakes(patch)
-        return whole_run("lamp", bases["lamp"], tmp_path_factory.mktemp("fake"))
+        fakes = use_fakes(patch)
+        return *whole_run("lamp", bases["lamp"], tmp_path_factory.mktemp("fake")), fakes.made[0]
 
 
 def test_run_succeeds_and_fails_in_turn_so_that_it_tests_something(fake_run):
-    run, result = fake_run
-    rows, replay = metrics(run), torch.load(run / "checkpoint.replay0", weights_only=True)
+    run, result, _ = fake_run
+    rows, replay = metrics(run), checkpoint(run, "checkpoint.replay0")
     assert any(0 < float(row["train_success"]) < 1 for row in rows[1:4])
     assert set(replay["reached"].unique().tolist()) == {0, 1, 2}
     assert set(replay["obs"][..., -1].unique().tolist()) == {0, 0.5}
     assert checkpoint(run)["critic"]["weights.0"].shape[1] == 44 + 1 + 40  # state, stage and action
-    last = torch.load(run / "checkpoint.replay0", weights_only=True)["reached"][0]  # of rows[3]
+    last = replay["reached"][0]  # the third rollout has overwritten the first
     assert float(rows[3]["train_stages"]) == last.mean()
     assert float(rows[3]["train_success"]) == (last == 2).float().mean()
     for name, row in ("base", rows[0]), ("final", rows[-1]):
         for kind in "success", "success_low", "stages", "stages_std", "stages_sampled":
             assert result[f"{name}_{kind}"] == float(row[f"eval_{kind}"])
+
+
+def in_training(counter):
+    """Without the seeds of the evaluations of a run with seed 3."""
+    assert {4_000_000, 4_000_001, 4_000_002} <= set(counter)
+    return {seed: value for seed, value in counter.items() if seed // 1_000_000 != 4}
 
 
 @pytest.mark.parametrize("changes", [
@@ -716,23 +617,23 @@ def test_run_with_the_other_choices_ends_with_finite_numbers(fakes, bases, tmp_p
     assert all(envs.closed for envs in fakes.made)
 
 
-def in_training(counter):
-    """Without the seeds of the evaluations of a run with seed 3."""
-    assert {4_000_000, 4_000_001, 4_000_002} <= set(counter)
-    return {seed: value for seed, value in counter.items() if seed // 1_000_000 != 4}
-
-
-def test_the_actor_starts_after_the_warm_up(fakes, bases, tmp_path):
-    main(flags(bases["lamp"], tmp_path))
-    rows = metrics(only_run(tmp_path))
+def test_the_actor_starts_after_the_warm_up(fake_run):
+    run, _, envs = fake_run
+    rows = metrics(run)
     for i, row in enumerate(rows):
         assert (row["eval_success"] != "") == (row["eval_stages_sampled"] != "") == (i in (0, 4))
         assert (row["losses/critic"] != "") == (row["train_stages"] != "") == (i in (1, 2, 3))
         assert (row["losses/transport"] != "") == (i in (2, 3))
     assert float(rows[1]["diagnostics/base_distance"]) == 0
     assert float(rows[3]["diagnostics/base_distance"]) > 0
-    (envs,) = fakes.made
     assert int(rows[-1]["env_steps"]) == sum(in_training(envs.steps).values())
+
+
+def test_training_episodes_are_of_seeds_of_their_own(fake_run):
+    begun = in_training(Counter(fake_run[2].begun))
+    assert set(begun.values()) == {1}
+    assert {seed // 10_000 for seed in begun} == {40_001, 40_002, 40_003}
+    assert {400_010_000, 400_020_000, 400_030_000} <= set(begun)
 
 
 def test_states_after_the_last_pair_reach_neither_update_and_the_critic_sees_their_stage(
@@ -754,18 +655,8 @@ def test_states_after_the_last_pair_reach_neither_update_and_the_critic_sees_the
     assert set(torch.cat(seen)[:, -1].tolist()) == {0, 0.5}
 
 
-def test_rollouts_of_a_run_begin_where_no_other_episode_does(fakes, bases, tmp_path, monkeypatch):
-    seeds, collect = [], rldt_furniture.collect
-    recorded = lambda *args: seeds.append(args[3]) or collect(*args)
-    monkeypatch.setattr(rldt_furniture, "collect", recorded)
-    main(flags(bases["lamp"], tmp_path))
-    assert seeds == [400_010_000, 400_020_000, 400_030_000]
-    (envs,) = fakes.made
-    assert max(Counter(seed for seed in envs.begun if seed > 5_000_000).values()) == 1
-
-
 def test_evaluating_a_run_gives_its_final_numbers(fakes, fake_run, capsys):
-    run, result = fake_run
+    run, result, _ = fake_run
     scores = main(["--evaluate", run])
     for key, value in scores.items():
         assert result[key.replace("eval", "final")] == value
@@ -815,10 +706,6 @@ def test_run_that_crashed_and_is_resumed_equals_one_that_did_not(
             assert torch.equal(value, ours[name][key]), (name, key)
 
 
-def test_resumed_run_keeps_the_base_policy_that_it_started_from(fakes, fake_run, tmp_path):
-    check_resumed_run_keeps_its_base(rldt_furniture, shutil.copytree(fake_run[0], tmp_path / "copy"))
-
-
 # ------------------------------------------------------------------------- a whole run on MuJoCo
 @pytest.fixture(scope="module")
 def one_leg(tmp_path_factory):
@@ -849,7 +736,7 @@ def test_run_on_mujoco_writes_every_file(one_leg):
 
 
 def test_replay_of_a_run_on_mujoco_holds_its_episodes(one_leg):
-    slot = torch.load(one_leg[0] / "checkpoint.replay1", weights_only=True)  # of the second iteration
+    slot = checkpoint(one_leg[0], "checkpoint.replay1")  # of the second iteration
     assert slot["obs"].shape == (4, 2, 59)
     assert slot["valid"].tolist() == [[1, 1]] * 3
     assert torch.equal(slot["reward"] > 0, (slot["terminated"] > 0) & (slot["reached"] > 0))
@@ -863,7 +750,7 @@ def test_video_shows_the_policy_or_says_why_not(bases, tmp_path, capsys, monkeyp
         monkeypatch.delenv(name)
     short = dataclasses.replace(rldt_furniture.FURNITURE["one_leg"], horizon=3)
     monkeypatch.setitem(rldt_furniture.FURNITURE, "one_leg", short)
-    record_video(FlowPolicy.load(bases["one_leg"]), "one_leg", "low", tmp_path / "videos")
+    rldt_furniture.record_video(FlowPolicy.load(bases["one_leg"]), "one_leg", "low", tmp_path / "videos")
     printed = capsys.readouterr().out
     assert (tmp_path / "videos" / "episode.mp4").exists() == (printed == "")
     if printed:
