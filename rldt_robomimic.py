@@ -403,7 +403,7 @@ def explore(trajectory: torch.Tensor, args: Args) -> torch.Tensor:
     if args.exploration_steps == 0:
         return action
     K, N, device = len(trajectory) - 1, len(action), action.device
-    k = K - 1 - torch.randint(args.exploration_steps, (N,), device=device)
+    k = K - 1 - torch.randint(min(args.exploration_steps, K), (N,), device=device)
     n = torch.arange(N, device=device)
     x_k, x_next = trajectory[k, n], trajectory[k + 1, n]
     a_dagger = expected_target(x_k, k / K, (x_next - x_k) * K)  # eq. (8), its velocity from the steps
