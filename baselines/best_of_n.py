@@ -63,6 +63,7 @@ class BestOfN(family.FlowPolicy):
         self.register_buffer("candidates", torch.tensor(1))  # N; 1 is the base policy itself
         self.velocity.requires_grad_(False)
 
+    @torch.no_grad()
     def sample(self, cond: torch.Tensor, x0: torch.Tensor | None = None, trajectory=False):
         """The candidate (B, D) of the highest smaller Q at cond (B, obs_dim), or its trajectory.
 

@@ -106,6 +106,7 @@ class DenoisingPolicy(family.FlowPolicy):
         """The network of step k: the tuned one in the last steps."""
         return self.velocity if k >= self.euler_steps - self.tuned_steps else self.frozen
 
+    @torch.no_grad()
     def sample(self, cond: torch.Tensor, x0: torch.Tensor | None = None) -> torch.Tensor:
         """Action chunks (..., D) for cond (..., obs_dim), without the noise of training.
 

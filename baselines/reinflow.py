@@ -92,6 +92,7 @@ class NoisyPolicy(family.FlowPolicy):
         time = time.detach().float().expand(*x.shape[:-1], -1)
         return mean, self.noise(time, obs, args.sigma_min, self.limit)
 
+    @torch.no_grad()
     def sample(self, cond: torch.Tensor, x0: torch.Tensor | None = None) -> torch.Tensor:
         """Action chunks (..., D) for cond (..., obs_dim), from x0 or noise, without learned noise."""
         if x0 is None:

@@ -93,6 +93,7 @@ class GaussianPolicy(family.FlowPolicy):
             self.register_buffer(f"{name}_min", -torch.ones(dim))
             self.register_buffer(f"{name}_max", torch.ones(dim))
 
+    @torch.no_grad()
     def sample(self, cond: torch.Tensor, x0: torch.Tensor | None = None, trajectory=False):
         """Actions tanh(mean + std x0), (..., D), for cond (..., obs_dim), or a trajectory of these."""
         mean, log_std, _ = self.actor.get_action_dist_params(cond)

@@ -241,7 +241,9 @@ def test_policy_of_a_method_says_so_and_is_no_plain_flow(finished, name):
     with pytest.raises(SystemExit, match="not a policy"):
         FlowPolicy.load(path)
     own = dict(reinflow=reinflow.NoisyPolicy, dppo=dppo.DenoisingPolicy, best_of_n=best_of_n.BestOfN)
-    assert own[name].load(path).info == {"method": name}
+    policy = own[name].load(path)
+    assert policy.info == {"method": name}
+    assert not policy.sample(torch.zeros(1, 11)).requires_grad  # a video needs no gradient
 
 
 @pytest.mark.parametrize("name, changes, message", [
