@@ -3,7 +3,7 @@
 The original, FurnitureSim, needs Isaac Gym. This port has its frames, observations, actions, rewards,
 time limits and randomisation (https://github.com/ankile/furniture-bench, furniture_rl_sim_env.py), but
 its own physics: results of "One-Leg (MuJoCo)" and "Lamp (MuJoCo)" do not compare with Isaac Gym's.
-Kinematics and meshes come from the installed wheel: pip install --no-deps furniture-bench==0.1
+Meshes come from the installed wheel: pip install --no-deps furniture-bench==0.1
 
 Frames: the robot's poses are in its base frame, the world frame here, with the table's surface at z = 0;
 parts are observed in the AprilTag frame on the table (`TAG`). Lengths in m, angles in rad.
@@ -32,7 +32,7 @@ import mujoco
 import numpy as np
 
 from envs import rendering
-from envs.interface import Episodes, Step
+from envs.interface import Episodes
 
 CONTROL_RATE = 10  # Hz
 BLOCKS = 6  # per action, of 1/60 s: the original's physics step, in which its force of the reset acts
@@ -148,25 +148,24 @@ def ring(count: int, radius: float, half, low: float, bits: tuple, center=(0, 0)
     return result
 
 
-def helix(low: float, high: float, radius: float, phase: float, center=(0, 0), pitch=PITCH):
-    """Points (n, 3) of a helix around the y axis, ten per turn, from y = `low` to `high`."""
+def thread(low, high, radius, phase, center=(0, 0), pitch=PITCH, *, bits: tuple, beads=False) -> str:
+    """A helix of capsules around the y axis from y = `low` to `high`, ten per turn.
+
+    `beads` takes spheres, where capsules would end: else a pushed leg would turn in by itself. They have
+    a body of their own, so that what is far from it is sorted out at once.
+    """
     y = np.linspace(low, high, int(np.ceil(10 * (high - low) / pitch)) + 1)
     angle = 2 * np.pi * y / pitch + phase
-    return np.stack([center[0] + radius * np.cos(angle), y, center[1] - radius * np.sin(angle)], 1)
-
-
-def thread(*curve, bits: tuple) -> str:
-    """A helix of capsules, in a body of its own, so that what is far from it is sorted out at once."""
-    shapes = ""
-    for a, b in itertools.pairwise(helix(*curve)):
-        ends = f'fromto="{numbers(*a, *b)}" size="{WIRE}"'
-        shapes += f'<geom type="capsule" {ends} {collides(*bits)} mass="0" class="part"/>'
+    x, z = center[0] + radius * np.cos(angle), center[1] - radius * np.sin(angle)
+    points, shapes = np.stack([x, y, z], 1), ""
+    if beads:
+        for point in points:
+            shapes += geom("sphere", (WIRE,), point, bits)
+    else:
+        for a, b in itertools.pairwise(points):
+            ends = f'fromto="{numbers(*a, *b)}" size="{WIRE}"'
+            shapes += f'<geom type="capsule" {ends} {collides(*bits)} mass="0" class="part"/>'
     return f"<body>{shapes}</body>"
-
-
-def beads(*curve, bits: tuple) -> str:
-    """A helix of spheres, where capsules would end: else a pushed leg would turn in by itself."""
-    return f"<body>{''.join(geom('sphere', (WIRE,), point, bits) for point in helix(*curve))}</body>"
 
 
 def table_top() -> str:
@@ -190,7 +189,7 @@ def table_leg(threaded: bool) -> str:
     result = geom("box", (0.015, 0.03125, 0.015), (0, 0, z), SOLID, "on_table", mass=0.0195)
     result += bundle(core, -0.05625, -0.03125, STUB, 0.0036, (0, z))
     if threaded:
-        result += beads(-0.0500, -0.0332, 0.0100, 0.020, (0, z), bits=(0, THREAD))
+        result += thread(-0.0500, -0.0332, 0.0100, 0.020, (0, z), bits=(0, THREAD), beads=True)
     return result
 
 
@@ -239,17 +238,6 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Screw:
-    """A threaded part that goes into holes of the first part."""
-
-    part: int
-    tip: tuple  # end of the thread, in the part's frame
-    holes: tuple  # x and z of the holes, in the first part's frame
-    level: float  # y of the mouths
-    out: int  # 1 where the holes open towards y, -1 where towards -y
-
-
-@dataclass(frozen=True)
 class Furniture:
     """One of FurnitureBench's tasks."""
 
@@ -257,7 +245,11 @@ class Furniture:
     parts: tuple[Part, ...]
     # Two parts, possible positions of the second in the first's frame, rotation (3, 3) or None for any.
     pairs: tuple[tuple, ...]
-    screw: Screw
+    screw: int  # the threaded part that goes into holes of the first part
+    tip: tuple  # end of its thread, in its frame
+    holes: tuple  # x and z of the holes, in the first part's frame
+    level: float  # y of their mouths
+    out: int  # 1 where they open towards y, -1 where towards -y
     force: tuple[float, ...]  # multipliers of the reset's random force on each part
     torque: tuple[float, ...]  # multipliers of the reset's random torque on each part
     horizon: int  # time limit in environment steps of 1/10 s
@@ -282,7 +274,7 @@ FURNITURE = {
               for i, x in enumerate((-0.20, -0.12, 0.12, 0.20), 1)),
         ),
         pairs=((0, 4, tuple((x, 0.046875, z) for x, z in HOLES), np.eye(3)),),
-        screw=Screw(4, (0, -0.05625, 0), HOLES, 0.0156, 1),
+        screw=4, tip=(0, -0.05625, 0), holes=HOLES, level=0.0156, out=1,
         force=(25, 1, 1, 1, 1), torque=(70, 1, 1, 1, 1), horizon=700, gripper=0.065,
     ),
     "lamp": Furniture(
@@ -292,46 +284,35 @@ FURNITURE = {
             Part("hood", lamp_hood, (-0.08, 0.13, -0.048583), (np.pi / 2, 0, 0), 0.3316),
         ),
         pairs=((0, 1, ((0, -0.0678, 0),), rotation(0, 0, np.pi)), (0, 2, ((0, -0.088324, 0),), None)),
-        screw=Screw(1, (0, -0.053, 0), ((0, 0),), -0.0458, -1),
+        screw=1, tip=(0, -0.053, 0), holes=((0, 0),), level=-0.0458, out=-1,
         force=(8, 15, 30), torque=(16, 20, 60), horizon=1000, gripper=0.07, steps=(4, 8, 6), held=1,
     ),
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Randomness:
-    """Ranges of a reset. Force and torque act for 1/60 s and are multiplied by those of the parts."""
-
-    force: float  # largest force (N) on a part, in a random horizontal direction
-    torque: float  # largest vertical torque (N m)
-    obstacle: float  # largest offset of the obstacle along x and y
-    joints: float  # largest offset of each joint
-
-
-RANDOMNESS = {"low": Randomness(0.2, 0.007, 0.02, np.radians(5)),
-              "med": Randomness(0.5, 0.01, 0.04, np.radians(10))}  # fmt: skip
+# Ranges of a reset: largest horizontal force (N) and vertical torque (N m) on a part, for 1/60 s, before
+# the part's multipliers; largest offset of the obstacle along x and y, and of each joint.
+RANDOMNESS = {
+    "low": dict(force=0.2, torque=0.007, obstacle=0.02, joints=np.radians(5)),
+    "med": dict(force=0.5, torque=0.010, obstacle=0.04, joints=np.radians(10)),
+}
 
 
 # --------------------------------------------------------------------------------------- model
-def assets() -> Path:
-    """The wheel's folder of assets, found without importing the package, which needs Isaac Gym."""
-    try:
+def build_xml(furniture: str) -> str:
+    """The task's MJCF: envs/furniture.xml with the parts."""
+    try:  # found without importing the package, which needs Isaac Gym
         wheel = importlib.metadata.distribution("furniture-bench")
     except importlib.metadata.PackageNotFoundError:
         raise SystemExit("Meshes are missing: pip install --no-deps furniture-bench==0.1") from None
-    return Path(wheel.locate_file("furniture_bench/assets"))
-
-
-def build_xml(furniture: str) -> str:
-    """The task's MJCF: envs/furniture.xml with the parts."""
-    spec, root = FURNITURE[furniture], assets()
+    root, spec = wheel.locate_file("furniture_bench/assets"), FURNITURE[furniture]
     meshes, parts = "", ""
     for i, part in enumerate(spec.parts):
         file = f"{root}/furniture/mesh/{spec.mesh}/{spec.mesh}_{part.name}.obj"
         meshes += f'<mesh name="{part.name}" file="{file}" inertia="shell"/>'
-        screws = i == spec.screw.part
+        screws = i == spec.screw
         color = "0.85 0.25 0.2 1" if screws else "0.85 0.7 0.5 1"
-        tip = f'<site name="tip" {pose(spec.screw.tip)}/>' if screws else ""
+        tip = f'<site name="tip" {pose(spec.tip)}/>' if screws else ""
         parts += f'<body name="{part.name}"><freejoint name="{part.name}"/>{part.build()}{tip}'
         parts += f'<geom mesh="{part.name}" class="visual" rgba="{color}"/></body>'
     franka = root / "franka_description_ros/franka_description/meshes/collision"
@@ -440,10 +421,10 @@ class FurnitureEnv:
     # ---- physics
     def near_thread(self) -> bool:
         """Whether a threaded part is in, or within 2 cm of, a hole."""
-        screw, (nut, turn) = self.furniture.screw, self.nut
+        spec, (nut, turn) = self.furniture, self.nut
         x, y, z = ((self.tip - nut) @ turn).tolist()
-        above = screw.out * (y - screw.level) < 0.02
-        return above and any(math.hypot(x - a, z - b) < 0.025 for a, b in screw.holes)
+        above = spec.out * (y - spec.level) < 0.02
+        return above and any(math.hypot(x - a, z - b) < 0.025 for a, b in spec.holes)
 
     def simulate(self, blocks: int):
         """Steps `blocks` times 1/60 s; raises PhysicsError if MuJoCo stops or a state is not finite."""
@@ -465,19 +446,19 @@ class FurnitureEnv:
         """Starts an episode; without a seed the generator goes on."""
         if seed is not None:
             self.rng = np.random.default_rng(seed)
-        data, spec, ranges, rng = self.data, self.furniture, self.ranges, self.rng
+        data, spec, rng = self.data, self.furniture, self.rng
+        uniform = lambda name, size: rng.uniform(-self.ranges[name], self.ranges[name], size)
         mujoco.mj_resetData(self.model, data)
-        self.qpos[:7] = self.ctrl[:7] = HOME + rng.uniform(-ranges.joints, ranges.joints, 7)
+        self.qpos[:7] = self.ctrl[:7] = HOME + uniform("joints", 7)
         self.qpos[7:9], self.ctrl[7:] = spec.gripper / 2, FINGER_FORCE
-        offset = rng.uniform(-ranges.obstacle, ranges.obstacle, 2)
-        data.mocap_pos[:, :2] += offset
+        data.mocap_pos[:, :2] += uniform("obstacle", 2)
         for i, part in enumerate(spec.parts):
             self.place(i, TAG[0] @ part.position + TAG[1], TAG[0] @ rotation(*part.angles))
         count = len(spec.parts)
         scale = self.model.body_mass[self.parts] / [part.hull_mass for part in spec.parts]
         direction = rng.uniform(0, 2 * np.pi, count)
-        force = rng.uniform(0, ranges.force, count) * spec.force * scale
-        torque = rng.uniform(-ranges.torque, ranges.torque, count) * spec.torque * scale
+        force = rng.uniform(0, self.ranges["force"], count) * spec.force * scale
+        torque = uniform("torque", count) * spec.torque * scale
         self.t, self.gripper, self.resting = 0, -1.0, None
         self.assembled[:] = False
         mujoco.mj_kinematics(self.model, data)
@@ -538,10 +519,6 @@ class FurnitureEnv:
         self.renderer.update_scene(self.data, "front")
         return self.renderer.render()
 
-    def close(self):
-        if self.renderer is not None:
-            self.renderer.close()
-
 
 class FurnitureVectorEnv(Episodes):
     """`num_envs` environments in threads, outside Python's lock, sharing a model; see envs/interface.py.
@@ -575,8 +552,8 @@ class FurnitureVectorEnv(Episodes):
                 seed = None
         raise PhysicsError("ten resets in a row diverged")
 
-    def run_chunk(self, i: int, actions: np.ndarray) -> tuple[float, bool, bool, int]:
-        """Steps one environment; returns reward, terminated, truncated and steps taken."""
+    def run_chunk(self, i: int, actions: np.ndarray) -> tuple[float, bool, bool, int, int]:
+        """Steps one environment; returns reward, terminated, truncated, steps taken and score."""
         env, reward, length = self.envs[i], 0.0, 0
         try:
             for action in actions:
@@ -588,21 +565,12 @@ class FurnitureVectorEnv(Episodes):
         except PhysicsError:
             self.diverged[i] += 1
             env.t = env.horizon
-        self.score[i] = env.assembled.sum()
         terminated = bool(env.assembled.all())
-        return reward, terminated, env.t >= env.horizon and not terminated, length
+        truncated = env.t >= env.horizon and not terminated
+        return reward, terminated, truncated, length, env.assembled.sum()
 
-    def step(self, chunks: np.ndarray, active: np.ndarray | None = None) -> Step:
-        """See envs/interface.py."""
-        indices = np.flatnonzero(self.running(chunks, active))
-        reward, length = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
-        terminated, truncated = np.zeros((2, self.num_envs), bool)
-        results = self.pool.map(self.run_chunk, indices, chunks[indices])
-        for i, result in zip(indices, results, strict=True):
-            reward[i], terminated[i], truncated[i], length[i] = result
-        next_obs, score = self.obs.copy(), self.score.copy()
-        self.start(np.flatnonzero(terminated | truncated))
-        return Step(next_obs, reward, terminated, truncated, length, score)
+    def run_chunks(self, indices: np.ndarray, chunks: np.ndarray):
+        return self.pool.map(self.run_chunk, indices, chunks)
 
     def render(self) -> np.ndarray:
         """The first environment's picture."""
@@ -610,8 +578,6 @@ class FurnitureVectorEnv(Episodes):
 
     def close(self):
         self.pool.shutdown()
-        for env in self.envs:
-            env.close()
 
 
 def record_video(policy, furniture: str, randomness: str, folder: Path):

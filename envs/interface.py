@@ -1,5 +1,6 @@
 """What the environments of all three families have in common."""
 
+import copy
 import itertools
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
@@ -39,10 +40,12 @@ class ChunkEnvs(Protocol):
 
 
 class Episodes:
-    """Hands seeds to episodes: the part that the environments of robomimic and furniture share.
+    """The part that the environments of robomimic and furniture share: it hands seeds to episodes.
 
     `episode` (N,) is the number of the seed that each environment runs, counted from the reset; -1 where
-    no seed was left. `score` (N,) is that of the episode so far.
+    no seed was left. `score` (N,) is that of the episode so far. A subclass has `start`, new episodes in
+    the environments of indices (n,), and `run_chunks`, which gives reward, terminated, truncated, length
+    and score of each from its chunk. Both write to `obs`.
     """
 
     def __init__(self, num_envs: int):
@@ -70,6 +73,17 @@ class Episodes:
         if not np.isfinite(chunks[running]).all():
             raise FloatingPointError("the policy returned a non-finite action")
         return running
+
+    def step(self, chunks: np.ndarray, active: np.ndarray | None = None) -> Step:
+        indices = np.flatnonzero(self.running(chunks, active))
+        reward, length = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
+        terminated, truncated = np.zeros((2, self.num_envs), bool)
+        self.obs = copy.deepcopy(self.obs)  # who has the last one keeps it
+        for i, result in zip(indices, self.run_chunks(indices, chunks[indices]), strict=True):
+            reward[i], terminated[i], truncated[i], length[i], self.score[i] = result
+        next_obs, score = copy.deepcopy(self.obs), self.score.copy()
+        self.start(np.flatnonzero(terminated | truncated))
+        return Step(next_obs, reward, terminated, truncated, length, score)
 
 
 def success_rate(success: np.ndarray, name: str) -> dict[str, float]:

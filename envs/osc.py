@@ -91,11 +91,9 @@ class ArmControl:
         model, data, controller = robot.sim.model._model, robot.sim.data._data, robot.controller
         self.model, self.data, self.site = model, data, model.site(controller.eef_name).id
         self.mass, jacobian = np.zeros((model.nv, model.nv)), np.zeros((6, model.nv))
-        self.jacobian, n = (jacobian[:3], jacobian[3:]), len(controller.initial_joint)
+        self.jacobian = jacobian[:3], jacobian[3:]
         indices = controller.qpos_index, controller.qvel_index, robot._ref_joint_actuator_indexes
-        first = np.array([index[0] for index in indices])
-        if any(list(index) != list(range(index[0], index[0] + n)) for index in indices):
-            raise ValueError(f"the joints of {robot.name} are not numbered one after the other")
+        first = np.array([index[0] for index in indices])  # an arm's joints are numbered consecutively
         pose = data.site_xpos[self.site], data.site_xmat[self.site].reshape(3, 3)  # views of the state
         goal = np.array(controller.goal_pos), np.array(controller.goal_ori)
         gains, rest = (controller.kp, controller.kd), controller.initial_joint

@@ -18,7 +18,7 @@ from unittest.mock import MagicMock
 import numpy as np
 
 from envs import rendering
-from envs.interface import Episodes, Step
+from envs.interface import Episodes
 from envs.rendering import choose_renderer
 
 IMAGE_SIZE = 96  # pixels
@@ -182,27 +182,30 @@ def control_step(env, action: np.ndarray, observe: bool) -> float:
     return env._post_action(action)[0]
 
 
+@dataclass
 class RobomimicEnv:
     """One robomimic task that steps chunks of actions in [-1, 1], (chunk, action_dim).
 
     The simulator is built at the first reset, so that a worker process owns its rendering context.
-    Success ends an episode with `stop_on_success`; `renders` makes `render` work without images, too.
     """
 
-    def __init__(
-        self, task: str, images: bool, fast_render=True, stop_on_success=True,
-        horizon: int | None = None, renders=False,
-    ):  # fmt: skip
-        self.task, self.images, self.stop_on_success = task, images, stop_on_success
-        self.spec, self.options = TASKS[task], dict(fast_render=fast_render, render=renders)
-        self.horizon = horizon or self.spec.horizon
-        self.env = None
+    task: str
+    images: bool
+    fast_render: bool = True
+    stop_on_success: bool = True  # success ends an episode
+    horizon: int | None = None  # time limit in environment steps; default: the task's
+    renders: bool = False  # `render` works also without images
+
+    def __post_init__(self):
+        self.spec, self.env = TASKS[self.task], None
+        self.horizon = self.horizon or self.spec.horizon
 
     def reset(self, seed: int) -> dict[str, np.ndarray]:
         """Starts an episode; returns the observation."""
         if self.env is None:
             np.random.seed(MODEL_SEED)  # noqa: NPY002, sizes of objects are drawn when they are built
-            self.env = make_robosuite(self.task, self.images, **self.options)
+            options = dict(fast_render=self.fast_render, render=self.renders)
+            self.env = make_robosuite(self.task, self.images, **options)
         np.random.seed(seed)  # noqa: NPY002, robosuite draws from the global generator
         self.obs, self.t = self.read(self.env.reset()), 0
         return self.obs
@@ -311,32 +314,22 @@ class RobomimicVectorEnv(Episodes):
                 raise result
         return results
 
-    def observe(self, observations: dict[int, dict]):
-        """Puts observations of some environments into a copy of `obs`."""
-        self.obs = {name: value.copy() for name, value in self.obs.items()}
-        for i, obs in observations.items():
-            for name, value in obs.items():
-                self.obs[name][i] = value
+    def write(self, i: int, obs: dict):
+        for name, value in obs.items():
+            self.obs[name][i] = value
 
     def start(self, indices: np.ndarray):
-        self.observe(self.call("reset", self.take_seeds(indices)))
+        for i, obs in self.call("reset", self.take_seeds(indices)).items():
+            self.write(i, obs)
 
-    def step(self, chunks: np.ndarray, active: np.ndarray | None = None) -> Step:
-        """See envs/interface.py; actions are clipped to [-1, 1]."""
-        running = np.flatnonzero(self.running(chunks, active))
+    def run_chunks(self, indices: np.ndarray, chunks: np.ndarray):
         chunks = np.clip(chunks, -1, 1).astype(np.float32)
-        reward, length = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
-        terminated, truncated = np.zeros((2, self.num_envs), bool)
-        results = self.call("step", {i: chunks[i] for i in running})
-        for i, (_, *values) in results.items():
-            reward[i], terminated[i], truncated[i], success, length[i] = values
-            self.score[i] = max(self.score[i], success)
-        self.observe({i: result[0] for i, result in results.items()})
-        if not (np.isfinite(self.obs["state"]).all() and np.isfinite(reward).all()):
-            raise FloatingPointError("the simulator returned a non-finite observation or reward")
-        next_obs, score = self.obs, self.score.copy()
-        self.start(np.flatnonzero(terminated | truncated))
-        return Step(next_obs, reward, terminated, truncated, length, score)
+        results = self.call("step", dict(zip(indices, chunks, strict=True)))
+        for i, (obs, reward, terminated, truncated, success, length) in results.items():
+            if not (np.isfinite(obs["state"]).all() and np.isfinite(reward)):
+                raise FloatingPointError("the simulator returned a non-finite observation or reward")
+            self.write(i, obs)
+            yield reward, terminated, truncated, length, max(self.score[i], success)
 
     def render(self) -> np.ndarray:
         """The first environment's picture."""
