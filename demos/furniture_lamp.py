@@ -25,10 +25,7 @@ HAND = np.array(  # points of it (n, 3), in the gripper's frame
 
 
 def heading(matrix: np.ndarray) -> float:
-    """Yaw of a gripper that may lean about the axis along which its fingers close.
-
-    It is in the range that the wrist reaches: [-135, 225) degrees.
-    """
+    """Yaw of a gripper that may lean, in the range that the wrist reaches: [-135, 225) degrees."""
     low = np.radians(-135)
     return (np.arctan2(matrix[0, 1], -matrix[1, 1]) - low) % (2 * np.pi) + low
 
@@ -66,8 +63,7 @@ class Lamp:
     def leaning(self, yaw: float, lean: float = 0.0) -> np.ndarray:
         """Rotation (3, 3) toward a gripper that is turned by `yaw` and leans backward by `lean`.
 
-        It turns the way that the wrist can go, upright, and leans only then: an arm of seven joints that
-        does both at once ends up with its elbow elsewhere and the wrist at its limit.
+        It first turns, upright. An arm that does both at once ends up with the wrist at its limit.
         """
         now = heading(self.arm.pose[1])
         error = heading(facing_down(yaw)) - now
@@ -156,8 +152,7 @@ class Lamp:
     def awkward(self) -> bool:
         """Whether the lying bulb must be set down elsewhere first, grasped from straight above.
 
-        Around a bulb that points to the robot, the gripper would have to lean forward, where it lines up
-        with the forearm: there the wrist is singular.
+        Around one that points to the robot, the gripper would lean forward, where the wrist is singular.
         """
         return abs(self.course()) > AWKWARD or self.crowded()
 
@@ -290,7 +285,6 @@ class Lamp:
     def lift_hood(self) -> Skill:
         """Grasps the hood's narrow end and lifts it a little: high over its foot the arm is singular."""
         arm = self.arm
-
         over = lambda height: (arm.part(HOOD)[0] + [0, 0, height], self.leaning(0.0))
         yield from arm.go(lambda: over(RIM + 0.10), 60, 0.03, 0.3, rough=True)
         yield from arm.go(lambda: over(RIM + 0.03), 40, 0.008, 0.1, reach=2 * SLOW)

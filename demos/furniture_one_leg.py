@@ -4,12 +4,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-from demos.furniture_skills import Arm, Lost, Pose, Skill, facing_down, guarded, tilt
+from demos.furniture_skills import Arm, Lost, Pose, Skill, facing_down, guarded, square_yaw, tilt
 from envs.furniture_mujoco import HOLES, TAG, rotation, rotation_vector
 
 TOP, LEG = 0, 4  # parts
 LEAN = rotation(0, -np.pi / 5, 0)  # of the gripper that picks the leg, to hold it upright later
 LEG_OFFSET = np.array([0, 0, -0.000625])  # of the leg's axis from its origin
+UPRIGHT = np.radians(30)  # largest tilt of the leg that still stands in its hole
+TURN_STEP = 0.16  # rad per step of a screwing stroke
 WALL = 0.078  # m from the table top's center to the middle of its rim
 
 
@@ -23,10 +25,10 @@ class OneLeg:
         yield from self.push_top()
         while True:
             try:
-                if self.leg_tilt() > np.radians(30) or self.env.relative_pose(TOP, LEG)[0][1] > 0.08:
+                if self.leg_tilt() > UPRIGHT or self.env.relative_pose(TOP, LEG)[0][1] > 0.08:
                     yield from self.pick_leg()
                     yield from self.insert()
-                yield from self.arm.screw_in(LEG, 0.012, 0.032, lambda: self.leg_tilt() < np.radians(30))
+                yield from self.screw_in()
             except Lost:
                 yield from self.arm.rise(0.12)
 
@@ -121,3 +123,34 @@ class OneLeg:
         yield from to(0.050, 13, 0.03)
         yield from arm.open(0.055, 8)
         yield from arm.go(arm.shifted(-0.07 * arm.pose[1][:, 2]), 25, 0.015, 0.3)
+
+    def screw_in(self) -> Skill:
+        """Turns the upright leg clockwise, regrasping it after every stroke; raises Lost if it falls."""
+        arm = self.arm
+        standing = lambda skill: guarded(skill, lambda: self.leg_tilt() < UPRIGHT, patience=0)
+
+        def above(height: float) -> Pose:
+            position, matrix = arm.part(LEG)
+            return position + [0, 0, height], facing_down(square_yaw(matrix))
+
+        def stroke() -> Skill:
+            yaw, (x, y, _) = square_yaw(arm.part(LEG)[1]), arm.pose[0]
+            for k in range(1, 16):
+                angle = max(-np.radians(100), -TURN_STEP * k)
+                down = np.array([x, y, arm.pose[0][2] - 0.004])
+                yield arm.act((down, facing_down(yaw + angle)), turn=1.25)
+
+        position, leg = arm.pose[0], arm.part(LEG)[0]
+        beside = np.hypot(*(position - leg)[:2]) > 0.02
+        if beside and position[2] < leg[2] + 0.06:  # rise first
+            over = np.array([*position[:2], leg[2] + 0.10])
+            yield from arm.go((over, above(0)[1]), 15, 0.03, 0.5, rough=True)
+        yield from standing(arm.go(lambda: above(0.10), 45, 0.012, 0.1, rough=True))
+        for _ in range(20):
+            yield from standing(arm.go(lambda: above(0.012), 45, 0.004, 0.1))
+            yield from standing(arm.close(above(0.012), 0.032, most=10))
+            yield from stroke()
+            yield from standing(arm.open(0.045, 6))
+            turned = arm.pose[1]
+            higher = lambda: (arm.part(LEG)[0] + [0, 0, 0.05], turned)
+            yield from standing(arm.go(higher, 8, 0.012, 0.2))

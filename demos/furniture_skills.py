@@ -1,4 +1,4 @@
-"""Skills of the scripted assemblers: an arm that moves to poses, grasps, regrasps and screws.
+"""Skills of the scripted assemblers: an arm that moves to poses, opens and closes its fingers.
 
 A skill is a generator of actions. It reads the simulator's state anew for each, so that the action fits
 the state it is recorded with.
@@ -15,7 +15,6 @@ OPEN, CLOSED = -1.0, 1.0
 Pose = tuple[np.ndarray, np.ndarray]  # position (3,), rotation (3, 3)
 Skill = Iterator[np.ndarray]  # of actions (10,)
 DOWN = rotation(np.pi, 0, 0)  # the gripper points down, its fingers close along y
-TURN_STEP = 0.16  # rad per step of a screwing stroke
 
 
 class Lost(Exception):
@@ -60,10 +59,7 @@ def align(matrix: np.ndarray, axis: np.ndarray) -> np.ndarray:
 
 
 class Arm:
-    """The robot as the assemblers see it.
-
-    `rough` is set while it moves freely, where noise on its actions does no harm.
-    """
+    """The robot; `rough` is set while it moves freely, where noise on its actions does no harm."""
 
     def __init__(self, env: FurnitureEnv, rng: np.random.Generator):
         self.env, self.rng, self.gripper, self.rough = env, rng, OPEN, False
@@ -132,35 +128,3 @@ class Arm:
         self.gripper = OPEN
         position, matrix = self.pose
         yield from self.go((np.array([*position[:2], height]), matrix), steps, 0.02, 0.4, rough=True)
-
-    def screw_in(self, index: int, grasp: float, width: float, upright: Callable[[], bool]) -> Skill:
-        """Turns an upright part with a square cross-section clockwise, regrasping it after every stroke.
-
-        The fingers close `grasp` (m) above its origin, to `width` (m). Raises Lost unless `upright`.
-        """
-
-        def above(height: float) -> Pose:
-            position, matrix = self.part(index)
-            return position + [0, 0, height], facing_down(square_yaw(matrix))
-
-        def stroke() -> Skill:
-            yaw, (x, y, _) = square_yaw(self.part(index)[1]), self.pose[0]
-            for k in range(1, 16):
-                angle = max(-np.radians(100), -TURN_STEP * k)
-                down = np.array([x, y, self.pose[0][2] - 0.004])
-                yield self.act((down, facing_down(yaw + angle)), turn=1.25)
-
-        position, part = self.pose[0], self.part(index)[0]
-        beside = np.hypot(*(position - part)[:2]) > 0.02
-        if beside and position[2] < part[2] + 0.06:  # rise first
-            over = np.array([*position[:2], part[2] + 0.10])
-            yield from self.go((over, above(0)[1]), 15, 0.03, 0.5, rough=True)
-        yield from guarded(self.go(lambda: above(0.10), 45, 0.012, 0.1, rough=True), upright, 0)
-        for _ in range(20):
-            yield from guarded(self.go(lambda: above(grasp), 45, 0.004, 0.1), upright, 0)
-            yield from guarded(self.close(above(grasp), width, most=10), upright, 0)
-            yield from stroke()
-            yield from guarded(self.open(0.045, 6), upright, 0)
-            turned = self.pose[1]
-            higher = lambda: (self.part(index)[0] + [0, 0, 0.05], turned)
-            yield from guarded(self.go(higher, 8, 0.012, 0.2), upright, 0)

@@ -440,9 +440,11 @@ def record(data: h5py.Group, args, name: str, attempt: Callable[[int], dict | No
             share = f"{len(lengths)} of {attempts} attempts succeeded"
             progress.set_postfix_str(share)
             if len(lengths) == args.episodes:
-                return lengths, attempts
+                break
             if attempts > 20 and len(lengths) < 0.1 * (attempts - 1):
                 raise SystemExit(f"Only {share}: gave up, wrote nothing. Try less --noise.")
+    print(f"{name}: {share} ({args.episodes / attempts:.0%}), {np.mean(lengths):.0f} steps on average")
+    return lengths, attempts
 
 
 def make(args: Args) -> Path:
@@ -458,7 +460,7 @@ def make(args: Args) -> Path:
 
     with replacing(out) as file:
         data = file.create_group("data")
-        lengths, attempts = record(data, args, args.task, attempt, write_demo)
+        lengths, _ = record(data, args, args.task, attempt, write_demo)
         data.attrs["env_args"] = json.dumps(metadata(args.task, images=False))
         data.attrs["total"] = sum(lengths)
         names = np.array([f"demo_{i}".encode() for i in range(args.episodes)])
@@ -466,8 +468,6 @@ def make(args: Args) -> Path:
         file["mask/train"] = names[:train]
         if train < args.episodes:
             file["mask/valid"] = names[train:]
-    share = f"{len(lengths)} of {attempts} attempts succeeded ({len(lengths) / attempts:.0%})"
-    print(f"{args.task}: {share}, {np.mean(lengths):.0f} steps on average")
     return out
 
 
