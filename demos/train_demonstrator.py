@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 TARGET_RETURN = {"Hopper-v4": 1422.0, "Walker2d-v4": 2852.0, "HalfCheetah-v4": 4770.0}  # D4RL medium-v2
 EPISODES = 100  # of an evaluation
-EVAL_EVERY = 10  # rollouts
+EVAL_EVERY = 5  # rollouts
 ROLLOUT = 64  # steps per environment between updates
 
 
