@@ -3,7 +3,7 @@
     pip install -r baselines/requirements.txt
     python -m demos.train_demonstrator --env-id Hopper-v4
 
-stops when 100 fresh sampled episodes come within 5 % of the target return, and writes
+stops when 100 fresh sampled episodes reach 95 % of the target return, and writes
 `demos/<env_id>/demonstrator.safetensors`. `demos/dataset.py` turns it into a D4RL-style dataset.
 """
 
