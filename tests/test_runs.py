@@ -508,3 +508,19 @@ def test_a_second_ctrl_c_stops_at_once(args, only_run):
         train(args, press)
     assert seen == ["once"]
     assert torch.load(only_run() / "checkpoint.pt", weights_only=True)["progress"]["iteration"] == 4
+
+
+def test_a_row_logged_twice_stands_in_tensorboard_once(args, only_run, monkeypatch):
+    def killed(self):
+        if self.progress["iteration"] == 5:  # logged, not saved
+            self.writer.flush()
+            raise Killed
+        save_parts(self.checkpoint, self.parts)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Run, "save", killed)
+        train(args)
+    train(Args(resume=only_run()))
+    events = EventAccumulator(str(only_run()))
+    events.Reload()
+    assert [event.step for event in events.Scalars("losses/toy")] == [4, 8, 12, 16]
