@@ -52,11 +52,12 @@ def read_args(cls, run):
 
 def describe(cls, doc: str) -> str:
     """What --help prints: each setting as its class writes it, below the comment of its section."""
-    lines = [doc.strip()]
+    lines = {"doc": doc.strip()}
     for part in reversed(cls.__mro__[:-1]):
         for line in inspect.getsource(part).splitlines():
             if section := re.fullmatch(r"    # (.+)", line):
-                lines.append(f"\n{section[1]}")
+                lines[section[1]] = f"\n{section[1]}"
             if setting := re.fullmatch(r"    (\w+): .+? = (.+?)  # (.+)", line):
-                lines.append(f"  --{setting[1].replace('_', '-'):<20} {setting[2]:<14} {setting[3]}")
-    return "\n".join(lines)
+                flag = setting[1].replace("_", "-")
+                lines[flag] = f"  --{flag:<20} {setting[2]:<14} {setting[3]}"
+    return "\n".join(lines.values())
