@@ -330,6 +330,7 @@ def test_two_processes_train_one_policy_and_go_on_after_ctrl_c(tiny_flags, tmp_p
     first, second = checkpoint(whole), checkpoint(whole, "checkpoint1.pt")
     for name in "policy", "critic", "target", "actor_optimizer":
         assert str(first[name]) == str(second[name])
+    assert not torch.equal(first["rng"], second["rng"])
     assert first["state"]["reward_scale"] == second["state"]["reward_scale"]
     slots = [checkpoint(whole, f"checkpoint{rank}.replay0")["obs"] for rank in ("", "1")]
     assert not torch.equal(*slots)
