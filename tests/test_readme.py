@@ -2,6 +2,8 @@ import re
 
 from conftest import ROOT
 
+from envs.rendering import SYSTEM_PACKAGES
+
 
 def readme_lines():
     readme = (ROOT / "README.md").read_text()
@@ -31,7 +33,8 @@ def test_ci_runs_nothing_but_the_readme_test_section():
     assert commands(ci_lines("if ! ldconfig")) == commands(readme_lines())
 
 
-def test_ci_installs_the_system_packages_that_the_readme_names():
+def test_ci_installs_the_system_packages_that_the_readme_and_the_error_message_name():
     (line,) = [line for line in ci_lines() if "apt-get install" in line]
     packages = line.partition("-qq lib")[2].partition(";")[0]
-    assert f"apt-get install lib{packages}" in (ROOT / "README.md").read_text()
+    assert SYSTEM_PACKAGES == f"lib{packages}"
+    assert f"apt-get install {SYSTEM_PACKAGES}" in (ROOT / "README.md").read_text()
