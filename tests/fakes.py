@@ -3,7 +3,9 @@
 from collections import Counter
 
 import numpy as np
+import pytest
 import torch
+from conftest import metrics, parse
 
 from envs.interface import Episodes, Step
 
@@ -116,3 +118,32 @@ def checkpoint(run, name="checkpoint.pt"):
 def same(module, state):
     """Whether a module has exactly these weights."""
     return all(torch.equal(value.cpu(), state[key].cpu()) for key, value in module.state_dict().items())
+
+
+def check_crash_and_resume(script, argv, runs, whole):
+    """Crashes a run in its third training iteration; resumed, it equals `whole` to the last bit."""
+    update, calls = script.update_critic, []
+    main = lambda argv: script.main(parse(script, argv))
+
+    def crash(*args):
+        calls.append(1)
+        if len(calls) == 10:
+            raise RuntimeError("crash")
+        return update(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "update_critic", crash)
+        with pytest.raises(RuntimeError, match="crash"):
+            main(argv)
+    run = only_run(runs)
+    assert checkpoint(run)["progress"]["iteration"] == 3
+    main(["--resume", run])
+    rows = metrics(run)
+    assert rows == metrics(whole)
+    assert any(0 < float(row["train_success"] or 0) < 1 for row in rows)  # it tests something
+    ours, expected = checkpoint(run), checkpoint(whole)
+    for saved in ours, expected:
+        for name in "actor_optimizer", "critic_optimizer":
+            saved[name] = saved[name]["state"]
+    for name in "policy", "critic", "target", "reference", "actor_optimizer", "critic_optimizer":
+        torch.testing.assert_close(ours[name], expected[name], rtol=0, atol=0)

@@ -12,7 +12,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEVICE, metrics, parse
-from fakes import SHORT, FakeEnvs, Identity, QuadraticCritic, checkpoint, only_run, same, words
+from fakes import (
+    SHORT,
+    FakeEnvs,
+    Identity,
+    QuadraticCritic,
+    check_crash_and_resume,
+    checkpoint,
+    only_run,
+    same,
+    words,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from test_furniture_base import DIMS, SETTINGS, STAGES, arguments, small_policy, write_demos
@@ -122,16 +132,6 @@ def test_critic_and_its_update_are_those_of_rldt_gym(layer_norm):
 
 # -------------------------------------------------------------------------------------- actor
 K, B, P, D = 4, 3, 5, 2
-
-
-def test_exploration_is_that_of_rldt_gym():
-    trajectory = torch.randn(K + 1, 50, D)
-    for steps in 0, 1, 3:
-        actions = []
-        for script in rldt_furniture, rldt_gym:
-            torch.manual_seed(1)
-            actions.append(script.explore(trajectory, arguments(exploration_steps=steps)))
-        assert torch.equal(*actions)
 
 
 @pytest.mark.parametrize("kernel", ["rbf", "delta"])
@@ -536,9 +536,6 @@ def main(argv):
     return rldt_furniture.main(parse(rldt_furniture, argv))
 
 
-SCORES = "base_success base_stages final_success final_stages best_stages best_stages_sampled".split()
-
-
 def use_fakes(patch):
     """Has main() run on fake environments, all `made`; their episodes `stop` at success or go on."""
     fakes = types.SimpleNamespace(made=[], stop=True)
@@ -680,30 +677,8 @@ def test_best_policy_is_measured_again_on_other_episodes(fakes, bases, tmp_path,
     assert not same(best, last.state_dict())
 
 
-def test_run_that_crashed_and_is_resumed_equals_one_that_did_not(
-    monkeypatch, fakes, fake_run, bases, tmp_path
-):
-    update, calls = rldt_furniture.update_critic, []
-
-    def crash(*args):
-        calls.append(1)
-        if len(calls) == 10:  # in the third training iteration, whose rollout overwrites the oldest
-            raise RuntimeError("crash")
-        return update(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(rldt_furniture, "update_critic", crash)
-        with pytest.raises(RuntimeError, match="crash"):
-            main(flags(bases["lamp"], tmp_path))
-    run = only_run(tmp_path)
-    assert checkpoint(run)["progress"]["iteration"] == 3
-    result = main(["--resume", run])
-    assert metrics(run) == metrics(fake_run[0])
-    assert [result[key] for key in SCORES] == [fake_run[1][key] for key in SCORES]
-    ours, whole = checkpoint(run), checkpoint(fake_run[0])
-    for name in "policy", "critic", "target", "reference":
-        for key, value in whole[name].items():
-            assert torch.equal(value, ours[name][key]), (name, key)
+def test_run_that_crashed_and_is_resumed_equals_one_that_did_not(fakes, fake_run, bases, tmp_path):
+    check_crash_and_resume(rldt_furniture, flags(bases["lamp"], tmp_path), tmp_path, fake_run[0])
 
 
 # ------------------------------------------------------------------------- a whole run on MuJoCo
