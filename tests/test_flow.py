@@ -250,7 +250,7 @@ def test_depth_counts_the_hidden_layers():
             VelocityMLP(2, 2, depth=depth)
 
 
-def fitted(checkpoint=None, stop=None):
+def fitted(checkpoint=None, stop=None, lr=1e-2, **settings):
     """1200 steps on a small network: its weights before each step and after them, and their average."""
     torch.manual_seed(5)
     net, weights = torch.nn.Linear(3, 2), []
@@ -261,8 +261,8 @@ def fitted(checkpoint=None, stop=None):
             raise KeyboardInterrupt
         return net(torch.randn(4, 3)).sum()
 
-    args = rldt_gym.Args(device="cpu", bf16=False)
-    averaged = fit(net, loss, 1200, 1e-2, args, checkpoint)
+    args = rldt_gym.Args(device="cpu", bf16=False, **settings)
+    averaged = fit(net, loss, 1200, lr, args, checkpoint)
     loss()
     return weights, torch.cat([p.detach().flatten() for p in averaged.parameters()])
 
@@ -283,6 +283,9 @@ def test_fit_that_was_killed_goes_on_to_the_same_weights(tmp_path):
     weights, averaged = fitted()
     with pytest.raises(KeyboardInterrupt):
         fitted(tmp_path / "fit.pt", stop=1150)
+    for changes in dict(lr=2e-2), dict(env_id="Ant-v4"):
+        with pytest.raises(SystemExit, match=r"fit\.pt: cannot be resumed .*other settings"):
+            fitted(tmp_path / "fit.pt", **changes)
     later_weights, later = fitted(tmp_path / "fit.pt")
     assert len(later_weights) == 201  # from step 1000 on
     assert torch.equal(later_weights[-1], weights[-1]) and torch.equal(later, averaged)
