@@ -336,8 +336,7 @@ def update_critic(critic: Critic, target: Critic, optimizer, obs, action, y, arg
     average_gradients(critic.parameters())
     optimizer.step()
     with torch.no_grad():
-        parameters = list(target.parameters()), list(critic.parameters())
-        torch._foreach_lerp_(*parameters, 1 - args.target_momentum)
+        torch._foreach_lerp_([*target.parameters()], [*critic.parameters()], 1 - args.target_momentum)
     return {"losses/critic": loss.detach(), "diagnostics/q": q.detach().mean()}
 
 

@@ -195,10 +195,9 @@ class Replay(Ring):
 
     def __init__(self, args: Args, obs_dim: int, action_size: int):
         shape = args.buffer_iterations, args.rollout_chunks, args.num_envs
-        slots = {name: torch.zeros(shape) for name in ("reward", "terminated", "truncated")}
-        for name, size in ("obs", obs_dim), ("action", action_size), ("next_obs", obs_dim):
-            slots[name] = torch.zeros(*shape, size)
-        super().__init__({name: value.to(args.device) for name, value in slots.items()})
+        sizes = dict(obs=(obs_dim,), action=(action_size,), next_obs=(obs_dim,))
+        sizes |= dict(reward=(), terminated=(), truncated=())
+        super().__init__({k: torch.zeros(*shape, *v, device=args.device) for k, v in sizes.items()})
 
     def draw(self, segments: int) -> dict[str, torch.Tensor]:
         """Random segments, (SEGMENT, segments, ...), some of them from the newest rollout."""
@@ -251,6 +250,13 @@ def collect(policy: FlowPolicy, envs: VectorEnv, rollout: dict, args: Args) -> t
 
 
 # ------------------------------------------------------------------------------------- critic
+def average_magnitude(before: float, reward: torch.Tensor) -> float:
+    """The slow average of |reward| by which rewards are divided, after one more rollout."""
+    magnitude = average(reward.abs().mean().clamp_min(1e-8)).item()
+    rate = REWARD_RATE if before else 1.0
+    return (1 - rate) * before + rate * magnitude
+
+
 def td_lambda(reward, terminated, truncated, next_value, gamma: float, lam: float) -> torch.Tensor:
     """TD(lambda) targets of segments, time first, all (T, L).
 
@@ -285,8 +291,7 @@ def update_critic(critic: Critic, target: Critic, optimizer, obs, action, y, arg
     average_gradients(critic.parameters())
     optimizer.step()
     with torch.no_grad():
-        parameters = list(target.parameters()), list(critic.parameters())
-        torch._foreach_lerp_(*parameters, 1 - args.target_momentum)
+        torch._foreach_lerp_([*target.parameters()], [*critic.parameters()], 1 - args.target_momentum)
     return {"losses/critic": loss.detach(), "diagnostics/q": q.detach().mean()}
 
 
@@ -370,11 +375,10 @@ def evaluate(policy: FlowPolicy, args: Args, episodes: int, seed: int) -> dict[s
     while alive.any():
         x0 = torch.randn(N, policy.action_size, device=device, generator=generator)
         x0[:episodes] = 0
-        running = torch.as_tensor(alive, device=device)
         chunks = np.zeros((N, policy.chunk, envs.action_dim), np.float32)
         with autocast(args):
-            obs = policy.normalize(envs.obs)[running]
-            chunks[alive] = policy.to_env(policy.sample(obs, x0[running]))
+            obs = policy.normalize(envs.obs)[alive]
+            chunks[alive] = policy.to_env(policy.sample(obs, x0[alive]))
         step = envs.step(chunks, alive)
         done = step.terminated | step.truncated
         returns[done] = step.score[done]
@@ -384,6 +388,18 @@ def evaluate(policy: FlowPolicy, args: Args, episodes: int, seed: int) -> dict[s
     for name, values in ("eval_return", returns[:episodes]), ("eval_return_sampled", returns[episodes:]):
         scores |= {name: float(values.mean()), f"{name}_std": float(values.std())}
     return scores
+
+
+def evaluate_alone(run: Run, policy, envs: VectorEnv, args: TaskArgs, final: bool, measure=None) -> dict:
+    """An iteration that only evaluates: its scores. Then all environments start anew."""
+    row, seed = {}, 1_000_000 * (args.seed + 1)
+    if run.rank == 0:
+        episodes = args.final_eval_episodes if final else args.eval_episodes
+        row = (measure or evaluate)(policy, args, episodes, seed)
+        run.keep_best(row["eval_return"])
+    block = 1 + run.rank + run.world * run.progress["iteration"]  # of seeds; 0 is the evaluation's
+    envs.reset(seed + block * max(args.num_envs, 2 * args.final_eval_episodes))
+    return row
 
 
 # --------------------------------------------------------------------------------------- main
@@ -416,13 +432,7 @@ def main(args: Args) -> dict | None:
     for iteration, spent in run.iterations():  # spent: the share of the run's iterations or seconds
         row = {}
         if iteration % args.eval_every == 0 or spent == 1:  # this iteration only evaluates
-            if run.rank == 0:
-                final = iteration == 0 or spent == 1
-                episodes = args.final_eval_episodes if final else args.eval_episodes
-                row = evaluate(policy, args, episodes, eval_seed)
-                run.keep_best(row["eval_return"])
-            block = 1 + run.rank + run.world * iteration  # of seeds; the first is the evaluation's
-            envs.reset(eval_seed + block * max(args.num_envs, 2 * args.final_eval_episodes))
+            row = evaluate_alone(run, policy, envs, args, iteration == 0 or spent == 1)
         else:
             # 1. roll out with exploration
             with run.timer(row, "rollout_s"):
@@ -430,10 +440,8 @@ def main(args: Args) -> dict | None:
             state["env_steps"] += steps * run.world
             if returns:
                 row["train_return"] = np.mean(returns)
-            magnitude = average(replay.newest()["reward"].abs().mean().clamp_min(1e-8)).item()
-            rate = REWARD_RATE if state["reward_scale"] else 1.0
-            state["reward_scale"] = (1 - rate) * state["reward_scale"] + rate * magnitude
-            row["diagnostics/reward_scale"] = state["reward_scale"]
+            reward_scale = average_magnitude(state["reward_scale"], replay.newest()["reward"])
+            state["reward_scale"] = row["diagnostics/reward_scale"] = reward_scale
 
             warm = state["trained"] < args.warmup_iterations
             for _ in range(args.rounds):
@@ -441,7 +449,7 @@ def main(args: Args) -> dict | None:
                 with run.timer(row, "critic_s"):
                     batch = replay.draw(args.segments)
                     lam = WARMUP_LAMBDA if warm else args.td_lambda
-                    y = critic_target(policy, target, batch, state["reward_scale"], lam, args).flatten()
+                    y = critic_target(policy, target, batch, reward_scale, lam, args).flatten()
                     obs, action = batch["obs"].flatten(0, 1), batch["action"].flatten(0, 1)
                     for _ in range(args.critic_steps * (WARMUP_FACTOR if warm else 1)):
                         i = torch.randint(len(y), (args.critic_batch,), device=args.device)

@@ -13,7 +13,7 @@ import torch
 
 import rldt_gym as family
 from common.flow import sample
-from common.runs import Run, average, set_up
+from common.runs import Run, set_up
 from common.settings import Count, Share, Size, Weight, parse_args
 
 
@@ -123,13 +123,7 @@ def main(args: Args) -> dict | None:
         row, warm = {}, state["trained"] < args.warmup_iterations
         policy.candidates.fill_(1 if warm else args.candidates)  # the base, until the critic knows it
         if iteration % args.eval_every == 0 or spent == 1:  # this iteration only evaluates
-            if run.rank == 0:
-                final = iteration == 0 or spent == 1
-                episodes = args.final_eval_episodes if final else args.eval_episodes
-                row = evaluate(policy, args, episodes, eval_seed)
-                run.keep_best(row["eval_return"])
-            block = 1 + run.rank + run.world * iteration  # of seeds; the first is the evaluation's
-            envs.reset(eval_seed + block * max(args.num_envs, 2 * args.final_eval_episodes))
+            row = family.evaluate_alone(run, policy, envs, args, iteration == 0 or spent == 1, evaluate)
         else:
             # 1. roll out the best of N candidates
             with run.timer(row, "rollout_s"):
@@ -137,17 +131,15 @@ def main(args: Args) -> dict | None:
             state["env_steps"] += steps * run.world
             if returns:
                 row["train_return"] = np.mean(returns)
-            magnitude = average(replay.newest()["reward"].abs().mean().clamp_min(1e-8)).item()
-            rate = family.REWARD_RATE if state["reward_scale"] else 1.0
-            state["reward_scale"] = (1 - rate) * state["reward_scale"] + rate * magnitude
-            row["diagnostics/reward_scale"] = state["reward_scale"]
+            reward_scale = family.average_magnitude(state["reward_scale"], replay.newest()["reward"])
+            state["reward_scale"] = row["diagnostics/reward_scale"] = reward_scale
 
             # 2. the critic: TD(lambda) targets of the best of N, then steps on minibatches of them
             with run.timer(row, "critic_s"):
                 for _ in range(args.rounds):
                     batch = replay.draw(args.segments)
-                    scale, lam = state["reward_scale"], family.WARMUP_LAMBDA if warm else args.td_lambda
-                    y = family.critic_target(policy, target, batch, scale, lam, args).flatten()
+                    lam = family.WARMUP_LAMBDA if warm else args.td_lambda
+                    y = family.critic_target(policy, target, batch, reward_scale, lam, args).flatten()
                     obs, action = batch["obs"].flatten(0, 1), batch["action"].flatten(0, 1)
                     for _ in range(args.critic_steps * (family.WARMUP_FACTOR if warm else 1)):
                         i = torch.randint(len(y), (args.critic_batch,), device=args.device)

@@ -213,13 +213,7 @@ def main(args: PPOArgs, method: Method) -> dict | None:
     for iteration, spent in run.iterations():
         row = {}
         if iteration % args.eval_every == 0 or spent == 1:  # this iteration only evaluates
-            if run.rank == 0:
-                final = iteration == 0 or spent == 1
-                episodes = args.final_eval_episodes if final else args.eval_episodes
-                row = evaluate(policy, args, episodes, eval_seed)
-                run.keep_best(row["eval_return"])
-            block = 1 + run.rank + run.world * iteration  # of seeds; the first is the evaluation's
-            envs.reset(eval_seed + block * max(args.num_envs, 2 * args.final_eval_episodes))
+            row = family.evaluate_alone(run, policy, envs, args, iteration == 0 or spent == 1, evaluate)
             reward_scale.carry.zero_()
         else:
             # 1. roll out

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 
 import rldt_gym as family
-from common.runs import Run, autocast, average, average_gradients, set_up
+from common.runs import Run, autocast, average_gradients, set_up
 from common.settings import Count, Share, Size, Weight, parse_args
 
 
@@ -178,13 +178,7 @@ def main(args: Args) -> dict | None:
     for iteration, spent in run.iterations():
         row = {}
         if iteration % args.eval_every == 0 or spent == 1:  # this iteration only evaluates
-            if run.rank == 0:
-                final = iteration == 0 or spent == 1
-                episodes = args.final_eval_episodes if final else args.eval_episodes
-                row = family.evaluate(policy, args, episodes, eval_seed)
-                run.keep_best(row["eval_return"])
-            block = 1 + run.rank + run.world * iteration  # of seeds; the first is the evaluation's
-            envs.reset(eval_seed + block * max(args.num_envs, 2 * args.final_eval_episodes))
+            row = family.evaluate_alone(run, policy, envs, args, iteration == 0 or spent == 1)
         else:
             # 1. roll out with exploration
             with run.timer(row, "rollout_s"):
@@ -192,10 +186,8 @@ def main(args: Args) -> dict | None:
             state["env_steps"] += steps * run.world
             if returns:
                 row["train_return"] = np.mean(returns)
-            magnitude = average(replay.newest()["reward"].abs().mean().clamp_min(1e-8)).item()
-            rate = family.REWARD_RATE if state["reward_scale"] else 1.0
-            state["reward_scale"] = (1 - rate) * state["reward_scale"] + rate * magnitude
-            row["diagnostics/reward_scale"] = state["reward_scale"]
+            reward_scale = family.average_magnitude(state["reward_scale"], replay.newest()["reward"])
+            state["reward_scale"] = row["diagnostics/reward_scale"] = reward_scale
 
             warm = state["trained"] < args.warmup_iterations
             for _ in range(args.rounds):
@@ -203,7 +195,7 @@ def main(args: Args) -> dict | None:
                 with run.timer(row, "critic_s"):
                     batch = replay.draw(args.segments)
                     lam = family.WARMUP_LAMBDA if warm else args.td_lambda
-                    y = critic_target(policy, target, batch, state["reward_scale"], lam, args).flatten()
+                    y = critic_target(policy, target, batch, reward_scale, lam, args).flatten()
                     obs, action = batch["obs"].flatten(0, 1), batch["action"].flatten(0, 1)
                     for _ in range(args.critic_steps * (family.WARMUP_FACTOR if warm else 1)):
                         i = torch.randint(len(y), (args.critic_batch,), device=args.device)

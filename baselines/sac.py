@@ -201,12 +201,7 @@ def main(args: Args) -> dict | None:
     for iteration, spent in run.iterations():
         row = {}
         if iteration % args.eval_every == 0 or spent == 1:  # this iteration only evaluates
-            final = iteration == 0 or spent == 1
-            episodes = args.final_eval_episodes if final else args.eval_episodes
-            row = family.evaluate(policy, args, episodes, eval_seed)
-            run.keep_best(row["eval_return"])
-            block = 1 + iteration  # of seeds; the first is the evaluation's
-            envs.reset(eval_seed + block * max(args.num_envs, 2 * args.final_eval_episodes))
+            row = family.evaluate_alone(run, policy, envs, args, iteration == 0 or spent == 1)
         else:
             with run.timer(row, "rollout_s"):
                 steps, returns = family.collect(policy, envs, replay.next(), args)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from common.runs import autocast, load_parts, save_parts
+from common.runs import autocast, load_parts, save_parts, write_atomically
 
 ACTIVATIONS = {"relu": nn.ReLU, "mish": nn.Mish, "silu": nn.SiLU, "gelu": nn.GELU}
 
@@ -102,7 +102,8 @@ def fit(network: nn.Module, loss, steps: int, lr: float, args, checkpoint: Path 
     averaged, progress = copy.deepcopy(network), dict(done=0)
     optimizer = torch.optim.AdamW(network.parameters(), lr, weight_decay=1e-6, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, lr / 10)
-    settings = {key: str(value) for key, value in vars(args).items() if key not in ("resume", "device")}
+    elsewhere = ("resume", "device", "threads")  # may differ where it goes on
+    settings = {key: str(value) for key, value in vars(args).items() if key not in elsewhere}
     parts = dict(settings=settings | dict(steps=steps, lr=lr), progress=progress, network=network,
                  averaged=averaged, optimizer=optimizer, schedule=schedule)  # fmt: skip
     if checkpoint and checkpoint.exists():
@@ -199,7 +200,7 @@ class FlowPolicy(nn.Module):
         """Writes weights and scaling as safetensors, with the sizes and what else is to be known."""
         path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"config": json.dumps(self.config), "info": json.dumps(info)}
-        save_file(self.state_dict(), path, metadata=metadata)
+        write_atomically(path, lambda p: save_file(self.state_dict(), p, metadata=metadata))
 
     @classmethod
     def load(cls, path: Path) -> "FlowPolicy":
