@@ -79,15 +79,12 @@ class VelocityMLP(nn.Module):
         return self.trunk(torch.cat([x.to(dtype), time, cond], -1)).to(x.dtype)
 
 
-Velocity = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
 def interpolate(action: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """The straight path x_t = (1 - t) noise + t action, eq. (1); t (...) for actions (..., D)."""
     return (1 - t[..., None]) * noise + t[..., None] * action
 
 
-def flow_matching_loss(velocity: Velocity, action: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+def flow_matching_loss(velocity: Callable, action: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
     """Mean over batch and dimensions of |v(x_t, t, s) - (a - eps)|^2, t uniform, eps normal, eq. (2)."""
     noise = torch.randn_like(action)
     t = torch.rand(action.shape[:-1], device=action.device)
@@ -124,7 +121,7 @@ def fit(network: nn.Module, loss, steps: int, lr: float, args, checkpoint: Path 
 
 
 @torch.no_grad()
-def sample(velocity: Velocity, cond: torch.Tensor, x0: torch.Tensor, steps: int, trajectory=False):
+def sample(velocity: Callable, cond: torch.Tensor, x0: torch.Tensor, steps: int, trajectory=False):
     """Euler steps x_{k+1} = x_k + v(x_k, k/K, s) / K from x0 (..., D) at t = 0 to the action at t = 1.
 
     Returns the action (..., D), or with `trajectory` all points x_0 .. x_K, (K + 1, ..., D).
