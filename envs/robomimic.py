@@ -278,9 +278,10 @@ class RobomimicVectorEnv(Episodes):
             self.obs["rgb"] = np.zeros(shape, np.uint8)
             choose_renderer()
         display = getattr(sys.modules.get("mujoco.egl"), "EGL_DISPLAY", None)
-        rendering_here = display is not None or "robosuite" in sys.modules  # then a fork would hang
-        spawn = sys.platform != "linux" or (images and rendering_here)
-        context = multiprocessing.get_context("spawn" if spawn else "fork")
+        renderer = display is not None or "robosuite" in sys.modules  # an open one would hang in a fork
+        hangs = renderer and (images or settings.get("renders"))
+        fork = sys.platform == "linux" and not hangs
+        context = multiprocessing.get_context("fork" if fork else "spawn")
         self.pipes, self.processes = [], []
         for _ in range(num_envs):
             ours, theirs = context.Pipe()
