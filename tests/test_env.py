@@ -37,14 +37,6 @@ class Counter(gym.Env):
         return obs, reward, self.t == (6 if self.episode % 2 == 0 else 4), False, {}
 
 
-class NaNObservation(Counter):
-    broken = 4, np.nan, 0.0
-
-
-class InfReward(Counter):
-    broken = 3, 0.0, np.inf
-
-
 class Picture(Counter):
     observation_space = spaces.Box(0, 1, (4, 4), np.float32)
 
@@ -55,7 +47,7 @@ class Buttons(Counter):
 
 @pytest.fixture(scope="module", autouse=True)
 def own_tasks():
-    tasks = dict(Counter=Counter, NaN=NaNObservation, Inf=InfReward, Picture=Picture, Buttons=Buttons)
+    tasks = dict(Counter=Counter, Picture=Picture, Buttons=Buttons)
     for name, task in tasks.items():
         gym.register(f"Rldt{name}-v0", task, disable_env_checker=True)
     gym.register("RldtShort-v0", Counter, max_episode_steps=4, disable_env_checker=True)
@@ -157,8 +149,7 @@ def test_time_limit_is_a_truncation_and_a_termination_at_the_limit_is_not():
 
 def test_actions_are_clipped_to_the_action_space():
     envs = started("RldtCounter-v0", 1)
-    assert envs.step(np.array([[[7.0]]])).reward[0] == pytest.approx(1 + 1)
-    assert envs.step(np.array([[[-7.0]]])).reward[0] == pytest.approx(-1 + 2)
+    assert [envs.step(np.array([[[a]]])).reward[0] for a in (7.0, -7.0)] == [1 + 1, -1 + 2]
 
 
 @pytest.mark.parametrize("backend", ["envpool", "gymnasium"])
@@ -202,36 +193,30 @@ def test_environments_come_back_in_the_middle_of_their_episodes(env_id, backend)
         assert_steps(first.step(actions), second.step(actions))
 
 
-@pytest.mark.parametrize("backend", [None, "gymnasium"])
-def test_unknown_task_stops_with_its_name(backend):
-    with pytest.raises(SystemExit, match="NoSuchTask-v7"):
-        VectorEnv("NoSuchTask-v7", 1, backend=backend)
-
-
-@pytest.mark.parametrize("env_id, name", [
-    ("RldtPicture-v0", "observation"), ("RldtButtons-v0", "action"), ("CartPole-v1", "action"),
+@pytest.mark.parametrize("env_id, message", [
+    ("NoSuchTask-v7", "NoSuchTask-v7"),
+    ("RldtPicture-v0", "RldtPicture-v0: the observation space must be a flat Box"),
+    ("RldtButtons-v0", "RldtButtons-v0: the action space must be a flat Box"),
 ])  # fmt: skip
-def test_spaces_that_are_not_flat_boxes_stop_with_the_space_that_is_wrong(env_id, name):
-    with pytest.raises(SystemExit, match=f"{env_id}: the {name} space must be a flat Box"):
+def test_tasks_that_do_not_fit_stop_with_what_is_wrong(env_id, message):
+    with pytest.raises(SystemExit, match=message):
         VectorEnv(env_id, 1)
 
 
-@pytest.mark.parametrize("env_id, name", [("RldtNaN-v0", "observation"), ("RldtInf-v0", "reward")])
-def test_non_finite_numbers_of_an_environment_raise_with_their_name(env_id, name):
-    envs = started(env_id, 2)
+@pytest.mark.parametrize("name", ["observation", "reward"])
+def test_non_finite_numbers_of_an_environment_raise_with_their_name(monkeypatch, name):
+    broken = {"observation": (4, np.nan, 0.0), "reward": (3, 0.0, np.inf)}
+    monkeypatch.setattr(Counter, "broken", broken[name])
+    envs = started("RldtCounter-v0", 2)
     envs.step(np.zeros((2, 2, 1), np.float32))
     with pytest.raises(FloatingPointError, match=f"non-finite {name}"):
         envs.step(np.zeros((2, 2, 1), np.float32))
 
 
-@pytest.mark.parametrize("backend", ["envpool", "gymnasium"])
-def test_actions_of_nan_raise_instead_of_standing_still(monkeypatch, tmp_path, backend):
-    monkeypatch.chdir(tmp_path)  # where MuJoCo would log a warning
-    envs = started("Hopper-v4", 2, backend)
-    actions = np.zeros((2, 2, 3), np.float32)
-    actions[1, 0, 2] = np.nan
-    with pytest.raises(FloatingPointError):
-        envs.step(actions)
+def test_actions_of_nan_raise():
+    envs = started("RldtCounter-v0", 2)
+    with pytest.raises(FloatingPointError, match="non-finite action"):
+        envs.step(np.full((2, 2, 1), np.nan, np.float32))
 
 
 def test_a_film_of_one_episode_and_none_where_it_fails(tmp_path, capsys):

@@ -210,33 +210,8 @@ def test_numbers_that_are_not_finite_stop(simulator):
 
 
 # --------------------------------------------------------------------------------- what is missing
-def test_nothing_is_missing_where_both_are_installed(simulator):
+def test_what_is_missing_is_named(simulator, monkeypatch):
     assert isaac_missing() == ""
-
-
-def test_isaac_gym_is_not_installed_here():
-    assert isaac_missing() == "Isaac Gym is not installed"
-
-
-def test_furniture_bench_is_missing(simulator, monkeypatch):
-    monkeypatch.delitem(sys.modules, "furniture_bench")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert isaac_missing() == "furniture-bench is not installed"
-
-
-def test_isaac_gym_is_installed_and_was_not_imported(simulator, monkeypatch):
-    monkeypatch.delitem(sys.modules, "isaacgym")
-    found = importlib.machinery.ModuleSpec("isaacgym", None)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
-    assert isaac_missing() == NOT_IMPORTED
-
-
-def test_another_furniture_bench_is_installed(simulator, monkeypatch):
-    monkeypatch.delitem(sys.modules, "furniture_bench.envs.furniture_rl_sim_env")
-    assert isaac_missing() == "the installed furniture-bench is not the fork ankile/furniture-bench"
-
-
-def test_what_furniture_bench_needs_is_missing(simulator, monkeypatch):
     find = importlib.util.find_spec
 
     def broken(name, package=None):
@@ -244,8 +219,21 @@ def test_what_furniture_bench_needs_is_missing(simulator, monkeypatch):
             raise ModuleNotFoundError("No module named 'gym'")
         return find(name, package)
 
-    monkeypatch.setattr(importlib.util, "find_spec", broken)
-    assert isaac_missing() == "furniture-bench cannot be imported (No module named 'gym')"
+    with monkeypatch.context() as patch:  # a requirement of furniture-bench
+        patch.setattr(importlib.util, "find_spec", broken)
+        assert isaac_missing() == "furniture-bench cannot be imported (No module named 'gym')"
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "furniture_bench.envs.furniture_rl_sim_env")
+        assert isaac_missing() == "the installed furniture-bench is not the fork ankile/furniture-bench"
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "isaacgym")
+        assert isaac_missing() == "Isaac Gym is not installed"
+        found = importlib.machinery.ModuleSpec("isaacgym", None)
+        patch.setattr(importlib.util, "find_spec", lambda name: found)
+        assert isaac_missing() == NOT_IMPORTED
+    monkeypatch.delitem(sys.modules, "furniture_bench")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert isaac_missing() == "furniture-bench is not installed"
 
 
 # ------------------------------------------------------------------------------ choosing a simulator
@@ -267,11 +255,8 @@ def test_isaac_is_taken_where_it_is_installed_or_asked_for(simulator, backend, t
     envs.close()
 
 
-def test_auto_takes_mujoco_where_isaac_is_missing():
+def test_where_isaac_is_missing_auto_takes_mujoco_and_isaac_stops_in_one_line():
     assert resolved(backend="auto").backend == "mujoco"
-
-
-def test_isaac_that_is_missing_stops_in_one_line():
     with pytest.raises(SystemExit) as stop:
         resolved(backend="isaac")
     assert str(stop.value) == "--backend isaac: Isaac Gym is not installed; use --backend mujoco."

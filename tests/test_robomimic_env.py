@@ -485,15 +485,6 @@ def test_a_killed_worker_is_a_worker_error_within_seconds(without_simulators, ac
     assert ended(envs)
 
 
-def test_a_worker_that_ends_while_it_steps_is_a_worker_error_within_seconds(without_simulators):
-    envs = without_simulators(fault=staticmethod(lambda: os.kill(os.getpid(), signal.SIGKILL)))
-    envs.reset(15)
-    began = time.perf_counter()
-    with pytest.raises(WorkerError, match="exit codes"):
-        envs.step(CHUNKS, np.array([False, True]))
-    assert time.perf_counter() - began < SECONDS
-
-
 @pytest.mark.parametrize("error", [ValueError, OSError, FloatingPointError, EOFError, SystemExit])
 @pytest.mark.parametrize("active", [[True, True], [False, True]])
 def test_an_error_inside_a_simulator_is_a_worker_error_with_its_text(without_simulators, error, active):
