@@ -1,0 +1,33 @@
+"""pretrain_fm.py: the file that it writes, and the flags that it refuses."""
+
+import pytest
+from conftest import DEVICE, parse
+
+import pretrain_fm
+import rldt_gym
+from common.flow import FlowPolicy
+from demos import dataset
+
+TINY = "--seed=0 --epochs=1 --batch=32 --width=16 --chunk=2 --euler-steps=4 --final-eval-episodes=3"
+
+
+def test_policy_that_is_written_knows_its_scores_and_is_the_base_of_a_run(tmp_path, tiny_flags):
+    data, out = tmp_path / "a.hdf5", tmp_path / "mine.safetensors"
+    dataset.make(dataset.Args(env_id="Hopper-v4", steps=400, num_envs=8, out=data))
+    pretrain_fm.main(["gym", f"--dataset={data}", f"--out={out}", f"--device={DEVICE}", *TINY.split()])
+    policy, left = FlowPolicy.load(out), {path.name for path in tmp_path.iterdir()}
+    assert (policy.chunk, policy.config["width"], policy.info["env_id"]) == (2, 16, "Hopper-v4")
+    assert policy.info["validation_loss"] > 0
+    assert left == {data.name, out.name}
+    flags = *tiny_flags, f"--base={out}", "--seed=0", "--iterations=1", f"--runs={tmp_path / 'runs'}"
+    assert rldt_gym.main(parse(rldt_gym, flags))["base_return"] == policy.info["eval_return"]
+
+
+@pytest.mark.parametrize("family, flag", [
+    ("gym", "--head-steps"), ("robomimic", "--spread"), ("furniture", "--head-steps"),
+])  # fmt: skip
+def test_flag_of_another_family_is_refused(monkeypatch, family, flag):
+    for module in pretrain_fm.dataset, pretrain_fm.robomimic, pretrain_fm.furniture:
+        monkeypatch.setattr(module, "get", lambda *_: None)
+    with pytest.raises(SystemExit, match=f"{flag} is not a setting of this family"):
+        pretrain_fm.main([family, f"{flag}=1", "--device=cpu"])
