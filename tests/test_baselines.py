@@ -6,12 +6,12 @@ import signal
 import subprocess
 import sys
 
-import conftest
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, parse
+from conftest import ROOT, assert_same, metrics, parse
+from fakes import words
 from safetensors.torch import load_file
 
 import rldt_gym
@@ -23,25 +23,8 @@ METHODS = {"reinflow": reinflow, "dppo": dppo, "fpo": fpo, "qam": qam, "best_of_
 LOSS = {"qam": "losses/adjoint", "best_of_n": "losses/critic"}  # of the others: losses/policy
 
 
-def metrics(run):
-    rows = conftest.metrics(run)
-    return [{key: value for key, value in row.items() if key != "update_s"} for row in rows]
-
-
-def flags(fields):
-    """Settings as flags."""
-    words = []
-    for key, value in fields.items():
-        key = key.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{key}" if value else f"--no-{key}")
-        else:
-            words.append(f"--{key}={value}")
-    return words
-
-
 def arguments(module, **fields):
-    return parse(module, flags(fields))
+    return parse(module, words(fields))
 
 
 # ----------------------------------------------------------------------------------- settings
@@ -65,17 +48,6 @@ def test_critic_and_rollouts_have_the_settings_of_rldt(name, preset):
     shared = "critic_", "td_", "buffer_", "segment", "target_"
     critic = {key for key in theirs if key.startswith(shared)}
     assert len(critic) == 8 and critic <= ours.keys()
-
-
-def test_paper_presets_have_the_settings_of_the_papers():
-    values = {name: arguments(module, preset="paper") for name, module in METHODS.items()}
-    for name in "dppo", "reinflow":
-        args = values[name]
-        assert (args.clip, args.batch, args.epochs, args.lr_warmup) == (0.01, 50_000, 5, 10)
-    assert values["dppo"].actor_lr == 1e-4
-    assert values["reinflow"].euler_steps == 4
-    assert values["qam"].inv_temp == 0.3
-    assert values["best_of_n"].candidates == 32
 
 
 def settled(monkeypatch, module, **fields):
@@ -157,14 +129,6 @@ def finished(make_args, tmp_path_factory):
         return made[name]
 
     return get
-
-
-def assert_same(run, expected):
-    """Equal to the last bit: the metrics, and the weights of the final policy."""
-    assert metrics(run) == metrics(expected)
-    weights = load_file(expected / "policy.safetensors")
-    for key, value in load_file(run / "policy.safetensors").items():
-        assert torch.equal(value, weights[key]), key
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -266,7 +230,7 @@ def test_best_of_n_leaves_the_base_as_it_was(finished, tiny_base):
 def test_two_processes_train_one_policy_on_their_own_rollouts(tiny_base, tmp_path):
     fields = TINY["reinflow"] | dict(base=tiny_base, runs=tmp_path, iterations=2)
     torchrun = "torch.distributed.run --standalone --nproc-per-node=2 -m baselines.reinflow".split()
-    command = [sys.executable, "-m", *torchrun, *flags(fields)]
+    command = [sys.executable, "-m", *torchrun, *words(fields)]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
     (run,) = tmp_path.iterdir()

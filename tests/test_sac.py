@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import parse
-from test_baselines import SMALL, arguments, assert_same, metrics, weak_demonstrations  # noqa: F401
+from conftest import assert_same, metrics, parse
+from test_baselines import SMALL, arguments, weak_demonstrations  # noqa: F401
 
 from baselines import sac
 from common.flow import FlowPolicy
