@@ -50,12 +50,6 @@ def test_gae_is_the_exponential_average_of_the_n_step_advantages(rollout):
             assert advantage[t, n].item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
-def test_truncation_bootstraps_and_termination_does_not():
-    one, zero, end = torch.ones(2, 1), torch.zeros(2, 1), torch.tensor([[1.0], [0.0]])
-    assert ppo.gae(one, zero, end, zero, 10 * one, 0.9, 0.5)[0].item() == pytest.approx(1 + 0.9 * 10)
-    assert ppo.gae(one, end, zero, zero, 10 * one, 0.9, 0.5)[0].item() == 1
-
-
 def test_reward_scale_is_the_deviation_of_the_discounted_returns_of_all_rollouts():
     scale, rng = ppo.RewardScale(3, 0.9), np.random.default_rng(0)
     running, everything = np.zeros(3), []

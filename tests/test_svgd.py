@@ -110,11 +110,3 @@ def test_particle_gradient_of_gaussian_particles_is_the_score_of_their_tilted_de
     mean = center + deviation**2 * gradient / tau  # of N(center, deviation^2 I) exp(gradient a / tau)
     field = particle_gradient(particles @ gradient + 9, particles)
     torch.testing.assert_close(field, mean - particles, rtol=0, atol=5e-3)
-
-
-def test_particle_gradient_weighs_by_q_only_in_states_where_it_tells():
-    _, particles, _ = draw(2, 1, 6, 3)
-    q = torch.stack([particles[0, :, 0] * 1e-4, particles[1, :, 0]])
-    plain, weighted = particles.mean(1) - particles[:, 0], particle_gradient(q, particles)[:, 0]
-    torch.testing.assert_close(weighted[0], plain[0], rtol=0, atol=1e-3)
-    assert weighted[1, 0] > plain[1, 0] + 0.3
