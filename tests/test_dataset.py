@@ -142,12 +142,6 @@ def test_dppo_file_with_a_wrong_array_is_refused(dppo, key, value, words):
     assert words in refusal(dppo(**{key: value}))
 
 
-def test_dppo_without_its_normalization_is_refused(dppo):
-    path = dppo()
-    path.with_name("normalization.npz").unlink()
-    assert "normalization.npz" in refusal(path)
-
-
 # ------------------------------------------------------------------------------- damaged files
 @pytest.mark.parametrize("name", ["a.hdf5", "train.npz", "normalization.npz"])
 @pytest.mark.parametrize("keep", [0.0, 0.1, 0.5, 0.95])
@@ -158,15 +152,6 @@ def test_truncated_files_are_refused(tmp_path, dppo, d4rl_arrays, name, keep):
     (tmp_path / name).write_bytes(content[: int(keep * len(content))])
     text = refusal(tmp_path / ("a.hdf5" if name == "a.hdf5" else "train.npz"))
     assert "truncated" in text or "damaged" in text
-
-
-def test_npz_of_damaged_content_is_refused(dppo):
-    path = dppo()
-    content = bytearray(path.read_bytes())
-    for i in range(150, 190):  # inside the first array; the archive's checksum no longer fits
-        content[i] ^= 0xFF
-    path.write_bytes(content)
-    assert "damaged" in refusal(path)
 
 
 def test_bomb_explodes_where_it_is_unpickled():
@@ -181,7 +166,10 @@ def test_pickle_file_is_refused_and_not_unpickled(tmp_path, suffix, words):
     assert words in refusal(path)
 
 
-def test_missing_files_and_arrays_in_place_of_archives_are_refused(tmp_path):
+def test_missing_files_and_arrays_in_place_of_archives_are_refused(tmp_path, dppo):
+    path = dppo()
+    path.with_name("normalization.npz").unlink()
+    assert "normalization.npz" in refusal(path)
     for name in "gone.hdf5", "gone.h5", "gone.npz":
         assert "no such file" in refusal(tmp_path / name)
     with (tmp_path / "data.npz").open("wb") as file:

@@ -93,15 +93,6 @@ def test_evaluating_a_run_gives_the_scores_of_its_last_evaluation(finished):
     assert len(scores) == 4
 
 
-def test_best_policy_is_measured_again(scripted_evaluations, make_args, tmp_path):
-    episodes, policies = scripted_evaluations(sac.family, [8.0, 9.0, 1.0, 5.0])
-    result = sac.main(make_args(tmp_path))
-    assert [result[f"{key}_return"] for key in ("base", "final", "best")] == [8.0, 1.0, 5.0]
-    assert not any(episodes[-1] & others for others in episodes[:-1])
-    for key, value in policies[1].state_dict().items():
-        assert torch.equal(policies[-1].state_dict()[key], value)
-
-
 def test_actor_and_entropy_coefficient_stand_still_while_the_critics_are_trained_alone(make_args):
     args, during = make_args("runs"), []
     model = sac.make_sac(args, 11, 3)
