@@ -143,6 +143,7 @@ def scripted_evaluations(monkeypatch):
 
         def evaluate(policy, *rest):
             *_, episodes, seed = rest
+            assert not getattr(rest[0], "closed", False)  # the environments of manipulation
             episodes_of.append(set(range(seed, seed + 2 * episodes)))  # environment i has seed + i
             policies.append(copy.deepcopy(policy))
             value = next(scores)
