@@ -101,12 +101,3 @@ def test_particle_gradient_leads_to_the_weighted_mean():
         weight = np.exp(q[i] / tau)
         expected = np.average(particles[i], 0, weight) - particles[i]
         np.testing.assert_allclose(result[i], expected, rtol=1e-6)
-
-
-def test_particle_gradient_of_gaussian_particles_is_the_score_of_their_tilted_density():
-    gradient, center, deviation = torch.tensor([2.0, -1.0, 0.5]), torch.tensor([7.0, 3.0, -4.0]), 0.3
-    particles = center + deviation * torch.randn(1_000_000, 3)
-    tau = deviation * gradient.norm()  # the standard deviation of Q
-    mean = center + deviation**2 * gradient / tau  # of N(center, deviation^2 I) exp(gradient a / tau)
-    field = particle_gradient(particles @ gradient + 9, particles)
-    torch.testing.assert_close(field, mean - particles, rtol=0, atol=5e-3)
