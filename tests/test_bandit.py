@@ -107,15 +107,6 @@ def test_repulsion_keeps_the_actions_spread_out(pretrained):
     assert spread(3 * ALPHA) > 1.2 * spread(0.0)
 
 
-def test_a_critic_that_is_indifferent_moves_nothing(pretrained):
-    class Indifferent(torch.nn.Module):
-        def forward(self, obs, action):
-            return (0 * action.sum(-1)).expand(2, -1)
-
-    tuned = finetune(pretrained, Indifferent(), 20, consistency_weight=0.0, actor_lr=1e-2)
-    torch.testing.assert_close(draw(tuned), draw(pretrained), atol=1e-3, rtol=0)
-
-
 # The particles themselves, without a network: P = 100, one dimension, modes at -1 and 1, started with
 # other weights. The scaling alpha' = alpha mean|grad Q| is undone, so that the density is
 # exp(Q / temperature), whose mass left of zero is 0.739; 100 particles that repel each other come within

@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT, parse
 
 from benchmark import critic_diagnostics, plot, run, throughput
@@ -169,15 +168,6 @@ def test_monte_carlo_returns_go_on_after_a_time_limit_and_stop_after_an_end():
     last = 3 + 0.5 * 2.5 / 0.5  # the mean of the last two rewards, 2 and 3, for ever
     cut_off, ended = [1 + 0.5 * (2 + 0.5 * last), 2 + 0.5 * last, last], [1 + 0.5 * 2, 2, 0]
     np.testing.assert_allclose(y.T, [cut_off, ended])
-
-
-def test_moved_policy_goes_along_the_gradient_by_the_given_mean_length(finished_run):
-    done = critic_diagnostics.load_run(finished_run[0])
-    obs, x0 = done.states[:6], torch.randn(6, done.policy.action_size)
-    before = done.policy.sample(obs, x0)
-    after = critic_diagnostics.moved(done.policy, done.critic, 0.01).sample(obs, x0)
-    assert (after - before).norm(dim=-1).mean().item() == pytest.approx(0.01, rel=1e-3)
-    assert done.critic(obs, after).mean() > done.critic(obs, before).mean()
 
 
 def test_diagnostics_of_a_run_are_written_in_place_of_its_former_ones(finished_run, tmp_path):
