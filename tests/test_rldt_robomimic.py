@@ -538,15 +538,13 @@ def test_missing_demonstrations_are_made_by_commands_of_the_maker(monkeypatch, t
         args.out.write_text("demonstrations")
         return types.SimpleNamespace(returncode=0)
 
-    def load(path, task, images, max_episodes=0, split=None, fast_render=None):
-        return path, task, images, fast_render
-
     monkeypatch.setattr(module, "DEMOS", tmp_path)
     monkeypatch.setattr(module.subprocess, "run", run)
-    monkeypatch.setattr(module, "load", load)
+    monkeypatch.setattr(module, "load", lambda *given: given)
     path = tmp_path / "lift" / ("image.hdf5" if obs == "image" else "low_dim.hdf5")
     for _ in range(2):  # the second time they are there
-        assert module.get("lift", obs, None, False) == (path, "lift", obs == "image", False)
+        given = module.get("lift", obs, None, False)
+        assert given == (path, "lift", obs == "image", 0, None, False)
     both = ("lift", "low_dim.hdf5", True), ("lift", "image.hdf5", False)
     assert tuple(one[:3] for one in made) == both[: 1 + (obs == "image")]
     assert obs == "state" or made[-1][3] is False
