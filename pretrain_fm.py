@@ -4,10 +4,11 @@
     python pretrain_fm.py robomimic --task square --obs state --out base.safetensors
     python pretrain_fm.py furniture --furniture one_leg --randomness low --out base.safetensors
 
-writes a file for --base, with the score of the policy in it. Settings that are not given are those of
-the script's PRETRAINING. A run that was stopped goes on where the same command is given again.
+writes a file for --base, with its score. Settings that are not given are those of the script's
+PRETRAINING. Where it was stopped, it goes on when the same command is given again.
 """
 
+import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +33,6 @@ class Pretraining:
     head_steps: int | None = None  # with images: further steps of the velocity network alone
     spread: float | None = None  # furniture: deviations from the mean that become 1; 0: the range
     start: Path | None = None  # furniture: base policy whose weights and scaling come first
-    episodes: int = 0  # manipulation: demonstrations to clone; 0: all
-    split: str | None = None  # robomimic: clone those of mask/<split> in the file
 
     # sizes of the policy
     chunk: int | None = None  # actions per decision, executed open loop
@@ -44,30 +43,24 @@ class Pretraining:
 
     def settings(self, defaults: dict) -> dict:
         """The script's settings with those that were given."""
-        chosen = dict(defaults)
-        for name in SETTINGS:
-            if getattr(self, name) is not None and name not in defaults:
-                raise SystemExit(f"--{name.replace('_', '-')} is not a setting of this family")
-            if getattr(self, name) is not None:
-                chosen[name] = getattr(self, name)
-        return chosen
-
-
-SETTINGS = "epochs batch lr head_steps spread start chunk euler_steps width depth time_dim".split()
+        names = [field.name for field in dataclasses.fields(Pretraining) if field.name != "out"]
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        for name in given.keys() - defaults.keys():
+            raise SystemExit(f"--{name.replace('_', '-')} is not a setting of this family")
+        return defaults | given
 
 
 def unfinished(out: Path) -> Path:
-    """Where a pretraining that is not done keeps what it needs to go on."""
+    """The checkpoint of a pretraining that is not done."""
     return out.with_suffix(".unfinished")
 
 
 @dataclass
 class Gym(Pretraining, rldt_gym.TaskArgs):
     def run(self):
-        envs = rldt_gym.make_envs(self, 1)
-        data = dataset.get(self.env_id, self.dataset, envs)
-        out = self.out or dataset.DEMOS / self.env_id / "base.safetensors"
         settings = self.settings(rldt_gym.PRETRAINING[self.preset])
+        out = self.out or dataset.DEMOS / self.env_id / "base.safetensors"
+        data = dataset.get(self.env_id, self.dataset, rldt_gym.make_envs(self, 1))
         policy = rldt_gym.pretrain(self, data, unfinished(out), **settings)
         scores = rldt_gym.evaluate(policy, self, self.final_eval_episodes, 1_000_000)
         return policy, scores, out
@@ -75,13 +68,16 @@ class Gym(Pretraining, rldt_gym.TaskArgs):
 
 @dataclass
 class Robomimic(Pretraining, rldt_robomimic.TaskArgs):
+    episodes: int = 0  # demonstrations to clone; 0: all
+    split: str | None = None  # clone those of mask/<split> in the file
+
     def run(self):
+        chunk = dict(chunk=rldt_robomimic.TASKS[self.task].chunk)
+        settings = self.settings(rldt_robomimic.PRETRAINING[self.preset][self.obs] | chunk)
         out = self.out or dataset.DEMOS / self.task / f"base_{self.obs}.safetensors"
         fast = rldt_robomimic.FAST_RENDER[self.preset]
         data = robomimic.get(self.task, self.obs, self.dataset, fast, self.episodes, self.split)
-        settings = dict(chunk=rldt_robomimic.TASKS[self.task].chunk)
-        settings |= rldt_robomimic.PRETRAINING[self.preset][self.obs]
-        policy = rldt_robomimic.pretrain(self, data, unfinished(out), **self.settings(settings))
+        policy = rldt_robomimic.pretrain(self, data, unfinished(out), **settings)
         envs = rldt_robomimic.make_envs(self, policy)
         scores = rldt_robomimic.evaluate(policy, envs, self, self.final_eval_episodes, 1_000_000)
         envs.close()
@@ -90,11 +86,13 @@ class Robomimic(Pretraining, rldt_robomimic.TaskArgs):
 
 @dataclass
 class Furniture(Pretraining, rldt_furniture.TaskArgs):
+    episodes: int = 0  # demonstrations to clone; 0: all
+
     def run(self):
         rldt_furniture.resolve(self)
+        settings = self.settings(rldt_furniture.PRETRAINING[self.preset])
         out = self.out or dataset.DEMOS / self.furniture / f"base_{self.randomness}.safetensors"
         data = furniture.get(self.furniture, self.randomness, self.dataset, self.episodes)
-        settings = self.settings(rldt_furniture.PRETRAINING[self.preset])
         policy = rldt_furniture.pretrain(self, data, unfinished(out), **settings)
         envs = rldt_furniture.make_envs(self, self.num_envs)
         scores = rldt_furniture.evaluate(policy, envs, self, self.final_eval_episodes, 1_000_000)
