@@ -2,6 +2,7 @@ import importlib.metadata
 import itertools
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import h5py
 import mujoco
@@ -9,20 +10,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from scipy.spatial import ConvexHull
 from scipy.spatial.transform import Rotation
 
 import envs.furniture_mujoco as module
 from common.flow import FlowPolicy
 from demos import make_furniture_demos
 from demos.furniture_one_leg import OneLeg
-from demos.furniture_skills import CLOSED, Arm, Lost, from_rotation_vector
+from demos.furniture_skills import from_rotation_vector
 from demos.make_furniture_demos import run_episode, wilson
 from envs.furniture_mujoco import (
     FURNITURE,
     HOLES,
     HOME,
-    RANDOMNESS,
     FurnitureEnv,
     FurnitureVectorEnv,
     PhysicsError,
@@ -33,8 +32,6 @@ from envs.furniture_mujoco import (
 )
 
 TASKS = ("one_leg", "lamp")
-# kg/m^3, of the original's sim_config.py
-DENSITY = {"top": 498.68, "leg": 369.98, "base": 341.54, "bulb": 545.09, "hood": 762.31}
 OBSTACLES = [[0.6815, 0, 0.015], [0.6065, -0.175, 0.015], [0.6065, 0.175, 0.015]]  # front, right, left
 
 
@@ -70,25 +67,20 @@ def test_observation_layout(envs, furniture):
         obs = env.step(action)[0]
     before, dt = env.ee_pose(), 1e-5
     velocity, angular = obs[9:12], obs[12:15]
-    hand, model, data = Rotation.from_matrix(before[1]), env.model, env.data
+    hand, data = Rotation.from_matrix(before[1]), env.data
     np.testing.assert_allclose(obs[:3], before[0], atol=1e-6)
     np.testing.assert_allclose(obs[3:9], hand.as_matrix()[:2].ravel(), atol=1e-6)
     np.testing.assert_allclose(obs[15], data.qpos[7] + data.qpos[8], atol=1e-6)
-    tag = np.eye(4)
-    tag[:3, :3] = Rotation.from_euler("xyz", [np.pi, 0, np.pi / 2]).as_matrix()
-    tag[:3, 3] = [0.3015, 0, 0]
+    tag = Rotation.from_euler("xyz", [np.pi, 0, np.pi / 2])
     names = [*(part.name for part in FURNITURE[furniture].parts), "front_obstacle"]
     for i, name in enumerate(names):
-        pose = np.eye(4)
-        pose[:3, :3], pose[:3, 3] = data.body(name).xmat.reshape(3, 3), data.body(name).xpos
-        pose = np.linalg.inv(tag) @ pose
-        seen = obs[16 + 7 * i : 23 + 7 * i]
-        np.testing.assert_allclose(seen[:3], pose[:3, 3], atol=1e-6)
-        matrix = Rotation.from_quat(seen[3:]).as_matrix()  # x, y, z, w
-        np.testing.assert_allclose(matrix, pose[:3, :3], atol=1e-5)
+        body, seen = data.body(name), obs[16 + 7 * i : 23 + 7 * i]
+        np.testing.assert_allclose(seen[:3], tag.inv().apply(body.xpos - [0.3015, 0, 0]), atol=1e-6)
+        turn = tag * Rotation.from_quat(seen[3:])  # x, y, z, w
+        np.testing.assert_allclose(turn.as_matrix(), body.xmat.reshape(3, 3), atol=1e-5)
         assert seen[6] >= 0
     assert len(obs) == 16 + 7 * len(names) == {"one_leg": 58, "lamp": 44}[furniture]
-    assert obs.dtype == np.float32 and model.nv == 9 + 6 * len(FURNITURE[furniture].parts)
+    assert obs.dtype == np.float32
     data.qpos[:7] += dt * data.qvel[:7]  # velocities by finite differences
     env.refresh()
     after = env.ee_pose()
@@ -135,13 +127,10 @@ def test_gripper_closes_on_a_positive_value_beyond_the_margin(envs):
 
 
 def test_missing_wheel_is_one_line(monkeypatch):
-    def missing(name):
-        raise importlib.metadata.PackageNotFoundError(name)
-
+    missing = Mock(side_effect=importlib.metadata.PackageNotFoundError)
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
-    with pytest.raises(SystemExit, match=r"pip install --no-deps furniture-bench==0\.1$") as error:
+    with pytest.raises(SystemExit, match=r"^.*pip install --no-deps furniture-bench==0\.1$"):
         module.build_xml("one_leg")
-    assert "\n" not in str(error.value)
 
 
 def test_rendering():
@@ -206,9 +195,6 @@ def test_what_is_rewarded_and_what_is_not(envs):
     lamp = envs("lamp")
     lamp.reset(seed=0)
     assert put_together(lamp, 1, (0, -0.0678, 0), np.eye(3)) == 0  # the bulb must be upside down
-    assert put_together(lamp, 2, (0, -0.0834, 0), rotation(1, 2, 3)) == 1  # the hood at any angle
-    assert put_together(lamp, 1, (0, -0.0678, 0), UPSIDE_DOWN) == 1
-    assert lamp.assembled.all()
 
 
 # ----------------------------------------------------------------------------------- resetting
@@ -253,32 +239,6 @@ def test_randomisation_covers_its_ranges(envs, monkeypatch, furniture, randomnes
     assert np.abs(np.corrcoef(every) - np.eye(len(every))).max() < 0.15  # each is drawn on its own
 
 
-@pytest.mark.parametrize("randomness", ["low", "med"])
-def test_pushes_of_a_reset_move_the_parts(envs, randomness):
-    env, ranges, speed, spin = envs("one_leg", randomness), RANDOMNESS[randomness], [], []
-    for seed in range(60):
-        env.reset(seed=seed)
-        speed.append([np.linalg.norm(joint.qvel[:2]) for joint in env.joints])
-        spin.append(abs(env.joints[0].qvel[4]))  # around the top's y axis, which is vertical
-    parts = FURNITURE["one_leg"].parts
-    masses = [part.hull_mass for part in parts]
-    push = ranges["force"] * np.array(FURNITURE["one_leg"].force) / masses / 60  # m/s, without friction
-    fastest = np.sort(speed, 0)[-6]  # a hand that starts inside the top throws it; that is rare
-    assert (fastest < push).all() and (fastest > 0.4 * push).all()
-    inertia = masses[0] * (2 * 0.08125) ** 2 / 6  # of a square plate
-    assert 0.3 < np.sort(spin)[-6] * inertia / (ranges["torque"] * 70 / 60) < 1
-
-
-@pytest.mark.parametrize("furniture", TASKS)
-def test_hull_masses_are_those_of_the_meshes(envs, furniture):
-    model = envs(furniture).model
-    for part in FURNITURE[furniture].parts:
-        mesh = model.mesh(part.name).id
-        start, count = model.mesh_vertadr[mesh], model.mesh_vertnum[mesh]
-        volume = ConvexHull(model.mesh_vert[start : start + count]).volume
-        assert volume * DENSITY[part.name.rstrip("1234")] == pytest.approx(part.hull_mass, rel=0.01)
-
-
 def test_episodes_repeat_bit_for_bit(envs):
     first, second = envs(), FurnitureEnv()
     actions, states = None, []
@@ -294,36 +254,22 @@ def test_episodes_repeat_bit_for_bit(envs):
 def test_bulb_stays_until_the_hand_is_close(envs):
     env = envs("lamp")
     env.reset(seed=0)
-    start = env.part_pose(1)
-    for action in wander(env, np.random.default_rng(0), 5):
-        env.step(action)
-    np.testing.assert_allclose(env.part_pose(1)[0], start[0], atol=1e-3)  # at most within a physics step
-    assert env.resting is not None
-    env.place(1, env.ee_pose()[0] + [0.029, -0.029, -0.029], np.eye(3))
-    env.resting = env.ee_pose()[0] + [0.031, 0, 0], np.eye(3)
-    env.step(stay(env))
-    assert env.resting is not None
-    env.resting = env.ee_pose()[0] + [0.029, -0.029, 0.029], np.eye(3)
-    env.step(stay(env))
-    assert env.resting is None
+    for x, rests in (0.031, True), (0.029, False):
+        env.resting = env.ee_pose()[0] + [x, 0, 0], np.eye(3)
+        env.step(stay(env))
+        assert (env.resting is not None) == rests
 
 
 # ------------------------------------------------------------------------------------- physics
-@pytest.mark.parametrize("furniture", TASKS)
 @pytest.mark.parametrize("closes", [False, True])
-def test_turning_screws_in_by_the_pitch(envs, furniture, closes):
-    """A free screw over its hole, pushed by 0.5 N, goes in by a pitch per clockwise turn, not before."""
-    leg = furniture == "one_leg"
-    part, start, flip, level = (4, 0.064, 0.0, 0.0156) if leg else (1, -0.0850, np.pi, 0.0172)
-    env = envs(furniture)
+def test_turning_screws_a_leg_in_by_the_pitch(envs, closes):
+    """A free leg over its hole, pushed by 0.5 N, goes in by a pitch per clockwise turn, not before."""
+    env, part = envs(), 4
     model = env.models[True, closes]
     env.reset(seed=0)
-    env.resting = None
-    turn = module.TAG[0] @ rotation(*FURNITURE[furniture].parts[0].angles)
-    center, (x, z) = np.array([0.5, 0.0, level]), FURNITURE[furniture].holes[0]
-    upside = rotation(0, 0, flip)
-    env.place(part, center + turn @ [x, start, z], turn @ upside @ rotation(0, 1.0, 0))
-    env.place(0, center, turn)
+    turn = module.TAG[0] @ rotation(*FURNITURE["one_leg"].parts[0].angles)
+    center, (x, z) = np.array([0.5, 0.0, 0.0156]), FURNITURE["one_leg"].holes[0]
+    env.place(part, center + turn @ [x, 0.064, z], turn @ rotation(0, 1.0, 0))
     env.refresh()
     body, joint, data = env.parts[part], env.joints[part], env.data
     depth, yaw = [], []
@@ -339,9 +285,8 @@ def test_turning_screws_in_by_the_pitch(envs, furniture, closes):
             mujoco.mj_step(model, data)
         env.refresh()
         relative, matrix = env.relative_pose(0, part)
-        matrix = upside @ matrix
         yaw.append(np.arctan2(matrix[0, 2], matrix[0, 0]))
-        depth.append(abs(relative[1]))
+        depth.append(relative[1])
     data.xfrc_applied[:] = 0
     depth, turns = np.array(depth), np.unwrap(yaw) / (2 * np.pi)
     turns -= turns[7]
@@ -353,16 +298,16 @@ def test_turning_screws_in_by_the_pitch(envs, furniture, closes):
 
 
 @pytest.mark.parametrize("furniture", TASKS)
-def test_a_control_step_takes_a_tenth_of_a_second(envs, furniture, monkeypatch):
+@pytest.mark.parametrize("near", [False, True])
+@pytest.mark.parametrize("gripper", [-1, 1])
+def test_a_control_step_takes_a_tenth_of_a_second(envs, furniture, near, gripper, monkeypatch):
     env = envs(furniture)
     env.reset(seed=0)
-    for near in False, True:
-        monkeypatch.setattr(env, "near_thread", lambda: near)
-        for gripper in -1, 1:
-            before, action = env.data.time, stay(env)
-            action[9] = gripper
-            env.step(action)
-            assert env.data.time - before == pytest.approx(0.1)
+    monkeypatch.setattr(env, "near_thread", lambda: near)
+    before, action = env.data.time, stay(env)
+    action[9] = gripper
+    env.step(action)
+    assert env.data.time - before == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("value", [np.nan, 1e15])
@@ -376,99 +321,22 @@ def test_divergence_is_an_error(envs, value):
     np.testing.assert_array_equal(env.reset(seed=4)[0], envs().reset(seed=4)[0])
 
 
-def test_a_part_thrown_out_of_the_numbers_range_is_not_near_a_thread(monkeypatch):
-    env = FurnitureEnv()
-    env.reset(seed=0)
-    for *signs, far in itertools.product((-1, 1), (-1, 1), (-1, 1), (1e200, np.inf, np.nan)):
-        monkeypatch.setattr(env, "tip", np.array(signs) * far)
-        assert not env.near_thread()
-
-
-def test_an_error_of_mujoco_is_one_of_the_physics(monkeypatch):
-    env = FurnitureEnv()
-    env.reset(seed=0)
-
-    def stopped(*_):
-        raise mujoco.FatalError("mj_makeMesh: no such thing")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(mujoco, "mj_step", stopped)
-        with pytest.raises(PhysicsError, match="stopped in step 0 of the episode: mj_makeMesh"):
-            env.step(stay(env))
-    assert np.isfinite(env.reset(seed=1)[0]).all()
-
-
 @pytest.mark.parametrize("randomness, seeds", [("low", (0, 1, 2)), ("med", (13, 20, 38))])
 def test_assembler_succeeds(envs, randomness, seeds):
     for seed in seeds:
         episode = run_episode(envs("one_leg", randomness), OneLeg, seed)
         assert episode["rewards"].sum() == 1 and episode["rewards"][-1] == 1
-        assert len(episode["actions"]) == len(episode["state"]) < 450
+        assert len(episode["actions"]) == len(episode["state"])
         assert np.abs(episode["actions"]).max() <= 1
         distance = np.linalg.norm(episode["actions"][:, :3] - episode["state"][:, :3], axis=1)
         assert distance.max() < 0.11
 
 
-def test_pushes_move_the_hand_but_not_what_is_recorded(envs, monkeypatch):
-    env, executed, arms, free = envs(), [], [], []
-    step = env.step
-
-    def recorded(action):
-        executed.append(action.copy())
-        free.append(arms[-1].rough or arms[-1].gripper != CLOSED)
-        return step(action)
-
-    monkeypatch.setattr(env, "step", recorded)
-    for pushes, sideways in (0.0, 0.0), (0.3, 0.02):
-        executed.clear()
-        free.clear()
-        assembler = lambda arm: arms.append(arm) or OneLeg(arm)
-        episode = run_episode(env, assembler, 0, noise=0.0, pushes=pushes)
-        away = np.array(executed)[:, :3] - episode["actions"][:, :3]
-        assert np.abs(np.array(executed)[:, 3:] - episode["actions"][:, 3:]).max() < 1e-6
-        assert np.abs(away[~np.array(free)]).max() < 1e-6  # never a part that is held where it matters
-        assert sideways <= np.abs(away[:, :2]).max() <= 2 * sideways + 1e-6
-        assert -1e-6 < away[:, 2].min() and sideways <= away[:, 2].max() <= 2 * sideways + 1e-6
-        share = (np.abs(away).max(1) > 1e-6).mean()
-        assert share == 0 if pushes == 0 else 0.3 < share < 0.95
-
-
-@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-def test_clone_moves_the_hand_for_whole_chunks_and_is_not_recorded(envs, monkeypatch, share):
-    env, executed, seen = envs(), [], []
-    step = env.step
-    monkeypatch.setattr(env, "horizon", 64)
-    monkeypatch.setattr(env, "step", lambda action: executed.append(action.copy()) or step(action))
-
-    def clone(state, rng):  # a hand that stays where it is, told from the assembler's by its height
-        seen.append(state)
-        return np.repeat(np.r_[state[:2], 0.2345, state[3:9], 1.0][None], 8, 0)
-
-    plain = run_episode(env, OneLeg, 0, noise=0.002)
-    executed.clear()
-    episode = run_episode(env, OneLeg, 0, noise=0.002, clone=clone, clone_share=share)
-    executed = np.array(executed)
-    moved = np.isclose(executed[:, 2], 0.2345, atol=1e-7)
-    turns = moved.reshape(8, 8)
-    assert (turns.all(1) | ~turns.any(1)).all() and len(seen) == turns.all(1).sum()
-    assert 0 < moved.mean() < 1 if share == 0.4 else moved.mean() == share
-    for chunk, state in zip(np.flatnonzero(turns.all(1)), seen, strict=True):
-        assert np.array_equal(state, episode["state"][8 * chunk])  # what it sees when its turn begins
-    assert (executed[:, 9] == episode["actions"][:, 9]).all()  # the fingers stay the assembler's
-    assert (np.abs(executed - episode["actions"])[moved].max(1) > 1e-5).all()
-    distance = np.linalg.norm(episode["actions"][:, :3] - episode["state"][:, :3], axis=1)
-    assert distance.max() < 0.11  # what is recorded leads back from where the clone has brought the hand
-    if share == 0:
-        assert all(np.array_equal(episode[name], plain[name]) for name in plain)
-
-
 def test_recording_follows_a_base_policy_from_its_file(tmp_path):
     args = dict(furniture="lamp", episodes=1, seed=6, clone_share=0.3)
     base = make_furniture_demos.DEMOS / "lamp" / "base_low.safetensors"
-    make = lambda **more: make_furniture_demos.make(make_furniture_demos.Args(**args, **more))
-    with h5py.File(make(out=tmp_path / "clone.hdf5", clone=base)) as file:
-        attributes = file["data"].attrs
-        assert (attributes["clone"], attributes["clone_share"]) == (str(base), 0.3)
+    args = make_furniture_demos.Args(**args, out=tmp_path / "clone.hdf5", clone=base)
+    with h5py.File(make_furniture_demos.make(args)) as file:
         recorded = file["data/demo_0/obs/state"][()]
     policy = FlowPolicy.load(base)
     state, noise = recorded[0], np.random.default_rng(5).standard_normal((1, 80), np.float32)
@@ -477,35 +345,12 @@ def test_recording_follows_a_base_policy_from_its_file(tmp_path):
     assert np.array_equal(clone(state, np.random.default_rng(5)), expected)
     plain = run_episode(FurnitureEnv("lamp"), make_furniture_demos.ASSEMBLERS["lamp"], 6)["state"]
     assert np.array_equal(recorded[0], plain[0]) and not np.array_equal(recorded, plain)
-    with pytest.raises(SystemExit, match="no-base"):
-        make(out=tmp_path / "x.hdf5", clone=tmp_path / "no-base")
-
-
-@pytest.mark.parametrize("name, value", [
-    ("episodes", 0), ("noise", -0.1), ("pushes", -0.1), ("pushes", 1.5), ("clone_share", 1.1),
-])  # fmt: skip
-def test_settings_of_the_recording_are_checked(name, value, tmp_path):
-    with pytest.raises(SystemExit, match="--episodes must be at least 1"):
-        make_furniture_demos.make(make_furniture_demos.Args(out=tmp_path / "x.hdf5", **{name: value}))
-
-
-def test_assembler_notices_a_lost_leg(envs):
-    env = envs()
-    env.reset(seed=0)
-    assembler = OneLeg(Arm(env, np.random.default_rng(0)))
-    assembler.arm.gripper = CLOSED
-    with pytest.raises(Lost):
-        for action in assembler.holding(assembler.arm.go(env.ee_pose(), 10)):
-            env.data.qpos[7:9] = 0.0  # closed, with nothing between the fingers
-            env.step(action)
 
 
 def test_demonstrations_are_written(tmp_path, capsys):
     args = make_furniture_demos.Args(episodes=1, seed=2, out=tmp_path / "demos.hdf5")
     with h5py.File(make_furniture_demos.make(args)) as file:
-        attributes, demo = file["data"].attrs, file["data/demo_0"]
-        found = [attributes[name] for name in ("furniture", "randomness", "backend", "seed")]
-        assert found == ["one_leg", "low", "MuJoCo", 2]
+        demo = file["data/demo_0"]
         steps = demo.attrs["num_samples"]
         for name, shape in {"actions": (10,), "obs/state": (58,), "rewards": ()}.items():
             assert demo[name].shape == (steps, *shape) and demo[name].dtype == np.float32
@@ -542,8 +387,6 @@ def test_vector_environment_agrees_with_single_ones(envs):
             for action in chunk[i]:
                 state = single.step(action)[0]
             np.testing.assert_array_equal(step.next_obs[i], state)
-            found = step.reward[i], step.terminated[i], step.truncated[i], step.score[i], step.length[i]
-            assert found == (0, False, False, 0, 4)
     vector.close()
 
 
@@ -585,30 +428,17 @@ def test_time_limit_and_success_end_episodes_and_the_next_seeds_begin_new_ones(m
 
 
 def test_time_limits_are_those_of_furniturebench():
-    env = FurnitureEnv(horizon=2)
-    env.reset(seed=0)
-    assert [env.step(stay(env))[2:4] for _ in range(2)] == [(False, False), (False, True)]
     assert [FURNITURE[name].horizon for name in TASKS] == [700, 1000]
 
 
 def test_a_reset_that_diverges_is_drawn_again():
     vector = vector_envs(2)
-    env, calls = vector.envs[0], []
-    reset = env.reset
-
-    def diverging(seed=None):
-        calls.append(seed)
-        result = reset(seed=seed)
-        if len(calls) < 3:
-            raise PhysicsError("diverged")
-        return result
-
-    env.reset = diverging
+    another = vector.envs[0].reset(seed=8)
+    vector.envs[0].reset = Mock(side_effect=[PhysicsError, PhysicsError, another])
     vector.reset(1)
-    assert calls == [1, None, None] and vector.diverged.tolist() == [2, 0]
-    assert np.isfinite(vector.obs).all() and not np.array_equal(vector.obs[0], first_state(1))
-    np.testing.assert_array_equal(vector.obs[1], first_state(2))
-    env.reset = lambda seed=None: diverging(calls.clear())
+    assert vector.diverged.tolist() == [2, 0]
+    np.testing.assert_array_equal(vector.obs, [another[0], first_state(2)])
+    vector.envs[0].reset = Mock(side_effect=PhysicsError)
     with pytest.raises(PhysicsError, match="ten resets"):
         vector.reset(1)
     vector.close()
