@@ -1,7 +1,7 @@
 import json
-import re
 import shutil
 from contextlib import closing
+from unittest.mock import Mock
 
 import h5py
 import numpy as np
@@ -82,7 +82,6 @@ def test_expert_solves_the_task(environment, task, seed):
     steps, spec = len(episode["actions"]), TASKS[task]
     assert steps < spec.horizon
     assert episode["actions"].shape == (steps, 7 * spec.robots)
-    assert episode["actions"].dtype == np.float32
     assert np.abs(episode["actions"]).max() <= 1
     solved = np.flatnonzero(episode["rewards"])
     assert len(solved) == maker.STEPS_AFTER_SUCCESS + 1
@@ -90,19 +89,13 @@ def test_expert_solves_the_task(environment, task, seed):
     for key in spec.state_keys(False):
         np.testing.assert_array_equal(episode["obs"][key][1:], episode["next_obs"][key][:-1])
     assert len(episode["states"]) == len(episode["obs"]["object"]) == steps
-    assert len(episode["next_obs"]["object"]) == steps
 
 
-def test_a_seed_fixes_the_episode_and_noise_changes_it(environment):
-    run = lambda seed, noise: run_episode(environment("lift"), "lift", seed, 20, noise)
-    first, again, other, calm = run(3, 0.05), run(3, 0.05), run(4, 0.05), run(3, 0.0)
-    for key in ("actions", "states"):
-        np.testing.assert_array_equal(first[key], again[key])
-    assert not np.array_equal(first["states"][0], other["states"][0])
-    np.testing.assert_array_equal(first["states"][0], calm["states"][0])
-    difference = np.abs(first["actions"] - calm["actions"])[0]
+def test_noise_changes_what_follows_the_first_state(environment):
+    noisy, calm = (run_episode(environment("lift"), "lift", 3, 20, noise) for noise in (0.05, 0.0))
+    np.testing.assert_array_equal(noisy["states"][0], calm["states"][0])
+    difference = np.abs(noisy["actions"] - calm["actions"])[0]
     assert 0 < difference[:6].max() < 0.5 and difference[6] == 0  # never the gripper's
-    assert len(first["actions"]) == 20
 
 
 def test_file_has_robomimics_layout(environment, lift_file):
@@ -116,15 +109,11 @@ def test_file_has_robomimics_layout(environment, lift_file):
         assert list(file["mask/valid"]) == [b"demo_2"]
         demo = file["data/demo_1"]
         episode = run_episode(environment("lift"), "lift", int(demo.attrs["seed"]))
-        assert demo.attrs["num_samples"] == len(episode["actions"])
         np.testing.assert_array_equal(demo["actions"], episode["actions"])
         np.testing.assert_array_equal(demo["rewards"], episode["rewards"])
         np.testing.assert_array_equal(np.flatnonzero(demo["dones"]), [len(episode["actions"]) - 1])
-        np.testing.assert_array_equal(demo["states"][0], episode["states"][0])
         np.testing.assert_allclose(demo["states"], episode["states"], **TOLERANCE)
-        assert demo["states"].dtype == np.float64
         for name in ("obs", "next_obs"):
-            assert set(demo[name]) == set(LIFT_KEYS)
             for key in LIFT_KEYS:
                 np.testing.assert_allclose(demo[name][key], episode[name][key], **TOLERANCE)
 
@@ -134,20 +123,16 @@ def test_robomimic_reads_the_file(environment, lift_file):
     import_robomimic()
     from robomimic.utils.dataset import SequenceDataset
 
-    names = ["actions", *(f"{kind}/{key}" for kind in ("obs", "next_obs") for key in LIFT_KEYS)]
-    with h5py.File(lift_file) as file:
-        demos = [{name: file[f"data/demo_{i}/{name}"][()] for name in names} for i in range(EPISODES)]
-    expected = {name: np.concatenate([demo[name] for demo in demos[:TRAIN]]) for name in names}
-    settings = dict(dataset_keys=["actions", "rewards", "dones"], load_next_obs=True)
-    settings["filter_by_attribute"] = "train"
+    settings = dict(dataset_keys=["actions"], load_next_obs=True, filter_by_attribute="train")
     data = SequenceDataset(str(lift_file), LIFT_KEYS, seq_length=1, **settings)
-    assert len(data) == len(expected["actions"])
-    for index in (0, len(demos[0]["actions"]) - 1, len(demos[0]["actions"]) + 7, len(data) - 1):
-        item = data[index]
-        np.testing.assert_array_equal(item["actions"][0], expected["actions"][index])
+    with closing(data.hdf5_file) as file:
+        first, second = file["data/demo_0"], file["data/demo_1"]
+        assert len(data) == len(first["actions"]) + len(second["actions"])
+        item = data[len(first["actions"]) + 7]
+        np.testing.assert_array_equal(item["actions"][0], second["actions"][7])
         for kind in ("obs", "next_obs"):
             for key in LIFT_KEYS:
-                np.testing.assert_array_equal(item[kind][key][0], expected[f"{kind}/{key}"][index])
+                np.testing.assert_array_equal(item[kind][key][0], second[kind][key][7])
 
 
 def test_load_reads_the_file(lift_file):
@@ -163,7 +148,6 @@ def test_load_reads_the_file(lift_file):
         assert data["episode_ends"].tolist() == ends.tolist()
         np.testing.assert_array_equal(valid["action"], file["data/demo_2/actions"])
     assert len(load(lift_file, "lift", images=False, max_episodes=1)["episode_ends"]) == 1
-    assert data["meta"]["env_name"] == "Lift"
 
 
 def test_replayed_actions_solve_the_task(environment, lift_file):
@@ -195,7 +179,6 @@ def test_images_are_those_of_the_environment(image_file):
         different = (images[11] != expected).any(-1).mean()
         assert different < 1e-3  # the state in the file is rounded
         assert (images[0] != expected).any(-1).mean() > 0.02
-        assert json.loads(file["data"].attrs["env_args"])["env_kwargs"]["camera_names"] == ["agentview"]
     data = load(image_file, "lift", images=True)
     np.testing.assert_array_equal(data["rgb"], np.concatenate(pixels(image_file)).transpose(0, 3, 1, 2))
     assert data["state"].shape == (24, 9)
@@ -248,6 +231,12 @@ def fail_all(file):
         demo["rewards"][()] = 0
 
 
+def two_controllers(file):
+    meta = json.loads(file["data"].attrs["env_args"])
+    meta["env_kwargs"]["controller_configs"] = [meta["env_kwargs"]["controller_configs"]] * 2
+    file["data"].attrs["env_args"] = json.dumps(meta)
+
+
 ERRORS = {
     "other task": (lambda file: None, dict(task="square"), "Lift"),
     "no metadata": (lambda file: file["data"].attrs.pop("env_args"), {}, "env_args"),
@@ -259,6 +248,7 @@ ERRORS = {
     "short actions": (replace("data/demo_0/actions", lambda a: a[:, :6]), {}, "actions"),
     "fewer actions": (replace("data/demo_0/actions", lambda a: a[:-1]), {}, "actions"),
     "unknown split": (lambda file: None, dict(split="test"), "test"),
+    "list of controllers": (two_controllers, {}, "list of controllers"),
 }
 
 
@@ -276,53 +266,20 @@ def test_load_says_what_is_wrong(lift_file, tmp_path, name):
     assert expected in message(damage(lift_file, tmp_path / "a.hdf5", change), **arguments)
 
 
-IMAGE_ERRORS = {
-    "small": (lambda x: x[:, ::2, ::2], r"holds uint8 images of \(48, 48, 3\), not uint8 of \(96,"),
-    "float": (lambda x: x / np.float32(255), "holds float32 images"),
-    "too few": (lambda x: x[:-3], "holds 9 images for 12 states"),
-}
+@pytest.mark.parametrize("change, expected", [
+    (lambda x: x[:, ::2, ::2], "(48, 48, 3)"), (lambda x: x / np.float32(255), "holds float32 images"),
+    (lambda x: x[:-3], "9 images for 12 states"),
+])  # fmt: skip
+def test_load_says_what_is_wrong_with_images(image_file, tmp_path, change, expected):
+    change = replace("data/demo_0/obs/agentview_image", change)
+    text = message(damage(image_file, tmp_path / "a.hdf5", change), images=True)
+    assert expected in text and "--images-from" in text
 
 
-@pytest.mark.parametrize("name", IMAGE_ERRORS)
-def test_load_says_what_is_wrong_with_images_and_how_to_render_them(image_file, tmp_path, name):
-    change, expected = IMAGE_ERRORS[name]
-    key = "data/demo_0/obs/agentview_image"
-    text = message(damage(image_file, tmp_path / "a.hdf5", replace(key, change)), images=True)
-    assert re.search(f"{key} {expected}", text) and "--images-from" in text
-
-
-def test_load_says_that_a_later_camera_is_wrong(tmp_path):
-    path, keys = tmp_path / "transport.hdf5", TASKS["transport"].image_keys
-    with h5py.File(path, "w") as file:
-        meta = {"env_name": TASKS["transport"].env_name}
-        file.create_group("data").attrs["env_args"] = json.dumps(meta)
-        demo = file.create_group("data/demo_0")
-        demo["actions"], demo["rewards"] = np.zeros((4, 14)), np.ones(4)
-        for key in TASKS["transport"].state_keys(True):
-            demo[f"obs/{key}"] = np.zeros((4, 3))
-        for key, size in zip(keys, (96, 84), strict=True):
-            demo[f"obs/{key}"] = np.zeros((4, size, size, 3), np.uint8)
-    assert keys[1] in message(path, "transport", images=True)
-
-
-def test_load_says_that_there_is_more_than_one_controller(lift_file, tmp_path):
-    def change(file):
-        meta = json.loads(file["data"].attrs["env_args"])
-        meta["env_kwargs"]["controller_configs"] = [meta["env_kwargs"]["controller_configs"]] * 2
-        file["data"].attrs["env_args"] = json.dumps(meta)
-
-    assert "list of controllers" in message(damage(lift_file, tmp_path / "a.hdf5", change))
-
-
-def test_images_are_used_with_the_rendering_that_made_them(image_file, tmp_path):
-    with h5py.File(image_file) as file:
-        assert bool(file["data"].attrs["fast_render"])
+def test_images_are_used_with_the_rendering_that_made_them(image_file):
     load(image_file, "lift", images=True, fast_render=True)
     with pytest.raises(DatasetError, match="rendered with --fast-render; train with the same"):
         load(image_file, "lift", images=True, fast_render=False)
-    forget = lambda file: file["data"].attrs.pop("fast_render")
-    elsewhere = damage(image_file, tmp_path / "a.hdf5", forget)
-    load(elsewhere, "lift", images=True, fast_render=False)  # does not say
 
 
 def test_load_says_that_a_file_is_missing_truncated_or_not_hdf5(lift_file, tmp_path):
@@ -340,41 +297,25 @@ def test_render_images_says_what_is_wrong(image_file, lift_file, tmp_path):
     change = lambda file: file["data"].attrs.modify("env_args", door)
     other = damage(lift_file, tmp_path / "a.hdf5", change)
     stateless = damage(lift_file, tmp_path / "b.hdf5", lambda file: file["data/demo_0"].pop("states"))
-    missing = tmp_path / "none.hdf5"
-    for source, text in (other, "Door"), (stateless, "states"), (missing, "cannot be read"):
-        with pytest.raises(DatasetError, match=text) as error:
+    for source, text in (other, "Door"), (stateless, "states"):
+        with pytest.raises(DatasetError, match=text):
             render_images(source, tmp_path / "out.hdf5")
-        assert str(source) in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(SystemExit, match="another --out"):
         render_images(image_file, image_file)
     assert not (tmp_path / "out.hdf5").exists()
 
 
-@pytest.mark.parametrize("why", ["interrupted", "expert fails"])
-def test_a_failed_run_leaves_the_old_file(environment, monkeypatch, tmp_path, why):
+def test_an_interrupted_run_leaves_the_old_file(environment, monkeypatch, tmp_path):
     out = tmp_path / "a.hdf5"
     out.write_text("old")
     monkeypatch.setattr(maker, "build", lambda task: environment(task))
-    if why == "interrupted":
-        steps = iter([maker.write_demo])
-        monkeypatch.setattr(maker, "write_demo", lambda *a: next(steps, interrupt)(*a))
-        text = "interrupted, nothing was written"
-    else:
-        failure = {"actions": [0], "rewards": np.zeros(1)}
-        monkeypatch.setattr(maker, "run_episode", lambda *a, **k: failure)
-        text = "0 of 21 attempts"
-    with pytest.raises(SystemExit, match=text) as error:
+    monkeypatch.setattr(maker, "write_demo", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(SystemExit, match="interrupted, nothing was written"):
         make(Args(task="lift", episodes=2, out=out))
-    assert "\n" not in str(error.value)
     assert out.read_text() == "old" and list(tmp_path.iterdir()) == [out]
-
-
-def interrupt(*arguments):
-    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("change", [dict(episodes=0), dict(noise=-0.1)])
 def test_make_refuses_nonsense(change, tmp_path):
-    with pytest.raises(SystemExit, match=f"--{next(iter(change)).replace('_', '-')}"):
+    with pytest.raises(SystemExit, match=f"--{next(iter(change))}"):
         make(Args(out=tmp_path / "a.hdf5", **change))
-    assert not list(tmp_path.iterdir())
