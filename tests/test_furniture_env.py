@@ -17,7 +17,7 @@ from common.flow import FlowPolicy
 from demos import make_furniture_demos
 from demos.furniture_one_leg import OneLeg
 from demos.furniture_skills import from_rotation_vector
-from demos.make_furniture_demos import run_episode, wilson
+from demos.make_furniture_demos import run_episode
 from envs.furniture_mujoco import (
     FURNITURE,
     HOLES,
@@ -239,18 +239,6 @@ def test_randomisation_covers_its_ranges(envs, monkeypatch, furniture, randomnes
     assert np.abs(np.corrcoef(every) - np.eye(len(every))).max() < 0.15  # each is drawn on its own
 
 
-def test_episodes_repeat_bit_for_bit(envs):
-    first, second = envs(), FurnitureEnv()
-    actions, states = None, []
-    for env, seed in ((first, 5), (first, 6), (second, 5), (first, 5)):
-        obs = [env.reset(seed=seed)[0]]
-        actions = actions or wander(env, np.random.default_rng(0), 6)
-        states.append(np.array(obs + [env.step(action)[0] for action in actions]))
-    np.testing.assert_array_equal(states[0], states[2])
-    np.testing.assert_array_equal(states[0], states[3])
-    assert (states[0] != states[1]).any()
-
-
 def test_bulb_stays_until_the_hand_is_close(envs):
     env = envs("lamp")
     env.reset(seed=0)
@@ -347,7 +335,7 @@ def test_recording_follows_a_base_policy_from_its_file(tmp_path):
     assert np.array_equal(recorded[0], plain[0]) and not np.array_equal(recorded, plain)
 
 
-def test_demonstrations_are_written(tmp_path, capsys):
+def test_demonstrations_are_written(tmp_path):
     args = make_furniture_demos.Args(episodes=1, seed=2, out=tmp_path / "demos.hdf5")
     with h5py.File(make_furniture_demos.make(args)) as file:
         demo = file["data/demo_0"]
@@ -356,9 +344,6 @@ def test_demonstrations_are_written(tmp_path, capsys):
             assert demo[name].shape == (steps, *shape) and demo[name].dtype == np.float32
         assert demo["rewards"][()].sum() == 1 and np.isfinite(demo["obs/state"][()]).all()
         np.testing.assert_array_equal(demo["obs/state"][0], first_state(int(demo.attrs["seed"])))
-    printed = capsys.readouterr().out
-    assert "1 of 1 attempts succeeded (100%)" in printed and "95 % interval 21% to 100%" in printed
-    np.testing.assert_allclose(wilson(90, 100), (0.8256, 0.9448), atol=1e-4)
 
 
 # --------------------------------------------------------------------------- vector environment
