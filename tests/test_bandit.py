@@ -99,18 +99,6 @@ def test_finetuning_moves_mass_to_the_better_mode_and_keeps_the_other(pretrained
     assert q_after > q_before + 0.1
 
 
-def test_repulsion_keeps_the_actions_spread_out(pretrained):
-    def spread(alpha):
-        actions = draw(finetune(pretrained, MixtureCritic(), 300, alpha=alpha))
-        return actions[actions[:, 0] < 0].var(0).sum().item()
-
-    assert spread(3 * ALPHA) > 1.2 * spread(0.0)
-
-
-# The particles themselves, without a network: P = 100, one dimension, modes at -1 and 1, started with
-# other weights. The scaling alpha' = alpha mean|grad Q| is undone, so that the density is
-# exp(Q / temperature), whose mass left of zero is 0.739; 100 particles that repel each other come within
-# 0.06 of it.
 @pytest.mark.parametrize("start", [0.3, 0.5, 0.7])
 def test_particles_take_the_boltzmann_weights_of_two_modes(start):
     temperature, std, modes, P = 0.2, 0.5, torch.tensor([[-1.0], [1.0]]), 100

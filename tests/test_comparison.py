@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, parse
 
-from benchmark import critic_diagnostics, plot, run, throughput
-from benchmark.tools import read_csv, replace_rows, write_csv
+from benchmark import critic_diagnostics, plot, run
+from benchmark.tools import read_csv, write_csv
 
 TINY = (
     "--device cpu --num-envs 4 --rollout-chunks 12 --iterations 4 --eval-episodes 2 "
@@ -32,19 +32,6 @@ def test_every_method_gets_the_same_time_on_a_task(tmp_path):
     cells = run.cells(run.Args("baselines", out=tmp_path / "none.csv"))
     times = {(cell.task, cell.flags.split()[-1]) for cell in cells}
     assert times == {("Hopper-v4", "300"), ("Walker2d-v4", "600"), ("HalfCheetah-v4", "600")}
-
-
-def test_unknown_method_stops_with_the_known_ones(tmp_path):
-    with pytest.raises(SystemExit, match=r"ppo is none of rldt, rldt-delta, qam, .*sac"):
-        run.cells(run.Args("baselines", methods=("ppo", "qam"), out=tmp_path / "none.csv"))
-
-
-def test_a_method_of_the_search_stands_for_its_tries(tmp_path):
-    def methods(*names):
-        return [cell.method for cell in run.cells(run.Args("search", names, out=tmp_path / "none.csv"))]
-
-    assert methods("qam") == [f"qam#{number}" for number in range(1, 1 + len(run.TRIES["qam"]))]
-    assert methods("sac#2", "qam#1") == ["qam#1", "sac#2"]
 
 
 @pytest.mark.parametrize("experiment", run.EXPERIMENTS)
@@ -79,34 +66,6 @@ def test_run_that_fails_is_reported_and_not_kept(tmp_path):
     files = run.execute(cell, tmp_path / "runs")
     assert "Cannot make the environment 'Nothing-v0'" in run.keep(cell, files, args)
     assert not args.out.exists()
-
-
-def test_launcher_exits_with_an_error_where_a_run_failed(monkeypatch, tmp_path):
-    for failed in (0, 2):
-        monkeypatch.setattr(run, "launch", lambda todo, args, failed=failed: failed)
-        with pytest.raises(SystemExit) as stop:
-            run.main(run.Args("gym", out=tmp_path / "b.csv"))
-        assert stop.value.code == (1 if failed else 0)
-
-
-def test_rows_replace_those_of_the_same_key_only(tmp_path):
-    rows = [dict(task="a", seed=1, value=1), dict(task="a", seed=2, value=2)]
-    write_csv(tmp_path / "t.csv", rows)
-    replace_rows(tmp_path / "t.csv", [dict(task="a", seed=2, value=3.0, new="x")], ("task", "seed"))
-    assert [tuple(row.values()) for row in read_csv(tmp_path / "t.csv")] == [
-        ("a", "1", "1", ""),
-        ("a", "2", "3", "x"),
-    ]
-
-
-def test_rates_count_the_steps_of_the_optimizers(tiny_base):
-    args = throughput.Args(("gym",), measured=2, extra=f"{TINY} --iterations 5 --base {tiny_base}")
-    rows = throughput.train("qam", "Hopper-v4", "baselines.qam", "--env-id Hopper-v4", args)
-    rates = {unit: value for *_, value, unit in rows}
-    steps = 2 * (3 + 1)  # rounds of steps of critic and actor
-    assert rates["gradient steps/s"] * rates["s/iteration"] == pytest.approx(steps)
-    assert 0 < rates["env steps/s"] * rates["s/iteration"] <= 4 * 12 * 2 + 1e-3
-    assert 100 < rates["MiB"] < 10_000
 
 
 def test_pins_of_the_extras_do_not_contradict_those_of_the_project():

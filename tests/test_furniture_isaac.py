@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 
 import rldt_furniture
+from common.flow import FlowPolicy
 from envs.furniture_isaac import IsaacVectorEnv, isaac_missing
 from envs.furniture_mujoco import FurnitureVectorEnv
 
@@ -231,6 +232,36 @@ def test_where_isaac_is_missing_auto_takes_mujoco_and_isaac_stops_in_one_line():
     assert resolved(backend="auto").backend == "mujoco"
     with pytest.raises(SystemExit, match=r"Isaac Gym is not installed; use --backend mujoco\.$"):
         resolved(backend="isaac")
+
+
+def test_a_run_in_isaac_resets_all_environments_together(simulator, tmp_path):
+    simulator.rewards = lambda t, i: float((t, i) in ((2, 0), (5, 1), (6, 1)))
+    policy = FlowPolicy(44, 10, 4, 4, width=16, depth=3, time_dim=8)
+    policy.obs_max.fill_(300)
+    policy.obs_min.fill_(-300)
+    policy.save(tmp_path / "base.safetensors")
+    args = rldt_furniture.Args(
+        backend="isaac", furniture="lamp", base=tmp_path / "base.safetensors", runs=tmp_path / "runs",
+        device="cpu", threads=1, iterations=2, num_envs=3, horizon=10, buffer_iterations=2,
+        eval_every=10, final_eval_episodes=4, rounds=1, critic_steps=2, critic_batch=8, segments=6,
+        warmup_iterations=0, actor_steps=1, actor_batch=4, n_particles=2,
+    )  # fmt: skip
+    result = rldt_furniture.main(args)
+    # eight episodes in three waves, one rollout and the start of what would follow, eight episodes again
+    waves = [[0, 1, 2], [0, 1, 2], [0, 1]]
+    assert simulator.resets == [*waves, [0, 1, 2], [0, 1, 2], *waves]
+    assert (result["args"]["backend"], result["task"], result["env_steps"]) == ("isaac", "lamp-low", 30)
+    # environments have 1, 2 and 0 pairs; the waves begin with the four episodes from zero
+    assert (result["base_stages"], result["base_success"]) == ((1 + 2 + 0 + 1) / 4, 1 / 4)
+    found = result["base_stages_sampled"], result["base_success_sampled"]
+    assert found == ((2 + 0 + 1 + 2) / 4, 2 / 4)
+    (run,) = (tmp_path / "runs").iterdir()
+    slot = torch.load(run / "checkpoint.replay0", weights_only=True)
+    assert slot["reward"].T.tolist() == [[1, 0, 0], [0, 2, 0], [0, 0, 0]]
+    assert (2 * slot["obs"][..., -1]).T.tolist() == [[0, 1, 1, 0], [0, 0, 2, 0], [0, 0, 0, 0]]
+    assert slot["valid"].T.tolist() == [[1, 1, 1], [1, 1, 0], [1, 1, 1]]
+    assert slot["reached"].T.tolist() == [[1] * 3, [2] * 3, [0] * 3]
+    assert slot["terminated"].T.tolist() == [[0, 0, 1], [0, 1, 1], [0, 0, 1]]
 
 
 # ----------------------------------------------------------------------------------- order of imports
