@@ -50,18 +50,13 @@ class Pretraining:
         return defaults | given
 
 
-def unfinished(out: Path) -> Path:
-    """The checkpoint of a pretraining that is not done."""
-    return out.with_suffix(".unfinished")
-
-
 @dataclass
 class Gym(Pretraining, rldt_gym.TaskArgs):
     def run(self):
         settings = self.settings(rldt_gym.PRETRAINING[self.preset])
         out = self.out or dataset.DEMOS / self.env_id / "base.safetensors"
         data = dataset.get(self.env_id, self.dataset, rldt_gym.make_envs(self, 1))
-        policy = rldt_gym.pretrain(self, data, unfinished(out), **settings)
+        policy = rldt_gym.pretrain(self, data, out.with_suffix(".unfinished"), **settings)
         scores = rldt_gym.evaluate(policy, self, self.final_eval_episodes, 1_000_000)
         return policy, scores, out
 
@@ -77,7 +72,7 @@ class Robomimic(Pretraining, rldt_robomimic.TaskArgs):
         out = self.out or dataset.DEMOS / self.task / f"base_{self.obs}.safetensors"
         fast = rldt_robomimic.FAST_RENDER[self.preset]
         data = robomimic.get(self.task, self.obs, self.dataset, fast, self.episodes, self.split)
-        policy = rldt_robomimic.pretrain(self, data, unfinished(out), **settings)
+        policy = rldt_robomimic.pretrain(self, data, out.with_suffix(".unfinished"), **settings)
         envs = rldt_robomimic.make_envs(self, policy)
         scores = rldt_robomimic.evaluate(policy, envs, self, self.final_eval_episodes, 1_000_000)
         envs.close()
@@ -93,7 +88,7 @@ class Furniture(Pretraining, rldt_furniture.TaskArgs):
         settings = self.settings(rldt_furniture.PRETRAINING[self.preset])
         out = self.out or dataset.DEMOS / self.furniture / f"base_{self.randomness}.safetensors"
         data = furniture.get(self.furniture, self.randomness, self.dataset, self.episodes)
-        policy = rldt_furniture.pretrain(self, data, unfinished(out), **settings)
+        policy = rldt_furniture.pretrain(self, data, out.with_suffix(".unfinished"), **settings)
         envs = rldt_furniture.make_envs(self, self.num_envs)
         scores = rldt_furniture.evaluate(policy, envs, self, self.final_eval_episodes, 1_000_000)
         envs.close()
@@ -110,7 +105,7 @@ def main(argv: list[str]):
     set_up(args)
     policy, scores, out = args.run()
     policy.save(out, **policy.info | scores)
-    unfinished(out).unlink(missing_ok=True)
+    out.with_suffix(".unfinished").unlink(missing_ok=True)
     print(f"{out}: {scores}")
 
 
