@@ -264,7 +264,7 @@ class Run:
         results["wall_s"] = self.progress["wall_s"]
         text = json.dumps(results, indent=2)
         write_atomically(self.path / "result.json", lambda p: p.write_text(text))
-        for key in final:
+        for key in [key for key in final if not key.endswith(("_std", "_low", "_high"))]:
             points = [(row["env_steps"], row[key]) for row in rows if key in row]
             plt.plot(*zip(*points, strict=True), "o-", label=key)
         plt.xlabel("environment steps")
