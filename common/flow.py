@@ -45,11 +45,8 @@ class ResidualBlock(nn.Module):
 class VelocityMLP(nn.Module):
     """Velocity v_theta(x, t, s) of a flow-matching policy, a residual MLP as in DPPO (Ren et al. 2024).
 
-    Args:
-        action_size, cond_dim: D, the size of a flattened action chunk, and that of s.
-        width, depth: of the hidden layers, and their number; depth 3 is one residual block.
-        layer_norm: LayerNorm inside the residual blocks.
-        cond_mlp: sizes of an MLP through which s goes first, or () for none.
+    action_size is D, the size of a flattened action chunk, and cond_dim that of s. depth counts hidden
+    layers, two in each residual block. cond_mlp has the sizes of an MLP through which s goes first.
     """
 
     def __init__(self, action_size: int, cond_dim: int, width=512, depth=3, time_dim=16,
@@ -57,7 +54,7 @@ class VelocityMLP(nn.Module):
         super().__init__()
         if depth < 3 or depth % 2 == 0:
             raise ValueError(f"depth must be odd and at least 3 (blocks have two layers), got {depth}")
-        self.action_size, self.time_dim = action_size, time_dim
+        self.time_dim = time_dim
         widen, narrow = nn.Linear(time_dim, 2 * time_dim), nn.Linear(2 * time_dim, time_dim)
         self.time_mlp = nn.Sequential(widen, nn.Mish(), narrow)
         layers, size = [], cond_dim
@@ -65,18 +62,16 @@ class VelocityMLP(nn.Module):
             layers += [nn.Linear(size, hidden), ACTIVATIONS[activation]()]
             size = hidden
         self.cond_mlp = nn.Sequential(*layers[:-1])  # no activation after its last layer
-        self.trunk = nn.Sequential(
-            nn.Linear(action_size + time_dim + size, width),
-            *[ResidualBlock(width, activation, layer_norm) for _ in range((depth - 1) // 2)],
-            nn.Linear(width, action_size),
-        )
+        layers = [nn.Linear(action_size + time_dim + size, width)]
+        layers += [ResidualBlock(width, activation, layer_norm) for _ in range((depth - 1) // 2)]
+        self.trunk = nn.Sequential(*layers, nn.Linear(width, action_size))
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
         """x (..., D), t (...) or one number for all, cond (..., cond_dim) -> velocity (..., D)."""
         dtype = self.trunk[0].weight.dtype
         time = self.time_mlp(time_embedding(t, self.time_dim).to(dtype)).expand(*x.shape[:-1], -1)
-        cond = self.cond_mlp(cond.to(dtype))
-        return self.trunk(torch.cat([x.to(dtype), time, cond], -1)).to(x.dtype)
+        inputs = torch.cat([x.to(dtype), time, self.cond_mlp(cond.to(dtype))], -1)
+        return self.trunk(inputs).to(x.dtype)
 
 
 def interpolate(action: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -92,15 +87,11 @@ def flow_matching_loss(velocity: Callable, action: torch.Tensor, cond: torch.Ten
 
 
 def fit(network: nn.Module, loss, steps: int, lr: float, args, checkpoint: Path | None = None):
-    """AdamW on `loss()`, its steps falling to a tenth along a cosine; a network of averaged weights.
-
-    Goes on from `checkpoint` where that file exists; it is written every 500 steps.
-    """
+    """AdamW on `loss()`, steps falling to a tenth; gives averaged weights. Goes on from `checkpoint`."""
     averaged, progress = copy.deepcopy(network), dict(done=0)
     optimizer = torch.optim.AdamW(network.parameters(), lr, weight_decay=1e-6, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, lr / 10)
-    elsewhere = ("resume", "device", "threads")  # may differ where it goes on
-    settings = {key: str(value) for key, value in vars(args).items() if key not in elsewhere}
+    settings = {k: str(v) for k, v in vars(args).items() if k not in ("resume", "device", "threads")}
     parts = dict(settings=settings | dict(steps=steps, lr=lr), progress=progress, network=network,
                  averaged=averaged, optimizer=optimizer, schedule=schedule)  # fmt: skip
     if checkpoint and checkpoint.exists():
@@ -122,16 +113,12 @@ def fit(network: nn.Module, loss, steps: int, lr: float, args, checkpoint: Path 
 
 @torch.no_grad()
 def sample(velocity: Callable, cond: torch.Tensor, x0: torch.Tensor, steps: int, trajectory=False):
-    """Euler steps x_{k+1} = x_k + v(x_k, k/K, s) / K from x0 (..., D) at t = 0 to the action at t = 1.
-
-    Returns the action (..., D), or with `trajectory` all points x_0 .. x_K, (K + 1, ..., D).
-    """
-    x, points = x0, [x0]
+    """x_{k+1} = x_k + v(x_k, k/K, s) / K from x0 (..., D): the action, or all points (K + 1, ..., D)."""
+    points = [x0]
     for k in range(steps):
-        x = x + velocity(x, torch.full((), k / steps, device=x.device), cond) / steps
-        if trajectory:
-            points.append(x)
-    return torch.stack(points) if trajectory else x
+        t = torch.full((), k / steps, device=x0.device)
+        points.append(points[-1] + velocity(points[-1], t, cond) / steps)
+    return torch.stack(points) if trajectory else points[-1]
 
 
 def expected_target(x: torch.Tensor, t: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -142,10 +129,8 @@ def expected_target(x: torch.Tensor, t: torch.Tensor, v: torch.Tensor) -> torch.
 class FlowPolicy(nn.Module):
     """A velocity network with the scaling of its demonstrations, which stays as it is after pretraining.
 
-    Args:
-        chunk, euler_steps: actions per decision, executed open loop, and K, steps from noise to action.
-        feature_dim: size of features that the velocity is conditioned on besides the observation.
-        network: width, depth, time_dim and more of VelocityMLP.
+    chunk is the number of actions per decision, euler_steps K, the steps from noise to action. The
+    velocity may see `feature_dim` features besides the observation; `network` is VelocityMLP's.
     """
 
     def __init__(self, obs_dim, action_dim, chunk, euler_steps, feature_dim=0, **network):
