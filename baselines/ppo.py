@@ -59,25 +59,35 @@ class RewardScale(nn.Module):
     def __init__(self, num_envs: int, gamma: float):
         super().__init__()
         self.gamma = gamma
-        for name, value in ("mean", 0.0), ("var", 1.0), ("count", 1e-4):
-            self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
-        self.register_buffer("carry", torch.zeros(num_envs))  # discounted return of running episodes
+        for name in ("mean", "var", "count"):  # of the returns in rollouts with reward
+            self.register_buffer(name, torch.zeros((), dtype=torch.float64))
+        carry = torch.zeros(num_envs, dtype=torch.float64)
+        self.register_buffer("carry", carry)  # discounted return of running episodes
 
     def forward(self, reward: torch.Tensor, done: torch.Tensor) -> torch.Tensor:
         """Rewards and ends of episodes (T, N) -> scaled rewards, clipped to +-10 deviations."""
-        returns = torch.empty_like(reward)
+        returns = torch.empty_like(reward, dtype=torch.float64)
         for t in range(len(reward)):
             returns[t] = self.carry = reward[t] + self.gamma * self.carry
             self.carry = self.carry * (1 - done[t])
-        moments = torch.stack([returns.mean(), returns.square().mean()]).double()
-        mean, square = average(moments)
-        var = square - mean.square()
+        if average(reward.abs().mean()) > 0:
+            self.update(returns)
+        return (reward / self.scale()).float().clamp(-10, 10)
+
+    def update(self, returns: torch.Tensor):
+        """Merges mean and variance of the returns with those of earlier ones (Chan et al. 1979)."""
+        mean = average(returns.mean())
+        var = average((returns - mean).square().mean())
         total = self.count + returns.numel()
         weight = returns.numel() / total
         between = weight * (1 - weight) * (mean - self.mean).square()
         self.var = (1 - weight) * self.var + weight * var + between
         self.mean, self.count = self.mean + weight * (mean - self.mean), total
-        return (reward / (self.var + 1e-8).sqrt().float()).clamp(-10, 10)
+
+    def scale(self) -> torch.Tensor:
+        """The deviation, at least a tenth of the mean's size; 1 before any reward."""
+        deviation = torch.maximum(self.var.sqrt(), 0.1 * self.mean.abs())
+        return torch.where(self.count > 0, deviation, 1.0)
 
 
 def gae(reward, terminated, truncated, value, next_value, gamma: float, lam: float) -> torch.Tensor:
@@ -245,7 +255,7 @@ def main(args: PPOArgs, method: Method) -> dict | None:
             state["trained"] += 1
             unexplained = rollout["advantage"].var() / rollout["target"].var().clamp_min(1e-8)
             row["diagnostics/explained_variance"] = 1 - unexplained.item()
-            row["diagnostics/reward_scale"] = reward_scale.var.sqrt().item()
+            row["diagnostics/reward_scale"] = reward_scale.scale().item()
             obs = batch["obs"][:512]
             run.add({"diagnostics/base_distance": policy.distance(base, obs)})
         run.log(row, state["env_steps"])

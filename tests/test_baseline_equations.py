@@ -66,6 +66,22 @@ def test_reward_scale_is_the_deviation_of_the_discounted_returns_of_all_rollouts
     assert outliers[0].tolist() == pytest.approx([10, -10, 1 / np.std(everything)], rel=1e-4)
 
 
+@pytest.mark.parametrize("late", [0, 3])
+@pytest.mark.parametrize("size", [1e-6, 0.1, 1e4])
+def test_reward_scale_of_constant_and_of_late_rewards(size, late):
+    scale, done = ppo.RewardScale(2, 0.5), torch.zeros(4, 2)
+    for _ in range(late):  # rollouts without reward teach nothing
+        assert torch.equal(scale(torch.zeros(4, 2), done), torch.zeros(4, 2))
+        assert scale.scale() == 1
+    scaled = scale(torch.full((4, 2), size), done)  # returns 1, 1.5, 1.75 and 1.875 times the reward
+    torch.testing.assert_close(scaled, torch.full((4, 2), 1 / np.std([1, 1.5, 1.75, 1.875])).float())
+    scale = ppo.RewardScale(2, 0.99)
+    for _ in range(3):  # episodes of a single step: all returns are equal
+        scaled = scale(torch.full((4, 2), -size), done + 1)
+        torch.testing.assert_close(scaled, torch.full((4, 2), -10.0))
+        assert scale.var < 1e-20 * size**2
+
+
 class LinearFlow(torch.nn.Module):
     """v(x, t, s) = x A + t b + s C, whose every quantity has a closed form."""
 
