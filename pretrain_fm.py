@@ -16,8 +16,8 @@ from pathlib import Path
 import rldt_furniture  # first: it imports Isaac Gym, which must come before torch
 import rldt_gym
 import rldt_robomimic
-from common.runs import set_up
-from common.settings import parse_args
+from common.runs import derive_seed, set_up
+from common.settings import Count, Size, Weight, launch
 from demos import dataset, furniture, robomimic
 
 
@@ -27,19 +27,19 @@ class Pretraining:
 
     # pretraining
     out: Path | None = None  # file to write; default: where the script looks for it, in demos/
-    epochs: int | None = None  # passes over the data
-    batch: int | None = None  # chunks of actions per step
-    lr: float | None = None  # first step size of AdamW, falling to a tenth along a cosine
-    head_steps: int | None = None  # with images: further steps of the velocity network alone
-    spread: float | None = None  # furniture: deviations from the mean that become 1; 0: the range
+    epochs: Count | None = None  # passes over the data
+    batch: Count | None = None  # chunks of actions per step
+    lr: Weight | None = None  # first step size of AdamW, falling to a tenth along a cosine
+    head_steps: Size | None = None  # with images: further steps of the velocity network alone
+    spread: Weight | None = None  # furniture: deviations from the mean that become 1; 0: the range
     start: Path | None = None  # furniture: base policy whose weights and scaling come first
 
     # sizes of the policy
-    chunk: int | None = None  # actions per decision, executed open loop
-    euler_steps: int | None = None  # K, Euler steps from noise to action
-    width: int | None = None  # of the velocity network's hidden layers
-    depth: int | None = None  # hidden layers of the velocity network, odd
-    time_dim: int | None = None  # size of the time embedding, even
+    chunk: Count | None = None  # actions per decision, executed open loop
+    euler_steps: Count | None = None  # K, Euler steps from noise to action
+    width: Count | None = None  # of the velocity network's hidden layers
+    depth: Count | None = None  # hidden layers of the velocity network, odd
+    time_dim: Count | None = None  # size of the time embedding, even
 
     def settings(self, defaults: dict) -> dict:
         """The script's settings with those that were given."""
@@ -47,7 +47,12 @@ class Pretraining:
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         for name in given.keys() - defaults.keys():
             raise SystemExit(f"--{name.replace('_', '-')} is not a setting of this family")
-        return defaults | given
+        chosen = defaults | given
+        if chosen["depth"] < 3 or chosen["depth"] % 2 == 0:
+            raise SystemExit("--depth must be odd and at least 3: residual blocks have two layers")
+        if chosen["time_dim"] < 4 or chosen["time_dim"] % 2:
+            raise SystemExit("--time-dim must be even and at least 4")
+        return chosen
 
 
 @dataclass
@@ -57,13 +62,14 @@ class Gym(Pretraining, rldt_gym.TaskArgs):
         out = self.out or dataset.DEMOS / self.env_id / "base.safetensors"
         data = dataset.get(self.env_id, self.dataset, rldt_gym.make_envs(self, 1))
         policy = rldt_gym.pretrain(self, data, out.with_suffix(".unfinished"), **settings)
-        scores = rldt_gym.evaluate(policy, self, self.final_eval_episodes, 1_000_000)
+        seed = derive_seed(self.seed, "evaluation")
+        scores = rldt_gym.evaluate(policy, self, self.final_eval_episodes, seed)
         return policy, scores, out
 
 
 @dataclass
 class Robomimic(Pretraining, rldt_robomimic.TaskArgs):
-    episodes: int = 0  # demonstrations to clone; 0: all
+    episodes: Size = 0  # demonstrations to clone; 0: all
     split: str | None = None  # clone those of mask/<split> in the file
 
     def run(self):
@@ -74,14 +80,15 @@ class Robomimic(Pretraining, rldt_robomimic.TaskArgs):
         data = robomimic.get(self.task, self.obs, self.dataset, fast, self.episodes, self.split)
         policy = rldt_robomimic.pretrain(self, data, out.with_suffix(".unfinished"), **settings)
         envs = rldt_robomimic.make_envs(self, policy)
-        scores = rldt_robomimic.evaluate(policy, envs, self, self.final_eval_episodes, 1_000_000)
+        seed = derive_seed(self.seed, "evaluation")
+        scores = rldt_robomimic.evaluate(policy, envs, self, self.final_eval_episodes, seed)
         envs.close()
         return policy, scores, out
 
 
 @dataclass
 class Furniture(Pretraining, rldt_furniture.TaskArgs):
-    episodes: int = 0  # demonstrations to clone; 0: all
+    episodes: Size = 0  # demonstrations to clone; 0: all
 
     def run(self):
         rldt_furniture.resolve(self)
@@ -90,7 +97,8 @@ class Furniture(Pretraining, rldt_furniture.TaskArgs):
         data = furniture.get(self.furniture, self.randomness, self.dataset, self.episodes)
         policy = rldt_furniture.pretrain(self, data, out.with_suffix(".unfinished"), **settings)
         envs = rldt_furniture.make_envs(self, self.num_envs)
-        scores = rldt_furniture.evaluate(policy, envs, self, self.final_eval_episodes, 1_000_000)
+        seed = derive_seed(self.seed, "evaluation")
+        scores = rldt_furniture.evaluate(policy, envs, self, self.final_eval_episodes, seed)
         envs.close()
         return policy, scores, out
 
@@ -98,10 +106,7 @@ class Furniture(Pretraining, rldt_furniture.TaskArgs):
 FAMILIES = {"gym": Gym, "robomimic": Robomimic, "furniture": Furniture}
 
 
-def main(argv: list[str]):
-    if not argv or argv[0] not in FAMILIES:
-        raise SystemExit(__doc__)
-    args = parse_args(FAMILIES[argv[0]], {}, __doc__, argv[1:])
+def main(args: Pretraining):
     set_up(args)
     policy, scores, out = args.run()
     policy.save(out, **policy.info | scores)
@@ -110,4 +115,6 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if len(sys.argv) < 2 or sys.argv[1] not in FAMILIES:
+        raise SystemExit(__doc__)
+    launch(main, FAMILIES[sys.argv.pop(1)], {}, __doc__)

@@ -25,8 +25,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common.flow import FlowPolicy, expected_target, fit, flow_matching_loss, interpolate
-from common.runs import Ring, Run, autocast, average_gradients, set_up
-from common.settings import Count, Share, Size, Weight, parse_args
+from common.runs import Ring, Run, autocast, average_gradients, derive_seed, set_up
+from common.settings import Count, Seed, Share, Size, Threads, Weight, launch
 from common.svgd import particle_gradient, transport_field
 from demos import furniture as dataset
 from demos.dataset import chunk_starts
@@ -46,12 +46,12 @@ class TaskArgs:
     backend: Literal["auto", "isaac", "mujoco"] = "auto"  # simulator; auto: Isaac Gym if installed
     preset: Literal["laptop", "paper"] = "laptop"  # defaults for two cores, or the paper's; flags win
     exp_name: str = "rldt"  # name of the experiment, part of the run directory's name
-    seed: Size = 1  # of networks, minibatches, noise and environments
+    seed: Seed = 1  # of networks, minibatches, noise and environments
     iterations: Size = 60  # training iterations, evaluations included (paper: 250; med: 500)
     wall_budget_s: Weight = 0.0  # seconds after which a run evaluates and ends; 0: no limit
     runs: Path = Path("runs")  # directory in which run directories are made
     device: str = "auto"  # torch device: cpu, cuda, cuda:0, ...; auto: CUDA where there is one
-    threads: Count = 2  # CPU threads of torch and of the environments in MuJoCo
+    threads: Threads = 2  # CPU threads of torch and of the environments in MuJoCo
     bf16: bool = True  # bfloat16 matrix products (autocast); weights and Euler states stay float32
     resume: Path | None = None  # run directory to continue from its last checkpoint, with its arguments
     evaluate: Path | None = None  # run directory whose final policy to evaluate
@@ -194,7 +194,8 @@ def get_base(args: TaskArgs, run: Run, envs) -> FlowPolicy:
     shipped = dataset.DEMOS / args.furniture / f"base_{args.randomness}.safetensors"
     if run.rank == 0 and not kept.exists():
         if args.base:
-            policy = FlowPolicy.load(args.base)
+            names = dict(furniture=args.furniture, script="rldt_furniture")
+            policy = FlowPolicy.load(args.base, **names)
         elif shipped.exists() and not (args.pretrain or args.dataset):
             policy = FlowPolicy.load(shipped)
         else:
@@ -219,12 +220,11 @@ class Replay(Ring):
     """
 
     def __init__(self, args: Args, policy: FlowPolicy):
-        kept, N = args.buffer_iterations, args.num_envs
-        T = math.ceil(args.horizon / policy.chunk)
-        slots = {name: torch.zeros(kept, T, N) for name in ("reward", "terminated", "valid", "reached")}
-        slots["action"] = torch.zeros(kept, T, N, policy.action_size)
-        slots["obs"] = torch.zeros(kept, T + 1, N, policy.obs_dim + 1)
-        super().__init__({name: value.to(args.device) for name, value in slots.items()})
+        T, N = math.ceil(args.horizon / policy.chunk), args.num_envs
+        shapes = {name: (T, N) for name in ("reward", "terminated", "valid", "reached")}
+        shapes["action"] = T, N, policy.action_size
+        shapes["obs"] = T + 1, N, policy.obs_dim + 1
+        super().__init__(args.buffer_iterations, shapes, args.device)
 
     def draw(self, segments: int) -> dict[str, torch.Tensor]:
         """Segments (SEGMENT, segments, ...): as many of each `reached`, some of the newest rollout."""
@@ -443,6 +443,27 @@ def summary(stages: np.ndarray, name: str, args: Args) -> dict[str, float]:
     return scores | {f"eval_stages{name}_std": float(stages.std())}
 
 
+def evaluate_alone(run: Run, policy, envs, args: TaskArgs, spent) -> dict:
+    """An iteration that only evaluates: its scores."""
+    if run.rank > 0:
+        return {}
+    final = run.progress["iteration"] == 0 or spent == 1
+    episodes = args.final_eval_episodes if final else args.eval_episodes
+    row = evaluate(policy, envs, args, episodes, derive_seed(args.seed, "evaluation"))
+    run.keep_best(row["eval_stages"])
+    return row
+
+
+def evaluate_stored(args: TaskArgs) -> dict[str, float]:
+    """The final evaluation of a run, once more."""
+    policy = FlowPolicy.load(args.evaluate / "policy.safetensors").to(args.device)
+    envs = make_envs(args, args.num_envs)
+    scores = evaluate(policy, envs, args, args.final_eval_episodes, derive_seed(args.seed, "evaluation"))
+    envs.close()
+    print(scores)
+    return scores
+
+
 # --------------------------------------------------------------------------------------- main
 def resolve(args: TaskArgs):
     """Fills in what depends on the machine and on the task."""
@@ -459,15 +480,10 @@ def main(args: Args) -> dict | None:
     if args.q_gradient == "particles" and args.n_particles < 2:
         raise SystemExit("--q-gradient particles needs --n-particles of at least 2, better 16.")
     args.transport_scale = args.transport_scale or TRANSPORT_SCALE[args.furniture]
-    task, eval_seed = f"{args.furniture}-{args.randomness}", 1_000_000 * (args.seed + 1)
     if args.evaluate:
-        policy = FlowPolicy.load(args.evaluate / "policy.safetensors").to(args.device)
-        envs = make_envs(args, args.num_envs)
-        scores = evaluate(policy, envs, args, args.final_eval_episodes, eval_seed)
-        envs.close()
-        print(scores)
-        return scores
+        return evaluate_stored(args)
 
+    task = f"{args.furniture}-{args.randomness}"
     run = Run(args, f"{task}__{args.exp_name}__{args.seed}")
     envs = make_envs(args, args.num_envs)
     policy = get_base(args, run, envs)
@@ -487,18 +503,13 @@ def main(args: Args) -> dict | None:
 
     for iteration, spent in run.iterations():  # spent: the share of the run's iterations or seconds
         row = {}
-        if iteration % args.eval_every == 0 or spent == 1:  # this iteration only evaluates
-            if run.rank == 0:
-                final = iteration == 0 or spent == 1
-                episodes = args.final_eval_episodes if final else args.eval_episodes
-                row = evaluate(policy, envs, args, episodes, eval_seed)
-                run.keep_best(row["eval_stages"])
+        if iteration % args.eval_every == 0 or spent == 1:
+            row = evaluate_alone(run, policy, envs, args, spent)
         else:
             # 1. roll out with exploration
             with run.timer(row, "rollout_s"):
-                block = run.rank + run.world * iteration  # of seeds, none of them an evaluation's
-                first = 100_000_000 * (args.seed % 20 + 1) + 10_000 * block
-                steps = collect(policy, envs, replay.next(), first, args)
+                seed = derive_seed(args.seed, "rollouts", iteration, run.rank)
+                steps = collect(policy, envs, replay.next(), seed, args)
             state["env_steps"] += steps * run.world
             pairs = replay.newest()["reached"][0]  # of first episodes: the rollout's end cuts later ones
             row["train_success"] = (pairs == stages_of(args)).float().mean()
@@ -533,8 +544,8 @@ def main(args: Args) -> dict | None:
         run.log(row, state["env_steps"])
         run.save()
 
-    other = eval_seed + 500_000
-    measure = lambda policy: evaluate(policy, envs, args, args.final_eval_episodes, other)
+    seed = derive_seed(args.seed, "evaluation of the best")
+    measure = lambda policy: evaluate(policy, envs, args, args.final_eval_episodes, seed)
     if args.capture_video and run.rank == 0:
         record_video(policy, args.furniture, args.randomness, run.path / "videos")
     result = run.finish("eval_stages", measure, task=task, env_steps=state["env_steps"])
@@ -543,4 +554,4 @@ def main(args: Args) -> dict | None:
 
 
 if __name__ == "__main__":
-    main(parse_args(Args, PRESETS, __doc__))
+    launch(main, Args, PRESETS, __doc__)

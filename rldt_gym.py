@@ -19,8 +19,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common.flow import FlowPolicy, expected_target, fit, flow_matching_loss, interpolate
-from common.runs import Ring, Run, autocast, average, average_gradients, set_up
-from common.settings import Count, Share, Size, Weight, parse_args
+from common.runs import Ring, Run, autocast, average, average_gradients, derive_seed, set_up
+from common.settings import Count, Seed, Share, Size, Threads, Weight, launch
 from common.svgd import transport_field
 from demos import dataset
 from envs.vector import VectorEnv, record_video
@@ -35,12 +35,12 @@ class TaskArgs:
     env_id: str = "Hopper-v4"  # Gymnasium task with flat Box observations and actions
     preset: Literal["laptop", "paper"] = "laptop"  # defaults: laptop, for two cores, or paper; flags win
     exp_name: str = "rldt"  # name of the experiment, part of the run directory's name
-    seed: Size = 1  # of networks, minibatches, noise and environments
+    seed: Seed = 1  # of networks, minibatches, noise and environments
     iterations: Size = 0  # training iterations, evaluations included (paper: 70); 0: the task's
     wall_budget_s: Weight = 0.0  # seconds after which a run evaluates and ends; 0: no limit
     runs: Path = Path("runs")  # directory in which run directories are made
     device: str = "auto"  # torch device: cpu, cuda, cuda:0, ...; auto: CUDA where there is one
-    threads: Count = 1  # CPU threads of torch and EnvPool; one is reproducible bit for bit
+    threads: Threads = 1  # CPU threads of torch and EnvPool; one is reproducible bit for bit
     bf16: bool = True  # bfloat16 matrix products (autocast); weights and Euler states stay float32
     resume: Path | None = None  # run directory to continue from its last checkpoint, with its arguments
     evaluate: Path | None = None  # run directory whose final policy to evaluate
@@ -109,6 +109,7 @@ PRETRAINING = {  # of a base policy that is made here; pretrain_fm.py has these 
     "laptop": dict(epochs=40, batch=512, lr=1e-3) | NETWORK,
     "paper": dict(epochs=200, batch=128, lr=1e-3) | NETWORK,
 }
+TRANSITION = ("obs", "action", "next_obs", "reward", "terminated", "truncated")  # of a chunk
 SEGMENT = 16  # chunks of a replay segment (authors: the whole rollout, 500)
 FRESH = 0.33  # least share of the segments that comes from the newest rollout (authors)
 REWARD_RATE = 0.01  # of the average of |reward|, by which rewards are divided (authors)
@@ -173,7 +174,7 @@ def get_base(args: TaskArgs, run: Run, envs: VectorEnv) -> FlowPolicy:
     kept, shipped = run.path / "base.safetensors", dataset.DEMOS / args.env_id / "base.safetensors"
     if run.rank == 0 and not kept.exists():
         if args.base:
-            policy = FlowPolicy.load(args.base)
+            policy = FlowPolicy.load(args.base, env_id=args.env_id, script="rldt_gym")
         elif shipped.exists() and not (args.pretrain or args.dataset):
             policy = FlowPolicy.load(shipped)
         else:
@@ -194,10 +195,10 @@ class Replay(Ring):
     """The last rollouts, (rollout_chunks, num_envs, ...) each; row t is chunk t, ending in next_obs."""
 
     def __init__(self, args: Args, obs_dim: int, action_size: int):
-        shape = args.buffer_iterations, args.rollout_chunks, args.num_envs
-        sizes = dict(obs=(obs_dim,), action=(action_size,), next_obs=(obs_dim,))
-        sizes |= dict(reward=(), terminated=(), truncated=())
-        super().__init__({k: torch.zeros(*shape, *v, device=args.device) for k, v in sizes.items()})
+        shapes = {name: (args.rollout_chunks, args.num_envs) for name in TRANSITION}
+        for name, size in ("obs", obs_dim), ("action", action_size), ("next_obs", obs_dim):
+            shapes[name] += (size,)
+        super().__init__(args.buffer_iterations, shapes, args.device)
 
     def draw(self, segments: int) -> dict[str, torch.Tensor]:
         """Random segments, (SEGMENT, segments, ...), some of them from the newest rollout."""
@@ -250,11 +251,17 @@ def collect(policy: FlowPolicy, envs: VectorEnv, rollout: dict, args: Args) -> t
 
 
 # ------------------------------------------------------------------------------------- critic
-def average_magnitude(before: float, reward: torch.Tensor) -> float:
-    """The slow average of |reward| by which rewards are divided, after one more rollout."""
-    magnitude = average(reward.abs().mean().clamp_min(1e-8)).item()
-    rate = REWARD_RATE if before else 1.0
-    return (1 - rate) * before + rate * magnitude
+def average_magnitude(state: dict, reward: torch.Tensor) -> float:
+    """The slow average of |reward| over rollouts with some, bias-corrected, kept in `state`.
+
+    Rewards are divided by it. It is 1 before the first rollout with a reward.
+    """
+    magnitude = average(reward.abs().mean()).item()
+    if magnitude > 0:
+        state["rewarded"] += 1
+        rate = REWARD_RATE / (1 - (1 - REWARD_RATE) ** state["rewarded"])  # 1 for the first
+        state["reward_scale"] += rate * (magnitude - state["reward_scale"])
+    return state["reward_scale"]
 
 
 def td_lambda(reward, terminated, truncated, next_value, gamma: float, lam: float) -> torch.Tensor:
@@ -390,16 +397,24 @@ def evaluate(policy: FlowPolicy, args: Args, episodes: int, seed: int) -> dict[s
     return scores
 
 
-def evaluate_alone(run: Run, policy, envs: VectorEnv, args: TaskArgs, final: bool, measure=None) -> dict:
+def evaluate_alone(run: Run, policy, envs: VectorEnv, args: TaskArgs, spent, measure=evaluate) -> dict:
     """An iteration that only evaluates: its scores. Then all environments start anew."""
-    row, seed = {}, 1_000_000 * (args.seed + 1)
+    row, iteration = {}, run.progress["iteration"]
     if run.rank == 0:
+        final = iteration == 0 or spent == 1
         episodes = args.final_eval_episodes if final else args.eval_episodes
-        row = (measure or evaluate)(policy, args, episodes, seed)
+        row = measure(policy, args, episodes, derive_seed(args.seed, "evaluation"))
         run.keep_best(row["eval_return"])
-    block = 1 + run.rank + run.world * run.progress["iteration"]  # of seeds; 0 is the evaluation's
-    envs.reset(seed + block * max(args.num_envs, 2 * args.final_eval_episodes))
+    envs.reset(derive_seed(args.seed, "rollouts", iteration, run.rank))
     return row
+
+
+def evaluate_stored(args: TaskArgs, policy_class=FlowPolicy, measure=evaluate) -> dict[str, float]:
+    """The final evaluation of a run, once more."""
+    policy = policy_class.load(args.evaluate / "policy.safetensors").to(args.device)
+    scores = measure(policy, args, args.final_eval_episodes, derive_seed(args.seed, "evaluation"))
+    print(scores)
+    return scores
 
 
 # --------------------------------------------------------------------------------------- main
@@ -407,12 +422,8 @@ def main(args: Args) -> dict | None:
     set_up(args)
     if args.iterations == 0 and args.wall_budget_s == 0:
         args.iterations = 25 if args.env_id == "Hopper-v4" else 85
-    eval_seed = 1_000_000 * (args.seed + 1)
     if args.evaluate:
-        policy = FlowPolicy.load(args.evaluate / "policy.safetensors").to(args.device)
-        scores = evaluate(policy, args, args.final_eval_episodes, eval_seed)
-        print(scores)
-        return scores
+        return evaluate_stored(args)
 
     run = Run(args, f"{args.env_id}__{args.exp_name}__{args.seed}")
     envs = make_envs(args, args.num_envs)
@@ -423,7 +434,7 @@ def main(args: Args) -> dict | None:
     actor_optimizer = torch.optim.Adam(policy.velocity.parameters(), args.actor_lr, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_lr, fused=True)
     replay = Replay(args, policy.obs_dim, policy.action_size)
-    state = dict(env_steps=0, trained=0, actor_steps=0, reward_scale=0.0)
+    state = dict(env_steps=0, trained=0, actor_steps=0, reward_scale=1.0, rewarded=0)
     run.checkpoints(
         state, policy, reference=reference, critic=critic, target=target, envs=envs, replay=replay,
         actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer,
@@ -431,8 +442,8 @@ def main(args: Args) -> dict | None:
 
     for iteration, spent in run.iterations():  # spent: the share of the run's iterations or seconds
         row = {}
-        if iteration % args.eval_every == 0 or spent == 1:  # this iteration only evaluates
-            row = evaluate_alone(run, policy, envs, args, iteration == 0 or spent == 1)
+        if iteration % args.eval_every == 0 or spent == 1:
+            row = evaluate_alone(run, policy, envs, args, spent)
         else:
             # 1. roll out with exploration
             with run.timer(row, "rollout_s"):
@@ -440,8 +451,8 @@ def main(args: Args) -> dict | None:
             state["env_steps"] += steps * run.world
             if returns:
                 row["train_return"] = np.mean(returns)
-            reward_scale = average_magnitude(state["reward_scale"], replay.newest()["reward"])
-            state["reward_scale"] = row["diagnostics/reward_scale"] = reward_scale
+            reward_scale = average_magnitude(state, replay.newest()["reward"])
+            row["diagnostics/reward_scale"] = reward_scale
 
             warm = state["trained"] < args.warmup_iterations
             for _ in range(args.rounds):
@@ -473,11 +484,12 @@ def main(args: Args) -> dict | None:
         run.save()
 
     envs.close()
-    measure = lambda policy: evaluate(policy, args, args.final_eval_episodes, eval_seed + 500_000)
+    seed = derive_seed(args.seed, "evaluation of the best")
+    measure = lambda policy: evaluate(policy, args, args.final_eval_episodes, seed)
     if args.capture_video and run.rank == 0:
         record_video(policy, args.env_id, run.path / "videos")
     return run.finish("eval_return", measure, task=args.env_id, env_steps=state["env_steps"])
 
 
 if __name__ == "__main__":
-    main(parse_args(Args, PRESETS, __doc__))
+    launch(main, Args, PRESETS, __doc__)

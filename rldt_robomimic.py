@@ -19,8 +19,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common.flow import FlowPolicy, expected_target, fit, flow_matching_loss, interpolate
-from common.runs import Ring, Run, autocast, average_gradients, set_up
-from common.settings import Count, Share, Size, Weight, parse_args
+from common.runs import Ring, Run, autocast, average_gradients, derive_seed, set_up
+from common.settings import Choice, Count, Seed, Share, Size, Threads, Weight, launch
 from common.svgd import particle_gradient, transport_field
 from demos import robomimic as dataset
 from demos.dataset import chunk_starts
@@ -41,12 +41,12 @@ class TaskArgs:
     obs: Literal["state", "image"] = "state"  # proprioception, with the objects' state or camera images
     preset: Literal["laptop", "paper"] = "laptop"  # defaults for two cores, or the paper's; flags win
     exp_name: str = "rldt"  # name of the experiment, part of the run directory's name
-    seed: Size = 1  # of networks, minibatches, noise and environments
+    seed: Seed = 1  # of networks, minibatches, noise and environments
     iterations: Size = 0  # training iterations, evaluations included (paper: 200); 0: the task's
     wall_budget_s: Weight = 0.0  # seconds after which a run evaluates and ends; 0: no limit
     runs: Path = Path("runs")  # directory in which run directories are made
     device: str = "auto"  # torch device: cpu, cuda, cuda:0, ...; auto: CUDA where there is one
-    threads: Count = 2  # CPU threads of torch; simulators are processes of their own
+    threads: Threads = 2  # CPU threads of torch; simulators are processes of their own
     bf16: bool = True  # bfloat16 matrix products (autocast); weights and Euler states stay float32
     resume: Path | None = None  # run directory to continue from its last checkpoint, with its arguments
     evaluate: Path | None = None  # run directory whose final policy to evaluate
@@ -75,7 +75,7 @@ class Args(TaskArgs):
     """Settings of RLDT. Where a default differs from the paper's, docs/rldt_robomimic.md says why."""
 
     # exploration and replay
-    exploration_steps: int = -1  # noise |a - a_dagger_k|, k of so many last Euler steps; -1: the task's
+    exploration_steps: Choice = -1  # noise |a - a_dagger_k|, k of so many last steps; -1: the task's
     buffer_iterations: Count = 20  # rollouts kept in the replay (paper: 10)
     segments: Count = 128  # of SEGMENT chunks, drawn from the replay per round
 
@@ -130,7 +130,6 @@ COPIES = 6  # of every image, shifted, on which the velocity network is pretrain
 SHIFT = 4  # pixels by which images, where there are some, are shifted in training (DPPO)
 SEGMENT = 16  # chunks of a replay segment (authors: the whole rollout, 200)
 FRESH = 0.33  # least share of the segments that comes from the newest rollout (authors)
-REPLAY_GIB = 4  # memory of the replay; it keeps fewer rollouts where they would take more
 ENCODER_LR = 4e-5  # Adam step size of the critic's own encoder (paper)
 ACTOR_WARMUP = 32  # actor steps over which its step size rises linearly (paper)
 
@@ -273,9 +272,7 @@ def pretrain(args: TaskArgs, data: dict, checkpoint, epochs, batch, lr, head_ste
     cameras = len(TASKS[args.task].cameras) if args.obs == "image" else 0
     policy = Policy(data["state"].shape[1], data["action"].shape[1], cameras=cameras, **sizes)
     policy.to(args.device)
-    for key, values in ("obs", data["state"]), ("action", data["action"]):
-        low, high = np.minimum(values.min(0), 0), np.maximum(values.max(0), 0)  # with zero (DPPO)
-        policy.set_limits(**{f"{key}_min": low, f"{key}_max": high})
+    policy.set_limits(**dataset.limits(data))
     first = chunk_starts(data["episode_ends"], policy.chunk)  # (n,)
     action = policy.from_env(data["action"][first[:, None] + np.arange(policy.chunk)])  # (n, D)
     obs = policy.observe(data)  # of all steps
@@ -317,7 +314,8 @@ def get_base(args: TaskArgs, run: Run) -> Policy:
     spec, images = TASKS[args.task], args.obs == "image"
     if run.rank == 0 and not kept.exists():
         if args.base:
-            policy = Policy.load(args.base)
+            names = dict(task=args.task, obs=args.obs, script="rldt_robomimic")
+            policy = Policy.load(args.base, **names)
         elif shipped.exists() and not (args.pretrain or args.dataset):
             policy = Policy.load(shipped)
         else:
@@ -346,20 +344,13 @@ class Replay(Ring):
     """
 
     def __init__(self, args: Args, policy: Policy):
-        T, N = args.rollout_chunks, args.num_envs
-        slots = {name: torch.zeros(T, N) for name in ("reward", "terminated", "valid", "succeeded")}
-        slots["action"] = torch.zeros(T, N, policy.action_size)
-        frozen = args.encoder == "frozen"
-        slots["state"] = torch.zeros(T + 1, N, policy.cond_dim if frozen else policy.obs_dim)
+        T, N, frozen = args.rollout_chunks, args.num_envs, args.encoder == "frozen"
+        shapes = {name: (T, N) for name in ("reward", "terminated", "valid", "succeeded")}
+        shapes["action"] = T, N, policy.action_size
+        shapes["state"] = T + 1, N, policy.cond_dim if frozen else policy.obs_dim
         if policy.cameras and not frozen:
-            image = 3 * policy.cameras, IMAGE_SIZE, IMAGE_SIZE
-            slots["rgb"] = torch.zeros(T + 1, N, *image, dtype=torch.uint8)
-        size = sum(value.nbytes for value in slots.values()) / 2**30
-        kept = min(args.buffer_iterations, max(1, int(REPLAY_GIB / size)))
-        if kept < args.buffer_iterations:
-            print(f"The replay keeps {kept} rollouts of {size:.2g} GiB, not {args.buffer_iterations}.")
-        make = lambda value: torch.zeros(kept, *value.shape, dtype=value.dtype, device=args.device)
-        super().__init__({name: make(value) for name, value in slots.items()})
+            shapes["rgb"] = T + 1, N, 3 * policy.cameras, IMAGE_SIZE, IMAGE_SIZE
+        super().__init__(args.buffer_iterations, shapes, args.device, {"rgb": torch.uint8})
 
     def draw(self, segments: int) -> dict[str, torch.Tensor | Obs]:
         """Segments (SEGMENT, segments, ...): half of episodes that succeed, some of the last rollout."""
@@ -588,9 +579,30 @@ def evaluate(policy: Policy, envs: RobomimicVectorEnv, args: Args, episodes: int
     return success_rate(success[:episodes], "eval_success") | sampled
 
 
+def evaluate_alone(run: Run, policy, envs, args: TaskArgs, spent) -> dict:
+    """An iteration that only evaluates: its scores."""
+    if run.rank > 0:
+        return {}
+    final = run.progress["iteration"] == 0 or spent == 1
+    episodes = args.final_eval_episodes if final else args.eval_episodes
+    row = evaluate(policy, envs, args, episodes, derive_seed(args.seed, "evaluation"))
+    run.keep_best(row["eval_success"])
+    return row
+
+
+def evaluate_stored(args: TaskArgs) -> dict[str, float]:
+    """The final evaluation of a run, once more."""
+    policy = Policy.load(args.evaluate / "policy.safetensors").to(args.device)
+    envs = make_envs(args, policy)
+    scores = evaluate(policy, envs, args, args.final_eval_episodes, derive_seed(args.seed, "evaluation"))
+    envs.close()
+    print(scores)
+    return scores
+
+
 # --------------------------------------------------------------------------------------- main
-def main(args: Args) -> dict | None:
-    set_up(args)
+def resolve(args: Args):
+    """Fills in what depends on the task."""
     args.horizon = args.horizon or TASKS[args.task].horizon
     args.rollout_chunks = args.rollout_chunks or (200 if args.task == "lift" else 400)
     if args.iterations == 0 and args.wall_budget_s == 0:
@@ -599,15 +611,15 @@ def main(args: Args) -> dict | None:
         args.exploration_steps = 0 if args.task == "transport" else 2  # with noise none succeeds
     if args.q_gradient == "particles" and args.n_particles < 2:
         raise SystemExit("--q-gradient particles needs --n-particles of at least 2, better 16")
-    task, eval_seed = f"{args.task}-{args.obs}", 1_000_000 * (args.seed + 1)
-    if args.evaluate:
-        policy = Policy.load(args.evaluate / "policy.safetensors").to(args.device)
-        envs = make_envs(args, policy)
-        scores = evaluate(policy, envs, args, args.final_eval_episodes, eval_seed)
-        envs.close()
-        print(scores)
-        return scores
 
+
+def main(args: Args) -> dict | None:
+    set_up(args)
+    resolve(args)
+    if args.evaluate:
+        return evaluate_stored(args)
+
+    task = f"{args.task}-{args.obs}"
     run = Run(args, f"{task}__{args.exp_name}__{args.seed}")
     policy = get_base(args, run)
     base, reference = (copy.deepcopy(policy).requires_grad_(False) for _ in range(2))
@@ -629,18 +641,13 @@ def main(args: Args) -> dict | None:
 
     for iteration, spent in run.iterations():  # spent: the share of the run's iterations or seconds
         row = {}
-        if iteration % args.eval_every == 0 or spent == 1:  # this iteration only evaluates
-            if run.rank == 0:
-                final = iteration == 0 or spent == 1
-                episodes = args.final_eval_episodes if final else args.eval_episodes
-                row = evaluate(policy, envs, args, episodes, eval_seed)
-                run.keep_best(row["eval_success"])
+        if iteration % args.eval_every == 0 or spent == 1:
+            row = evaluate_alone(run, policy, envs, args, spent)
         else:
             # 1. roll out with exploration
             with run.timer(row, "rollout_s"):
-                block = run.rank + run.world * iteration  # of seeds, none of them an evaluation's
-                first = 100_000_000 * (args.seed % 20 + 1) + 10_000 * block
-                steps, successes = collect(policy, envs, replay.next(), first, args)
+                seed = derive_seed(args.seed, "rollouts", iteration, run.rank)
+                steps, successes = collect(policy, envs, replay.next(), seed, args)
             state["env_steps"] += steps * run.world
             if successes:
                 row["train_success"] = np.mean(successes)
@@ -677,8 +684,8 @@ def main(args: Args) -> dict | None:
         run.log(row, state["env_steps"])
         run.save()
 
-    other = eval_seed + 500_000
-    measure = lambda policy: evaluate(policy, envs, args, args.final_eval_episodes, other)
+    seed = derive_seed(args.seed, "evaluation of the best")
+    measure = lambda policy: evaluate(policy, envs, args, args.final_eval_episodes, seed)
     result = run.finish("eval_success", measure, task=task, env_steps=state["env_steps"])
     if args.capture_video and run.rank == 0:
         record_video(policy, envs, run.path / "videos")
@@ -687,4 +694,4 @@ def main(args: Args) -> dict | None:
 
 
 if __name__ == "__main__":
-    main(parse_args(Args, PRESETS, __doc__))
+    launch(main, Args, PRESETS, __doc__)

@@ -13,8 +13,8 @@ import torch
 
 import rldt_gym as family
 from common.flow import sample
-from common.runs import Run, set_up
-from common.settings import Count, Share, Size, Weight, parse_args
+from common.runs import Run, derive_seed, set_up
+from common.settings import Count, Share, Size, Weight, launch
 
 
 # ---------------------------------------------------------------------------------- arguments
@@ -102,12 +102,8 @@ def main(args: Args) -> dict | None:
     set_up(args)
     if args.iterations == 0 and args.wall_budget_s == 0:
         args.iterations = 25 if args.env_id == "Hopper-v4" else 85
-    eval_seed = 1_000_000 * (args.seed + 1)
     if args.evaluate:
-        policy = BestOfN.load(args.evaluate / "policy.safetensors").to(args.device)
-        scores = evaluate(policy, args, args.final_eval_episodes, eval_seed)
-        print(scores)
-        return scores
+        return family.evaluate_stored(args, BestOfN, evaluate)
 
     run = Run(args, f"{args.env_id}__{args.exp_name}__{args.seed}")
     envs = family.make_envs(args, args.num_envs)
@@ -116,14 +112,14 @@ def main(args: Args) -> dict | None:
     target = copy.deepcopy(critic).requires_grad_(False)
     optimizer = torch.optim.Adam(critic.parameters(), args.critic_lr, fused=True)
     replay = family.Replay(args, policy.obs_dim, policy.action_size)
-    state = dict(env_steps=0, trained=0, reward_scale=0.0)
+    state = dict(env_steps=0, trained=0, reward_scale=1.0, rewarded=0)
     run.checkpoints(state, policy, target=target, envs=envs, replay=replay, optimizer=optimizer)
 
     for iteration, spent in run.iterations():
         row, warm = {}, state["trained"] < args.warmup_iterations
         policy.candidates.fill_(1 if warm else args.candidates)  # the base, until the critic knows it
-        if iteration % args.eval_every == 0 or spent == 1:  # this iteration only evaluates
-            row = family.evaluate_alone(run, policy, envs, args, iteration == 0 or spent == 1, evaluate)
+        if iteration % args.eval_every == 0 or spent == 1:
+            row = family.evaluate_alone(run, policy, envs, args, spent, evaluate)
         else:
             # 1. roll out the best of N candidates
             with run.timer(row, "rollout_s"):
@@ -131,8 +127,8 @@ def main(args: Args) -> dict | None:
             state["env_steps"] += steps * run.world
             if returns:
                 row["train_return"] = np.mean(returns)
-            reward_scale = family.average_magnitude(state["reward_scale"], replay.newest()["reward"])
-            state["reward_scale"] = row["diagnostics/reward_scale"] = reward_scale
+            reward_scale = family.average_magnitude(state, replay.newest()["reward"])
+            row["diagnostics/reward_scale"] = reward_scale
 
             # 2. the critic: TD(lambda) targets of the best of N, then steps on minibatches of them
             with run.timer(row, "critic_s"):
@@ -150,11 +146,12 @@ def main(args: Args) -> dict | None:
         run.save()
 
     envs.close()
-    measure = lambda policy: evaluate(policy, args, args.final_eval_episodes, eval_seed + 500_000)
+    seed = derive_seed(args.seed, "evaluation of the best")
+    measure = lambda policy: evaluate(policy, args, args.final_eval_episodes, seed)
     if args.capture_video and run.rank == 0:
         family.record_video(policy, args.env_id, run.path / "videos")
     return run.finish("eval_return", measure, task=args.env_id, env_steps=state["env_steps"])
 
 
 if __name__ == "__main__":
-    main(parse_args(Args, PRESETS, __doc__))
+    launch(main, Args, PRESETS, __doc__)

@@ -16,7 +16,7 @@ import torch.nn as nn
 
 import rldt_gym as family
 from common.flow import FlowPolicy, ResidualBlock
-from common.runs import Run, average, average_gradients, set_up
+from common.runs import Run, average, average_gradients, derive_seed, set_up
 from common.settings import Count, Share, Size, Weight
 
 
@@ -36,6 +36,7 @@ class PPOArgs(family.TaskArgs):
 
     # updates
     epochs: Count = 5  # passes over each rollout (DPPO: 5)
+    repeats: Count = 1  # times that a pass takes each of its rows (DPPO: 1, ReinFlow: 10)
     target_kl: Weight = 1.0  # KL divergence beyond which an iteration's updates end (DPPO: 1)
     lr_warmup: Count = 2  # training iterations over which the step size rises linearly (DPPO: 10)
 
@@ -198,12 +199,8 @@ def main(args: PPOArgs, method: Method) -> dict | None:
     set_up(args)
     if args.iterations == 0 and args.wall_budget_s == 0:
         args.iterations = 31 if args.env_id == "Hopper-v4" else 106
-    eval_seed = 1_000_000 * (args.seed + 1)
     if args.evaluate:
-        policy = method.policy_class.load(args.evaluate / "policy.safetensors").to(args.device)
-        scores = evaluate(policy, args, args.final_eval_episodes, eval_seed)
-        print(scores)
-        return scores
+        return family.evaluate_stored(args, method.policy_class, evaluate)
 
     run = Run(args, f"{args.env_id}__{args.exp_name}__{args.seed}")
     envs = family.make_envs(args, args.num_envs)
@@ -222,8 +219,8 @@ def main(args: PPOArgs, method: Method) -> dict | None:
 
     for iteration, spent in run.iterations():
         row = {}
-        if iteration % args.eval_every == 0 or spent == 1:  # this iteration only evaluates
-            row = family.evaluate_alone(run, policy, envs, args, iteration == 0 or spent == 1, evaluate)
+        if iteration % args.eval_every == 0 or spent == 1:
+            row = family.evaluate_alone(run, policy, envs, args, spent, evaluate)
             reward_scale.carry.zero_()
         else:
             # 1. roll out
@@ -243,8 +240,9 @@ def main(args: PPOArgs, method: Method) -> dict | None:
                 decay = 1 + (args.actor_lr_end - 1) * spent
                 rise = min(1.0, (state["trained"] + 1) / args.lr_warmup)
                 actor_optimizer.param_groups[0]["lr"] = args.actor_lr * decay * rise
-                orders = torch.stack([torch.randperm(n, device=args.device) for _ in range(args.epochs)])
-                for i in itertools.chain.from_iterable(order.split(args.batch) for order in orders):
+                m, device = n * args.repeats, args.device
+                passes = (torch.randperm(m, device=device) % n for _ in range(args.epochs))
+                for i in itertools.chain.from_iterable(rows.split(args.batch) for rows in passes):
                     minibatch = {name: x[i] for name, x in batch.items()}
                     metrics = update_value(value, value_optimizer, minibatch)
                     if state["trained"] >= args.warmup_iterations:
@@ -262,7 +260,8 @@ def main(args: PPOArgs, method: Method) -> dict | None:
         run.save()
 
     envs.close()
-    measure = lambda policy: evaluate(policy, args, args.final_eval_episodes, eval_seed + 500_000)
+    seed = derive_seed(args.seed, "evaluation of the best")
+    measure = lambda policy: evaluate(policy, args, args.final_eval_episodes, seed)
     if args.capture_video and run.rank == 0:
         family.record_video(policy, args.env_id, run.path / "videos")
     return run.finish("eval_return", measure, task=args.env_id, env_steps=state["env_steps"])

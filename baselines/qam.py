@@ -16,8 +16,8 @@ import torch
 import torch.nn as nn
 
 import rldt_gym as family
-from common.runs import Run, autocast, average_gradients, set_up
-from common.settings import Count, Share, Size, Weight, parse_args
+from common.runs import Run, autocast, average_gradients, derive_seed, set_up
+from common.settings import Count, Share, Size, Weight, launch
 
 
 # ---------------------------------------------------------------------------------- arguments
@@ -153,12 +153,8 @@ def main(args: Args) -> dict | None:
     set_up(args)
     if args.iterations == 0 and args.wall_budget_s == 0:
         args.iterations = 25 if args.env_id == "Hopper-v4" else 85
-    eval_seed = 1_000_000 * (args.seed + 1)
     if args.evaluate:
-        policy = family.FlowPolicy.load(args.evaluate / "policy.safetensors").to(args.device)
-        scores = family.evaluate(policy, args, args.final_eval_episodes, eval_seed)
-        print(scores)
-        return scores
+        return family.evaluate_stored(args)
 
     run = Run(args, f"{args.env_id}__{args.exp_name}__{args.seed}")
     envs = family.make_envs(args, args.num_envs)
@@ -169,7 +165,7 @@ def main(args: Args) -> dict | None:
     actor_optimizer = torch.optim.Adam(policy.velocity.parameters(), args.actor_lr, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_lr, fused=True)
     replay = family.Replay(args, policy.obs_dim, policy.action_size)
-    state = dict(env_steps=0, trained=0, actor_steps=0, reward_scale=0.0)
+    state = dict(env_steps=0, trained=0, actor_steps=0, reward_scale=1.0, rewarded=0)
     run.checkpoints(
         state, policy, critic=critic, target=target, envs=envs, replay=replay,
         actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer,
@@ -177,8 +173,8 @@ def main(args: Args) -> dict | None:
 
     for iteration, spent in run.iterations():
         row = {}
-        if iteration % args.eval_every == 0 or spent == 1:  # this iteration only evaluates
-            row = family.evaluate_alone(run, policy, envs, args, iteration == 0 or spent == 1)
+        if iteration % args.eval_every == 0 or spent == 1:
+            row = family.evaluate_alone(run, policy, envs, args, spent)
         else:
             # 1. roll out with exploration
             with run.timer(row, "rollout_s"):
@@ -186,8 +182,8 @@ def main(args: Args) -> dict | None:
             state["env_steps"] += steps * run.world
             if returns:
                 row["train_return"] = np.mean(returns)
-            reward_scale = family.average_magnitude(state["reward_scale"], replay.newest()["reward"])
-            state["reward_scale"] = row["diagnostics/reward_scale"] = reward_scale
+            reward_scale = family.average_magnitude(state, replay.newest()["reward"])
+            row["diagnostics/reward_scale"] = reward_scale
 
             warm = state["trained"] < args.warmup_iterations
             for _ in range(args.rounds):
@@ -216,11 +212,12 @@ def main(args: Args) -> dict | None:
         run.save()
 
     envs.close()
-    measure = lambda policy: family.evaluate(policy, args, args.final_eval_episodes, eval_seed + 500_000)
+    seed = derive_seed(args.seed, "evaluation of the best")
+    measure = lambda policy: family.evaluate(policy, args, args.final_eval_episodes, seed)
     if args.capture_video and run.rank == 0:
         family.record_video(policy, args.env_id, run.path / "videos")
     return run.finish("eval_return", measure, task=args.env_id, env_steps=state["env_steps"])
 
 
 if __name__ == "__main__":
-    main(parse_args(Args, PRESETS, __doc__))
+    launch(main, Args, PRESETS, __doc__)

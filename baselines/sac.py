@@ -18,8 +18,8 @@ import torch.nn as nn
 from tqdm import tqdm
 
 import rldt_gym as family
-from common.runs import Run, set_up
-from common.settings import Count, Share, Size, Weight, parse_args
+from common.runs import Run, derive_seed, set_up
+from common.settings import Count, Share, Size, Weight, launch
 from demos import dataset
 
 
@@ -33,16 +33,16 @@ class Args(family.TaskArgs):
 
     # rollouts, evaluation and replay
     num_envs: Count = 20  # parallel environments (SB3: 1)
-    rollout_chunks: Count = 250  # actions per environment and iteration (SB3: 1)
+    rollout_chunks: Count = 100  # actions per environment and iteration (SB3: 1)
     zero_fraction: Share = 0.0  # share of environments that take the mean action (SB3: 0)
-    eval_every: Count = 40  # every n-th iteration evaluates and resets the environments
-    buffer_iterations: Count = 200  # rollouts kept in the replay, here a million actions (SB3: 10^6)
+    eval_every: Count = 20  # every n-th iteration evaluates and resets the environments
+    buffer_iterations: Count = 500  # rollouts kept in the replay, here a million actions (SB3: 10^6)
     exploration_steps = 0  # no setting: the actor's own noise explores
 
     # updates
-    warmup_iterations: Size = 4  # training iterations before the first update (SB3: 100 random steps)
-    critic_iterations: Size = 10  # after those, that leave the actor as cloned (SB3: 0)
-    gradient_steps: Count = 500  # of actor and critics per iteration (SB3: one per environment step)
+    warmup_iterations: Size = 2  # training iterations before the first update (SB3: 100 random steps)
+    critic_iterations: Size = 4  # after those, that leave the actor as cloned (SB3: 0)
+    gradient_steps: Count = 1000  # per iteration, half as many as environment steps (SB3: as many)
     batch: Count = 256  # transitions per update (SB3: 256)
     lr: Weight = 3e-4  # Adam step size of actor, critics and entropy coefficient (SB3: 3e-4)
     gamma: Share = 0.99  # discount per environment step (SB3: 0.99)
@@ -176,13 +176,9 @@ def update(model, steps: int, batch: int, critic_only: bool) -> dict[str, float]
 def main(args: Args) -> dict | None:
     set_up(args)
     if args.iterations == 0 and args.wall_budget_s == 0:
-        args.iterations = 205 if args.env_id == "Hopper-v4" else 710
-    eval_seed = 1_000_000 * (args.seed + 1)
+        args.iterations = 105 if args.env_id == "Hopper-v4" else 355
     if args.evaluate:
-        policy = GaussianPolicy.load(args.evaluate / "policy.safetensors").to(args.device)
-        scores = family.evaluate(policy, args, args.final_eval_episodes, eval_seed)
-        print(scores)
-        return scores
+        return family.evaluate_stored(args, GaussianPolicy)
 
     run = Run(args, f"{args.env_id}__{args.exp_name}__{args.seed}")
     if run.world > 1:
@@ -200,8 +196,8 @@ def main(args: Args) -> dict | None:
 
     for iteration, spent in run.iterations():
         row = {}
-        if iteration % args.eval_every == 0 or spent == 1:  # this iteration only evaluates
-            row = family.evaluate_alone(run, policy, envs, args, iteration == 0 or spent == 1)
+        if iteration % args.eval_every == 0 or spent == 1:
+            row = family.evaluate_alone(run, policy, envs, args, spent)
         else:
             with run.timer(row, "rollout_s"):
                 steps, returns = family.collect(policy, envs, replay.next(), args)
@@ -217,11 +213,12 @@ def main(args: Args) -> dict | None:
         run.save()
 
     envs.close()
-    measure = lambda policy: family.evaluate(policy, args, args.final_eval_episodes, eval_seed + 500_000)
+    seed = derive_seed(args.seed, "evaluation of the best")
+    measure = lambda policy: family.evaluate(policy, args, args.final_eval_episodes, seed)
     if args.capture_video:
         family.record_video(policy, args.env_id, run.path / "videos")
     return run.finish("eval_return", measure, task=args.env_id, env_steps=state["env_steps"])
 
 
 if __name__ == "__main__":
-    main(parse_args(Args, PRESETS, __doc__))
+    launch(main, Args, PRESETS, __doc__)

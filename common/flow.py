@@ -1,6 +1,7 @@
 """Flow-matching policy: velocity network, pretraining, Euler sampler, expected target, file."""
 
 import copy
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from common.runs import autocast, load_parts, save_parts, write_atomically
+from common.runs import autocast, identity, load_parts, save_parts, write_atomically
 
 ACTIVATIONS = {"relu": nn.ReLU, "mish": nn.Mish, "silu": nn.SiLU, "gelu": nn.GELU}
 
@@ -91,11 +92,11 @@ def fit(network: nn.Module, loss, steps: int, lr: float, args, checkpoint: Path 
     averaged, progress = copy.deepcopy(network), dict(done=0)
     optimizer = torch.optim.AdamW(network.parameters(), lr, weight_decay=1e-6, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, lr / 10)
-    settings = {k: str(v) for k, v in vars(args).items() if k not in ("resume", "device", "threads")}
-    parts = dict(settings=settings | dict(steps=steps, lr=lr), progress=progress, network=network,
-                 averaged=averaged, optimizer=optimizer, schedule=schedule)  # fmt: skip
+    belongs_to = identity(args) | dict(steps=steps, lr=lr)
+    parts = dict(progress=progress, network=network, averaged=averaged)
+    parts |= dict(optimizer=optimizer, schedule=schedule)
     if checkpoint and checkpoint.exists():
-        load_parts(checkpoint, parts, args.device)
+        load_parts(checkpoint, belongs_to, parts, args.device)
     for step in tqdm(range(progress["done"], steps), desc="pretraining", mininterval=1):
         with autocast(args):
             value = loss()
@@ -107,7 +108,7 @@ def fit(network: nn.Module, loss, steps: int, lr: float, args, checkpoint: Path 
             torch._foreach_lerp_(list(averaged.parameters()), list(network.parameters()), 0.005)
         progress["done"] = step + 1
         if checkpoint and (step + 1) % 500 == 0:
-            save_parts(checkpoint, parts)
+            save_parts(checkpoint, belongs_to, parts)
     return averaged
 
 
@@ -182,17 +183,35 @@ class FlowPolicy(nn.Module):
         """Writes weights and scaling as safetensors, with the sizes and what else is to be known."""
         path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"config": json.dumps(self.config), "info": json.dumps(info)}
+        metadata["sha256"] = content_hash(self.state_dict(), metadata)
         write_atomically(path, lambda p: save_file(self.state_dict(), p, metadata=metadata))
 
     @classmethod
-    def load(cls, path: Path) -> "FlowPolicy":
-        """Reads what `save` wrote, its `info` too. Raises SystemExit on any other file."""
+    def load(cls, path: Path, **expected) -> "FlowPolicy":
+        """Reads what `save` wrote. Raises SystemExit on any other file, or where its info is another."""
         try:
             with safe_open(path, "pt") as file:
-                policy = cls(**json.loads(file.metadata()["config"]))
-                policy.load_state_dict({key: file.get_tensor(key).float() for key in file.keys()})
-                policy.info = json.loads(file.metadata()["info"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+                metadata = file.metadata()
+                digest = metadata.pop("sha256")
+            if digest != content_hash(tensors, metadata):
+                raise ValueError("its bytes are damaged")
+            policy = cls(**json.loads(metadata["config"]))
+            policy.load_state_dict({key: value.float() for key, value in tensors.items()})
+            policy.info = json.loads(metadata["info"])
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise SystemExit(f"{path}: not a policy written by this project ({reason})") from error
+        for key, value in expected.items():
+            if policy.info.get(key, value) != value:
+                raise SystemExit(f"{path}: its {key} is {policy.info[key]}, not {value}")
         return policy
+
+
+def content_hash(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+    """SHA-256 of named tensors and texts."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -3,9 +3,13 @@
 import contextlib
 import copy
 import csv
+import hashlib
+import importlib.util
+import io
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -15,28 +19,55 @@ from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from common.settings import script_of
+
+FORMAT = "2"  # of checkpoints: those of another one are refused
+MACHINE = ("resume", "device", "threads")  # settings that may differ when a run goes on
 
 
 # --------------------------------------------------------------------------------- processes
 def set_up(args):
     """Chooses the device and the threads, seeds torch, and under torchrun joins the other processes."""
     world, device = int(os.environ.get("WORLD_SIZE", 1)), args.device
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise SystemExit(f"--device {device}: must be auto, cpu, cuda or cuda with a number, as cuda:0")
+    if args.track and not importlib.util.find_spec("wandb"):
+        raise SystemExit("--track needs Weights & Biases: pip install wandb")
     if device == "auto" or (device.startswith("cuda") and world > 1):  # under torchrun a GPU each
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise SystemExit(f"--device {device}: this torch sees no CUDA device; use --device cpu.")
-        torch.cuda.set_device(device)
+        number = torch.device(device).index or 0
+        if number >= torch.cuda.device_count():
+            raise SystemExit(f"--device {device}: this torch sees no such device; use --device cpu.")
+        torch.cuda.set_device(number)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     args.device = device
     torch.set_num_threads(args.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(args.seed)
+
+
+def derive_seed(seed: int, *purpose) -> int:
+    """A seed below 2^30 for a purpose, words and numbers; those of others are unrelated to it."""
+    entropy = [seed, *repr(purpose).encode()]
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 2)
+
+
+def require_memory(size: float, device: str, what: str):
+    """Raises SystemExit where `size` bytes are not free."""
+    free = psutil.virtual_memory().available
+    if device.startswith("cuda"):
+        free, _ = torch.cuda.mem_get_info(device)
+    if size > free:
+        raise SystemExit(f"{what} would take {size / 2**30:.3g} GiB; {free / 2**30:.3g} GiB are free.")
 
 
 def autocast(args):
@@ -73,9 +104,12 @@ def write_atomically(path: Path, write):
 class Ring:
     """Room for rollouts: tensors `slots`, (capacity, ...) each, whose oldest index is written anew."""
 
-    def __init__(self, slots: dict[str, torch.Tensor]):
-        self.slots, self.added = slots, 0
-        self.capacity = len(next(iter(slots.values())))
+    def __init__(self, capacity: int, shapes: dict[str, tuple], device: str, dtypes=None):
+        self.capacity, self.added, self.slots = capacity, 0, {}
+        require_memory(4 * capacity * sum(map(math.prod, shapes.values())), device, "The replay")
+        for name, shape in shapes.items():
+            dtype = (dtypes or {}).get(name, torch.float32)
+            self.slots[name] = torch.zeros(capacity, *shape, dtype=dtype, device=device)
 
     def next(self) -> dict[str, torch.Tensor]:
         """The views of the slot to write now, the newest from here on."""
@@ -89,9 +123,41 @@ class Ring:
     filled = property(lambda self: min(self.added, self.capacity))
 
 
-def save_parts(path: Path, parts: dict):
+def identity(args) -> dict[str, str]:
+    """What a checkpoint belongs to: a script with its settings, and so many processes."""
+    settings = {key: str(value) for key, value in vars(args).items() if key not in MACHINE}
+    processes = os.environ.get("WORLD_SIZE", "1")
+    return settings | dict(script=script_of(type(args)), processes=processes, format=FORMAT)
+
+
+def write_checked(path: Path, content: dict):
+    """Writes a dict with torch, behind its SHA-256."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    data = buffer.getbuffer()
+    write_atomically(path, lambda p: p.write_bytes(hashlib.sha256(data).digest() + data))
+
+
+def read_checked(path: Path, belongs_to: dict, device: str) -> dict:
+    """Reads what `write_checked` wrote. Raises ValueError on another file's bytes or settings."""
+    data = path.read_bytes()
+    if hashlib.sha256(data[32:]).digest() != data[:32]:
+        raise ValueError("its bytes are damaged")
+    content = torch.load(io.BytesIO(data[32:]), map_location=device, weights_only=True)
+    theirs = content["belongs_to"]
+    others = [key for key in theirs | belongs_to if theirs.get(key) != belongs_to.get(key)]
+    if others:
+        raise ValueError(f"it is of a run with another {', '.join(others)}")
+    return content
+
+
+def ring_file(path: Path, name: str, slot: int) -> Path:
+    return path.with_name(f"{path.name.partition('.')[0]}.{name}{slot}")
+
+
+def save_parts(path: Path, belongs_to: dict, parts: dict):
     """Writes parts (dicts, Rings, or what has a state_dict) and torch's random generators."""
-    saved = {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+    saved = dict(belongs_to=belongs_to, rng=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all())
     for name, part in parts.items():
         if not isinstance(part, Ring):
             saved[name] = part if isinstance(part, dict) else part.state_dict()
@@ -99,32 +165,32 @@ def save_parts(path: Path, parts: dict):
         saved[name] = part.added
         if part.added:  # only its newest slot has changed; it has a file of its own
             newest = {key: value.clone() for key, value in part.newest().items()}
-            file = path.with_suffix(f".{name}{part.slot}")
-            write_atomically(file, lambda p, newest=newest: torch.save(newest, p))
-    write_atomically(path, lambda p: torch.save(saved, p))
+            file = ring_file(path, name, part.slot)
+            write_checked(file, dict(belongs_to=belongs_to, newest=newest))
+    write_checked(path, saved)
 
 
-def load_parts(path: Path, parts: dict, device: str):
+def load_parts(path: Path, belongs_to: dict, parts: dict, device: str):
     """Reads in place what `save_parts` wrote. Raises SystemExit on a file that is not its own."""
-    load = lambda path: torch.load(path, map_location=device, weights_only=True)
+    file = path
     try:
-        saved = load(path)
-        if saved.get("settings") != parts.get("settings"):
-            raise ValueError("it was made with other settings or data")
+        saved = read_checked(file, belongs_to, device)
         for name, part in parts.items():
             if isinstance(part, Ring):
                 part.added = saved[name]
                 for slot in range(part.filled):
-                    for key, value in load(path.with_suffix(f".{name}{slot}")).items():
+                    file = ring_file(path, name, slot)
+                    for key, value in read_checked(file, belongs_to, device)["newest"].items():
                         part.slots[key][slot] = value
             elif isinstance(part, dict):
                 part.update(saved[name])
             else:
                 part.load_state_dict(saved[name])
         torch.set_rng_state(saved["rng"].cpu())
-        torch.cuda.set_rng_state_all([state.cpu() for state in saved["cuda_rng"]])
+        torch.cuda.set_rng_state_all([state.cpu() for state in saved["cuda"]])
     except Exception as error:  # torch.load raises many types
-        raise SystemExit(f"{path}: cannot be resumed ({error})") from error
+        reason = str(error).partition("\n")[0]
+        raise SystemExit(f"{file}: cannot be resumed ({reason})") from error
 
 
 # --------------------------------------------------------------------------------------- run
@@ -136,16 +202,20 @@ class Run:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         paths = [args.resume]
         if self.rank == 0 and not args.resume:
-            args.runs.mkdir(parents=True, exist_ok=True)
-            prefix = f"{name}__{time.strftime('%Y%m%d-%H%M%S')}__"
-            paths = [Path(tempfile.mkdtemp(prefix=prefix, dir=args.runs))]  # nobody else's
-            text = json.dumps(vars(args), indent=2, default=str)
+            safe = re.sub(r"[^-.\w]", "_", name)
+            prefix = f"{safe}__{time.strftime('%Y%m%d-%H%M%S')}__"
+            try:
+                args.runs.mkdir(parents=True, exist_ok=True)
+                paths = [Path(tempfile.mkdtemp(prefix=prefix, dir=args.runs))]  # nobody else's
+            except OSError as error:
+                raise SystemExit(f"--runs {args.runs}: cannot be written ({error})") from error
+            text = json.dumps(vars(args) | dict(script=script_of(type(args))), indent=2, default=str)
             write_atomically(paths[0] / "args.json", lambda p: p.write_text(text))
         if self.world > 1:
             dist.broadcast_object_list(paths)
         self.path = paths[0]
-        with contextlib.suppress(ValueError):  # outside the main thread, which alone is interrupted
-            signal.signal(signal.SIGINT, self.interrupt)
+        if self.rank == 0:
+            print(f"{script_of(type(args))}: {name.replace('__', ' ')}, in {self.path}", flush=True)
 
     def interrupt(self, *_):
         """Ctrl-C: the iteration is finished and saved; a second one stops at once."""
@@ -158,14 +228,20 @@ class Run:
 
     def checkpoints(self, state: dict, policy, **parts):
         """What `save` writes; --resume reads it back here, in place. Random numbers start here."""
-        torch.manual_seed(self.args.seed + 1000 * self.rank)
+        torch.manual_seed(derive_seed(self.args.seed, "training", self.rank))
         self.policy, self.best_policy = policy, copy.deepcopy(policy)
         self.progress = dict(iteration=0, wall_s=0.0, best=-math.inf, over=False, rows=[])
-        self.parts = dict(settings=dict(world=self.world), progress=self.progress, state=state)
-        self.parts |= dict(policy=policy, best_policy=self.best_policy) | parts
-        self.checkpoint = self.path / f"checkpoint{self.rank or ''}.pt"
-        if self.checkpoint.exists():
-            load_parts(self.checkpoint, self.parts, self.args.device)
+        self.parts = dict(progress=self.progress, state=state, policy=policy)
+        self.parts |= dict(best_policy=self.best_policy) | parts
+        self.identity = identity(self.args)
+        saved = [self.saved_iterations(rank) for rank in range(self.world)]
+        in_all = set.intersection(*saved)
+        if in_all:
+            load_parts(self.checkpoint(max(in_all)), self.identity, self.parts, self.args.device)
+        elif any(saved):
+            raise SystemExit(f"{self.path}: no iteration was saved by all {self.world} processes")
+        with contextlib.suppress(ValueError):  # outside the main thread, which alone is interrupted
+            signal.signal(signal.SIGINT, self.interrupt)
         if self.rank == 0:
             if self.args.track:
                 import wandb
@@ -173,6 +249,12 @@ class Run:
                 wandb.init(project="rldt", config=vars(self.args), dir=self.path, sync_tensorboard=True)
             self.writer = SummaryWriter(str(self.path), purge_step=state["env_steps"] + 1)
             self.bar = tqdm(total=100, bar_format="{percentage:3.0f}% |{bar}| {elapsed}<{remaining}")
+
+    def checkpoint(self, iteration: int) -> Path:
+        return self.path / f"checkpoint{self.rank}.{iteration}.pt"
+
+    def saved_iterations(self, rank: int) -> set[int]:
+        return {int(path.name.split(".")[1]) for path in self.path.glob(f"checkpoint{rank}.*.pt")}
 
     def iterations(self):
         """Yields (iteration, spent); spent, the budget's share that is used, is 1 once, at the end."""
@@ -196,7 +278,7 @@ class Run:
             self.metrics[key].append(value)
 
     def log(self, row: dict, env_steps: int):
-        """Ends an iteration with a row of metrics.csv. Raises FloatingPointError on NaN and infinity."""
+        """Ends an iteration with a row of metrics.csv. Raises SystemExit on NaN and infinity."""
         done = self.progress
         elapsed = torch.tensor(time.perf_counter() - self.start, device=self.args.device)
         done["wall_s"] += average(elapsed).item()
@@ -205,7 +287,7 @@ class Run:
         row |= {key: torch.stack(values).mean().item() for key, values in self.metrics.items()}
         for key, value in row.items():
             if not math.isfinite(value):
-                raise FloatingPointError(f"{key} became {value}; {self.checkpoint} is from before")
+                raise SystemExit(f"{key} became {value}; the checkpoint in {self.path} is from before.")
         self.metrics.clear()
         done["rows"].append(row)
         done["iteration"] += 1
@@ -227,8 +309,12 @@ class Run:
             writer.writerows(self.progress["rows"])
 
     def save(self):
-        """Writes the checkpoint; after Ctrl-C it then ends the run."""
-        save_parts(self.checkpoint, self.parts)
+        """Writes a checkpoint, then removes the one before; after Ctrl-C this ends the run."""
+        iteration = self.progress["iteration"]
+        save_parts(self.checkpoint(iteration), self.identity, self.parts)
+        self.barrier()  # until all have theirs, all keep the one before
+        for old in self.saved_iterations(self.rank) - {iteration}:
+            self.checkpoint(old).unlink()
         if self.interrupted:
             raise SystemExit(f"Stopped and saved. Continue with --resume {self.path}")
 
@@ -249,9 +335,10 @@ class Run:
 
         rows = self.progress["rows"]
         best = final = {key: value for key, value in rows[-1].items() if key.startswith("eval_")}
-        self.policy.save(self.path / "policy.safetensors", **self.policy.info)
+        info = self.policy.info | dict(script=script_of(type(self.args)))
+        self.policy.save(self.path / "policy.safetensors", **info)
         if self.progress["best"] > final[score]:
-            self.best_policy.save(self.path / "best_policy.safetensors", **self.policy.info)
+            self.best_policy.save(self.path / "best_policy.safetensors", **info)
             best = max(final, measure(self.best_policy), key=lambda scores: scores[score])
         for name, scores in ("base", rows[0]), ("final", final), ("best", best):
             results |= {key.replace("eval", name): float(scores[key]) for key in final}

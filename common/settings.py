@@ -5,14 +5,20 @@ import inspect
 import json
 import re
 import sys
-from typing import Annotated, get_type_hints
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
+import torch
 import tyro
 
-LARGEST = sys.float_info.max
-Count = Annotated[int, 1, LARGEST]  # the type of a setting, with its least and its largest value
-Size = Annotated[int, 0, LARGEST]
-Weight = Annotated[float, 0, LARGEST]
+# The types of settings, with the least and the largest value.
+Count = Annotated[int, 1, 10**6]
+Size = Annotated[int, 0, 10**6]
+Choice = Annotated[int, -1, 10**6]  # -1: the task's own
+Seed = Annotated[int, 0, 2**32 - 1]
+Threads = Annotated[int, 1, 1024]
+Weight = Annotated[float, 0, 1e9]
 Share = Annotated[float, 0, 1]
 
 
@@ -32,32 +38,71 @@ def parse_args(cls, presets: dict[str, dict], doc: str, argv: list[str] | None =
     if first.resume:
         args = dataclasses.replace(default, resume=run, device=args.device, threads=args.threads)
     for name, hint in get_type_hints(cls, include_extras=True).items():
-        low, high = getattr(hint, "__metadata__", (None, None))
-        if low is not None and not low <= getattr(args, name) <= high:
-            flag, value = name.replace("_", "-"), getattr(args, name)
-            raise SystemExit(f"--{flag} {value}: must lie between {low} and {high:g}")
+        value, bounds = getattr(args, name), bounds_of(hint)
+        if value is not None and bounds and not bounds[0] <= value <= bounds[1]:
+            flag, (low, high) = name.replace("_", "-"), bounds
+            raise SystemExit(f"--{flag} {value}: must lie between {low} and {high:.10g}")
     return args
 
 
-def read_args(cls, run):
+def bounds_of(hint) -> tuple | None:
+    """The least and the largest value of a type, or of one of its alternatives."""
+    for part in (hint, *get_args(hint)):
+        if hasattr(part, "__metadata__"):
+            return part.__metadata__
+    return None
+
+
+def script_of(cls) -> str:
+    """The name of the script that defines the settings `cls`."""
+    return Path(inspect.getfile(cls)).stem
+
+
+def read_args(cls, run: Path):
     """The settings in a run directory, but for its device, which another machine may lack."""
     try:
         stored = json.loads((run / "args.json").read_text())
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{run}: not a run directory ({error})") from error
+        script = stored.pop("script")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise SystemExit(f"{run}: not a run directory ({error!r})") from error
+    if script != script_of(cls):
+        raise SystemExit(f"{run}: a run of {script}, not of {script_of(cls)}")
     stored["device"] = "auto"
     flags = [f"--{key}={value}" for key, value in stored.items() if value is not None]
-    return tyro.cli(cls, args=flags, config=(tyro.conf.FlagConversionOff,))
+    try:
+        return tyro.cli(cls, args=flags, config=(tyro.conf.FlagConversionOff,), console_outputs=False)
+    except SystemExit as error:
+        raise SystemExit(f"{run}/args.json: not the settings of {script}") from error
+
+
+def launch(main: Callable, cls, presets: dict[str, dict], doc: str):
+    """A script's command line. What may fail for reasons outside the code ends in one line."""
+    try:
+        main(parse_args(cls, presets, doc))
+    except KeyboardInterrupt:
+        raise SystemExit("Stopped. What was saved is kept: go on with --resume DIRECTORY") from None
+    except (FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        raise SystemExit(f"Out of memory: {str(error).partition('memory: ')[2]}") from error
 
 
 def describe(cls, doc: str) -> str:
     """What --help prints: each setting as its class writes it, below the comment of its section."""
     lines = {"doc": doc.strip()}
+    hints = get_type_hints(cls, include_extras=True)
     for part in reversed(cls.__mro__[:-1]):
         for line in inspect.getsource(part).splitlines():
             if section := re.fullmatch(r"    # (.+)", line):
                 lines[section[1]] = f"\n{section[1]}"
             if setting := re.fullmatch(r"    (\w+): .+? = (.+?)  # (.+)", line):
                 flag = setting[1].replace("_", "-")
-                lines[flag] = f"  --{flag:<20} {setting[2]:<14} {setting[3]}"
+                hint, allowed = hints[setting[1]], ""
+                if bounds := bounds_of(hint):
+                    allowed = "[{:g}, {:.10g}] ".format(*bounds)
+                if get_origin(hint) is Literal:
+                    allowed = f"{{{', '.join(get_args(hint))}}} "
+                lines[flag] = f"  --{flag:<20} {setting[2]:<12} {allowed}{setting[3]}"
     return "\n".join(lines.values())
