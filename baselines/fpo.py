@@ -18,29 +18,32 @@ import rldt_gym as family
 from baselines import ppo
 from common.flow import interpolate
 from common.runs import autocast, average_gradients
-from common.settings import Count, Size, Weight, parse_args
+from common.settings import Count, Share, Size, Weight, launch
 
 
 # ---------------------------------------------------------------------------------- arguments
 @dataclass
 class Args(ppo.PPOArgs):
-    """`official` are the settings of the methods' own code, `paper` those of RLDT's authors."""
+    """`official` are those of FPO++'s own finetuning, `paper` those of RLDT's authors."""
 
     exp_name: str = "fpo"  # name of the experiment, part of the run directory's name
+    zero_fraction: Share = 0.0  # share of environments with x_0 = 0, where no ratio is valid (official: 0)
+    value_lr: Weight = 3e-4  # Adam step size of the value network (official: 1e-4)
+    warmup_iterations: Size = 2  # training iterations before the actor starts (official: 1)
 
     # FPO
     form: Literal["fpo", "fpo++"] = "fpo++"  # a ratio of mean losses, or one per sample and ASPO
     samples: Size = 0  # N, pairs (epsilon, t) per action; 0: SAMPLES of the form and preset
     clip: Weight = 0.0  # trust region of the ratio; 0: TRUST of the form and preset
-    batch: Count = 5000  # chunks per update, each with N samples (official FPO: 1024 segments of 30)
-    actor_lr: Weight = 2e-4  # Adam step size of the actor (official FPO: 3e-4, from scratch)
-    actor_lr_end: Weight = 0.1  # factor on actor_lr, reached linearly at the end (official: 1)
+    batch: Count = 500  # chunks per update, each with N samples (official: about 375)
+    actor_lr: Weight = 3e-5  # Adam step size of the actor (official: 1e-5)
+    actor_lr_end: Weight = 1.0  # factor on actor_lr, reached linearly at the end (official: 1)
 
 
 PRESETS = {
     "paper": dict(
-        iterations=80, bf16=False, num_envs=100, rollout_chunks=500, zero_fraction=0.0, eval_every=5,
-        eval_episodes=100, batch=50_000, actor_lr=1e-4, actor_lr_end=1.0, lr_warmup=10,
+        iterations=80, bf16=False, num_envs=100, rollout_chunks=500, eval_every=5, eval_episodes=100,
+        batch=50_000, value_lr=1e-3, warmup_iterations=0, actor_lr=1e-4, lr_warmup=10,
     )
 }  # fmt: skip
 SAMPLES = {  # N
@@ -48,8 +51,8 @@ SAMPLES = {  # N
     ("fpo++", "laptop"): 8, ("fpo++", "paper"): 16,  # paper
 }  # fmt: skip
 TRUST = {  # clip
-    ("fpo", "laptop"): 0.05, ("fpo", "paper"): 0.05,  # official
-    ("fpo++", "laptop"): 0.04, ("fpo++", "paper"): 0.01,  # paper: the best of 0.01, 0.02 and 0.04
+    ("fpo", "laptop"): 0.02, ("fpo", "paper"): 0.05,  # official: 0.01 to 0.03; from scratch 0.05
+    ("fpo++", "laptop"): 0.02, ("fpo++", "paper"): 0.01,  # paper: the best of 0.01, 0.02 and 0.04
 }  # fmt: skip
 LOSS_CLAMP = 20.0  # at which flow-matching losses are cut off (official FPO++)
 LOG_RATIO_CLAMP = 10.0  # at which log-ratios are cut off, both ways (official: 3 of FPO, 10 of FPO++)
@@ -70,12 +73,19 @@ def act(policy: family.FlowPolicy, obs: torch.Tensor, x0: torch.Tensor, args: Ar
 
 # -------------------------------------------------------------------------------------- actor
 def cfm_losses(policy: family.FlowPolicy, batch: dict, args: Args) -> torch.Tensor:
-    """Flow-matching losses (B, N) of actions (B, D) at their N pairs noise (B, N, D) and t (B, N)."""
+    """Flow-matching losses (B, N) of actions (B, D) at their N pairs noise (B, N, D) and t (B, N).
+
+    The mean over the numbers of an action is summed over the actions of a chunk. FPO weighs it by t^2:
+    that is the error of the noise, x_t - t v, in place of the velocity's.
+    """
     action, noise, t = batch["action"][:, None], batch["noise"], batch["t"]
     obs = batch["obs"][:, None].expand(-1, t.shape[1], -1)
     with autocast(args):
         v = policy.velocity(interpolate(action, noise, t), t, obs)
-    return (v - (action - noise)).square().mean(-1).clamp_max(LOSS_CLAMP)
+    losses = policy.chunk * (v - (action - noise)).square().mean(-1)
+    if args.form == "fpo":
+        losses = t.square() * losses
+    return losses.clamp_max(LOSS_CLAMP)
 
 
 @torch.no_grad()
@@ -134,4 +144,4 @@ def main(args: Args) -> dict | None:
 
 
 if __name__ == "__main__":
-    main(parse_args(Args, PRESETS, __doc__))
+    launch(main, Args, PRESETS, __doc__)

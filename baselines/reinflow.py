@@ -6,6 +6,7 @@ finetunes a pretrained flow policy by PPO on its chain of Euler steps, to which 
 Gaussian noise of learned size. baselines/ppo.py has the loop, docs/baselines.md the equations.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ import rldt_gym as family
 from baselines import ppo
 from common.flow import time_embedding
 from common.runs import autocast, average_gradients
-from common.settings import Count, Size, Weight, parse_args
+from common.settings import Count, Size, Weight, launch
 
 
 # ---------------------------------------------------------------------------------- arguments
@@ -25,32 +26,38 @@ class Args(ppo.PPOArgs):
     """`official` are the settings of ReinFlow's own code; those of OFFICIAL differ by task."""
 
     exp_name: str = "reinflow"  # name of the experiment, part of the run directory's name
-    value_lr: Weight | None = 1e-3  # Adam step size of the value network; None: the official one
-    warmup_iterations: Size | None = 0  # training iterations before the actor starts; None: official
+    value_lr: Weight | None = None  # Adam step size of the value network; None: the official one
+    warmup_iterations: Size | None = 2  # training iterations before the actor starts; None: official
 
     # ReinFlow
-    euler_steps: Size = 0  # K, Euler steps from noise to action (official: 4); 0: the base policy's
-    batch: Count = 2500  # chunks per update (official: 50 000, more than a rollout has)
-    clip: Weight = 0.02  # PPO's clipping range of the ratio (official: 0.01)
+    euler_steps: Size = 4  # K, Euler steps from noise to action (official: 4); 0: the base policy's
+    batch: Count = 2500  # chunks per update, four updates a pass (official: 50 000, also four)
+    clip: Weight = 0.01  # PPO's clipping range of the ratio (official: 0.01)
     entropy_weight: Weight = 0.03  # of the entropy rate per dimension of the noise (official: 0.03)
+    clone_weight: Weight | None = None  # of the distance to the base's actions; None: the official one
     sigma_min: Weight = 0.1  # smallest deviation of the noise, in normalised actions (official: 0.10)
     sigma_max: Weight = 0.24  # largest deviation of the noise at the start (official: 0.24)
-    actor_lr: Weight | None = 1e-4  # Adam step size of actor and noise; None: the official one
-    actor_lr_end: Weight | None = 0.5  # factor on actor_lr, reached linearly at the end; None: official
+    actor_lr: Weight | None = None  # Adam step size of actor and noise; None: the official one
+    actor_lr_end: Weight | None = None  # factor on actor_lr, reached linearly at the end; None: official
 
 
 PRESETS = {
     "paper": dict(
         iterations=1000, bf16=False, rollout_chunks=500, zero_fraction=0.0, eval_every=10,
-        eval_episodes=40, euler_steps=4, batch=50_000, clip=0.01, actor_lr=None, actor_lr_end=None,
-        value_lr=None, warmup_iterations=None, lr_warmup=10,
+        eval_episodes=40, repeats=10, batch=50_000, warmup_iterations=None, lr_warmup=10,
     )
 }  # fmt: skip
 OFFICIAL = {  # in the official files of the tasks, which anneal actor_lr along a cosine
-    "Hopper-v4": dict(actor_lr=4.5e-5, actor_lr_end=0.44, value_lr=6.5e-4, warmup_iterations=0),
-    "Walker2d-v4": dict(actor_lr=4e-4, actor_lr_end=1.0, value_lr=4e-3, warmup_iterations=5),
-    "HalfCheetah-v4": dict(actor_lr=3e-5, actor_lr_end=0.5, value_lr=3e-4, warmup_iterations=10),
-}
+    "Hopper-v4": dict(
+        actor_lr=4.5e-5, actor_lr_end=0.44, value_lr=6.5e-4, warmup_iterations=0, clone_weight=0.1,
+    ),
+    "Walker2d-v4": dict(
+        actor_lr=4e-4, actor_lr_end=1.0, value_lr=4e-3, warmup_iterations=5, clone_weight=0.0,
+    ),
+    "HalfCheetah-v4": dict(
+        actor_lr=3e-5, actor_lr_end=0.5, value_lr=3e-4, warmup_iterations=10, clone_weight=0.0,
+    ),
+}  # fmt: skip
 SIGMA_HOLD = 0.35  # share of the run during which sigma_max holds (official)
 SIGMA_END = 0.7  # to this share of the way from sigma_min to sigma_max it then falls (official)
 
@@ -72,22 +79,26 @@ class NoiseNet(nn.Module):
 
 
 class NoisyPolicy(family.FlowPolicy):
-    """A flow policy whose points are clipped to +-1 after every step, and its noise in training."""
+    """A flow policy whose points are clipped to +-1 after every step, and its noise in training.
+
+    `frozen` is the velocity of the base policy.
+    """
 
     def __init__(self, obs_dim, action_dim, chunk, euler_steps, time_dim, clipped=True, **network):
         noise = NoiseNet(time_dim, obs_dim, chunk * action_dim)
         super().__init__(obs_dim, action_dim, chunk, euler_steps, time_dim=time_dim, **network)
         self.config["clipped"] = clipped  # other policies do not load this one
         self.noise = noise
+        self.frozen = copy.deepcopy(self.velocity).requires_grad_(False)
 
-    def step(self, x: torch.Tensor, t: torch.Tensor, obs: torch.Tensor) -> torch.Tensor:
+    def step(self, velocity, x: torch.Tensor, t: torch.Tensor, obs: torch.Tensor) -> torch.Tensor:
         """Where a step goes without noise, clip(x + v(x, t, s) / K), x (..., D), t (...)."""
-        return (x + self.velocity(x, t, obs) / self.euler_steps).clamp(-1, 1)
+        return (x + velocity(x, t, obs) / self.euler_steps).clamp(-1, 1)
 
     def transition(self, x: torch.Tensor, t: torch.Tensor, obs: torch.Tensor, args: Args):
         """Mean and deviation (..., D) of the next point, the latter between sigma_min and `limit`."""
         with autocast(args):
-            mean = self.step(x, t, obs)
+            mean = self.step(self.velocity, x, t, obs)
             time = self.velocity.time_mlp(time_embedding(t, self.velocity.time_dim))
         time = time.detach().float().expand(*x.shape[:-1], -1)
         return mean, self.noise(time, obs, args.sigma_min, self.limit)
@@ -97,9 +108,12 @@ class NoisyPolicy(family.FlowPolicy):
         """Action chunks (..., D) for cond (..., obs_dim), from x0 or noise, without learned noise."""
         if x0 is None:
             x0 = torch.randn(*cond.shape[:-1], self.action_size, device=cond.device)
-        x = x0
+        return self.integrate(self.velocity, cond, x0)
+
+    def integrate(self, velocity, cond: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Where the steps of a velocity lead from x (..., D), without learned noise."""
         for k in range(self.euler_steps):
-            x = self.step(x, torch.tensor(k / self.euler_steps, device=cond.device), cond)
+            x = self.step(velocity, x, torch.tensor(k / self.euler_steps, device=cond.device), cond)
         return x
 
     def save(self, path, **info):
@@ -111,6 +125,7 @@ def make_policy(base: family.FlowPolicy, args: Args) -> NoisyPolicy:
     steps = args.euler_steps or base.euler_steps
     policy = NoisyPolicy(**base.config | dict(euler_steps=steps))
     policy.load_state_dict(base.state_dict(), strict=False)
+    policy.frozen.load_state_dict(base.velocity.state_dict())
     return policy
 
 
@@ -161,19 +176,35 @@ def make_batch(policy: NoisyPolicy, rollout: dict, args: Args) -> dict[str, torc
     return batch | {"old_log_prob": torch.cat(old)}
 
 
+def clone_loss(policy: NoisyPolicy, obs: torch.Tensor, args: Args) -> torch.Tensor:
+    """Mean squared distance to the actions of the base policy from x_0 = 0, in states obs."""
+    x0 = torch.zeros(len(obs), policy.action_size, device=obs.device)
+    with autocast(args):
+        action = policy.integrate(policy.velocity, obs, x0)
+        with torch.no_grad():
+            base_action = policy.integrate(policy.frozen, obs, x0)
+    return (action - base_action).square().mean()  # (R3)
+
+
 def update_actor(policy: NoisyPolicy, optimizer, batch: dict, args: Args) -> dict:
-    """One step of PPO on whole chains, a ratio per chunk, with an entropy bonus for the noise."""
+    """One step of PPO on whole chains, a ratio per chunk.
+
+    The noise has an entropy bonus, and where `clone_weight` is not 0 the base policy attracts.
+    """
     log_prob, entropy = chain_log_prob(policy, batch["obs"], batch["chain"], args)
     log_ratio = log_prob - batch["old_log_prob"]
     loss = -ppo.clipped(log_ratio.exp(), ppo.normalize(batch["advantage"]), args.clip).mean()
+    total = loss - args.entropy_weight * entropy.mean()
+    metrics = {"losses/policy": loss.detach(), "losses/entropy": entropy.detach().mean()}
+    if args.clone_weight:
+        clone = clone_loss(policy, batch["obs"], args)
+        total += args.clone_weight * clone
+        metrics["losses/clone"] = clone.detach()
     optimizer.zero_grad()
-    (loss - args.entropy_weight * entropy.mean()).backward()
-    average_gradients(policy.parameters())
+    total.backward()
+    average_gradients([*policy.velocity.parameters(), *policy.noise.parameters()])
     optimizer.step()
-    metrics = {
-        "losses/policy": loss.detach(), "losses/entropy": entropy.detach().mean(),
-        "diagnostics/actor_grad_norm": ppo.gradient_norm(policy.velocity.parameters()),
-    }  # fmt: skip
+    metrics["diagnostics/actor_grad_norm"] = ppo.gradient_norm(policy.velocity.parameters())
     return metrics | ppo.ratio_metrics(log_ratio, args.clip)
 
 
@@ -189,4 +220,4 @@ def main(args: Args) -> dict | None:
 
 
 if __name__ == "__main__":
-    main(parse_args(Args, PRESETS, __doc__))
+    launch(main, Args, PRESETS, __doc__)

@@ -181,6 +181,28 @@ def test_reinflow_holds_the_limit_of_its_noise_and_lowers_it_along_a_cosine():
     assert limit(0.35 + 0.65 / 3) == pytest.approx(0.16 - 0.024 / 4)  # (1 - cos 60 degrees) / 2
 
 
+def test_reinflow_is_drawn_to_the_actions_of_the_base_policy_from_zero():
+    policy, rollout, args = rolled_out("reinflow", rollout_chunks=1, clone_weight=0.5)
+    policy.frozen = LinearFlow(11, 6)
+    obs, zero = rollout["obs"][0], torch.zeros(4, 6)
+    assert reinflow.clone_loss(policy, obs, args) == 0
+    with torch.no_grad():
+        policy.velocity.b += 0.3
+        start = [sample(velocity, obs, zero, 4) for velocity in (policy.velocity, policy.frozen)]
+        assert max(x.abs().max() for x in start) < 1  # nothing is clipped
+    loss = reinflow.clone_loss(policy, obs, args)
+    torch.testing.assert_close(loss, (start[0] - start[1]).square().mean())
+    (expected,) = torch.autograd.grad(loss, policy.velocity.b)
+    policy.velocity.time_mlp = torch.nn.Identity()
+    batch, gradients = reinflow.make_batch(policy, rollout, args), []
+    for args.clone_weight in 0.0, 0.5:
+        optimizer = torch.optim.SGD(policy.parameters(), 0.0)
+        metrics = reinflow.update_actor(policy, optimizer, batch, args)
+        gradients.append(policy.velocity.b.grad)
+        assert ("losses/clone" in metrics) == (args.clone_weight > 0)
+    torch.testing.assert_close(gradients[1] - gradients[0], 0.5 * expected)
+
+
 def test_log_probabilities_of_points_far_from_their_means_are_cut_off():
     policy, rollout, args = rolled_out("reinflow", rollout_chunks=1)
     chain = rollout["chain"][0].clone()
@@ -300,7 +322,8 @@ def test_fpo_ratio_on_gaussian_flows_is_a_power_of_the_likelihood_ratio(monkeypa
     t = (torch.arange(n) + 0.5) / n  # an even grid in place of draws, less noise
     batch = dict(obs=torch.zeros(2, 1), action=action, noise=torch.randn(2, n, 1), t=t.expand(2, -1))
     args = fpo.Args(device="cpu", bf16=False)
-    losses = lambda mean: fpo.cfm_losses(SimpleNamespace(velocity=gaussian_flow(mean, s)), batch, args)
+    policy = lambda mean: SimpleNamespace(velocity=gaussian_flow(mean, s), chunk=1)
+    losses = lambda mean: fpo.cfm_losses(policy(mean), batch, args)
     log_ratio = losses(old) - losses(new)
     squares = ((action - old).square() - (action - new).square())[:, 0]
     W = ((1 - t) ** 2 / (t**2 * s**2 + (1 - t) ** 2) ** 2).mean()
@@ -340,16 +363,18 @@ def test_fpo_update_takes_the_ratio_of_the_old_loss_over_the_new_one_and_bounds_
     torch.testing.assert_close(seen[0].detach(), expected[:, : 1 if form == "fpo" else 2])
 
 
-def test_fpo_compares_losses_at_the_same_pairs_and_bounds_them(monkeypatch):
-    policy, rollout, args = rolled_out("fpo", samples=5)
+@pytest.mark.parametrize("form", ["fpo", "fpo++"])
+def test_fpo_compares_losses_at_the_same_pairs_and_bounds_them(monkeypatch, form):
+    policy, rollout, args = rolled_out("fpo", samples=5, form=form)
     batch = fpo.make_batch(policy, rollout, args)
     assert batch["noise"].shape == (12, 5, 6)
     assert set(batch["t"].flatten().tolist()) <= {0.0, 0.25, 0.5, 0.75}
-    action, t = batch["action"][:, None], batch["t"]
-    x = (1 - t[..., None]) * batch["noise"] + t[..., None] * action
-    v = policy.velocity(x, t, batch["obs"][:, None])
-    expected = (v - (action - batch["noise"])).square().mean(-1).clamp_max(20).detach()
-    torch.testing.assert_close(batch["old_losses"], expected, rtol=1e-4, atol=1e-5)
+    action, noise, t = batch["action"][:, None], batch["noise"], batch["t"][..., None]
+    x = (1 - t) * noise + t * action
+    v = policy.velocity(x, t[..., 0], batch["obs"][:, None])
+    error = (x - t * v) - noise if form == "fpo" else v - (action - noise)  # FPO: of the noise
+    expected = error.square().view(12, 5, 2, 3).mean(-1).sum(-1)  # two actions of three numbers
+    torch.testing.assert_close(batch["old_losses"], expected.detach(), rtol=1e-4, atol=1e-5)
     monkeypatch.setattr(fpo, "LOSS_CLAMP", 1.0)
     assert fpo.cfm_losses(policy, batch, args).max() <= 1
 

@@ -59,24 +59,26 @@ def settled(monkeypatch, module, **fields):
 
 
 @pytest.mark.parametrize("task, expected", [
-    ("Hopper-v4", (4.5e-5, 0.44, 6.5e-4, 0)), ("Walker2d-v4", (4e-4, 1.0, 4e-3, 5)),
-    ("HalfCheetah-v4", (3e-5, 0.5, 3e-4, 10)),
+    ("Hopper-v4", (4.5e-5, 0.44, 6.5e-4, 0, 0.1)), ("Walker2d-v4", (4e-4, 1.0, 4e-3, 5, 0)),
+    ("HalfCheetah-v4", (3e-5, 0.5, 3e-4, 10, 0)),
 ])  # fmt: skip
-def test_reinflow_takes_the_official_step_sizes_of_the_task(monkeypatch, task, expected):
+def test_reinflow_takes_the_official_settings_of_the_task(monkeypatch, task, expected):
     expected = dict(zip(reinflow.OFFICIAL[task], expected, strict=True))
-    own = {"actor_lr": 1e-4, "actor_lr_end": 0.7, "value_lr": 2e-3, "warmup_iterations": 3}
+    own = dict(actor_lr=1e-4, actor_lr_end=0.7, value_lr=2e-3, warmup_iterations=3, clone_weight=0.2)
     for changes in {}, *({name: value} for name, value in own.items()):  # a flag wins
         args = settled(monkeypatch, reinflow, preset="paper", env_id=task, **changes)
         assert {name: getattr(args, name) for name in own} == expected | changes
+    args = settled(monkeypatch, reinflow, env_id=task)
+    assert {name: getattr(args, name) for name in own} == expected | dict(warmup_iterations=2)
 
 
 @pytest.mark.parametrize("form, preset, samples, clip", [
-    ("fpo", "laptop", 8, 0.05), ("fpo", "paper", 8, 0.05),
-    ("fpo++", "laptop", 8, 0.04), ("fpo++", "paper", 16, 0.01),
+    ("fpo", "laptop", 8, 0.02), ("fpo", "paper", 8, 0.05),
+    ("fpo++", "laptop", 8, 0.02), ("fpo++", "paper", 16, 0.01),
 ])  # fmt: skip
 def test_fpo_takes_what_its_form_wants_unless_told_otherwise(monkeypatch, form, preset, samples, clip):
     args = settled(monkeypatch, fpo, form=form, preset=preset)
-    assert (args.samples, args.clip) == (samples, clip)
+    assert (args.samples, args.clip, args.zero_fraction) == (samples, clip, 0)
     args = settled(monkeypatch, fpo, form=form, preset=preset, samples=5, clip=0.2)
     assert (args.samples, args.clip) == (5, 0.2)
 
@@ -86,7 +88,7 @@ COMMON = dict(
     env_id="Hopper-v4", device="cpu", seed=3, num_envs=4, rollout_chunks=12, iterations=4, eval_every=3,
     eval_episodes=2, final_eval_episodes=3,
 )  # fmt: skip
-ON_POLICY = COMMON | dict(batch=16, epochs=2, lr_warmup=1, actor_lr=1e-3)
+ON_POLICY = COMMON | dict(batch=16, epochs=2, lr_warmup=1, actor_lr=1e-3, warmup_iterations=0)
 CRITIC = COMMON | dict(
     buffer_iterations=2, rounds=2, critic_steps=2, critic_batch=16, segments=8, warmup_iterations=1,
 )  # fmt: skip
@@ -227,6 +229,17 @@ def test_best_of_n_leaves_the_base_as_it_was(finished, tiny_base):
         assert torch.equal(saved[key], value)
 
 
+def test_a_pass_takes_each_chunk_as_often_as_told(monkeypatch, make_args, tmp_path):
+    seen = []
+    update = lambda policy, optimizer, batch, args: seen.append(batch["old_log_prob"]) or {}
+    monkeypatch.setattr(reinflow, "update_actor", update)
+    reinflow.main(make_args("reinflow", tmp_path, iterations=2, repeats=3, batch=36))
+    assert [len(rows) for rows in seen] == [36] * 8  # two passes over 48 chunks, each three times
+    one, two = (torch.cat(rows).sort().values for rows in (seen[:4], seen[4:]))
+    assert torch.equal(one, two)
+    assert torch.equal(one[::3], one[2::3]) and len(one[::3].unique()) == 48
+
+
 def test_two_processes_train_one_policy_on_their_own_rollouts(tiny_base, tmp_path):
     fields = TINY["reinflow"] | dict(base=tiny_base, runs=tmp_path, iterations=2)
     torchrun = "torch.distributed.run --standalone --nproc-per-node=2 -m baselines.reinflow".split()
@@ -266,13 +279,17 @@ SMALL = dict(
     env_id="Track-v0", device="cpu", bf16=False, seed=1, num_envs=20, eval_every=100, eval_episodes=10,
     final_eval_episodes=20, zero_fraction=0.0, rollout_chunks=16,
 )  # fmt: skip
-PPO = dict(iterations=12, batch=320, lr_warmup=1, clip=0.1, actor_lr=2e-3, actor_lr_end=1.0)
+PPO = dict(
+    iterations=12, batch=320, lr_warmup=1, clip=0.1, actor_lr=2e-3, actor_lr_end=1.0,
+    warmup_iterations=0,
+)  # fmt: skip
 VALUES = dict(
     iterations=6, buffer_iterations=6, rounds=4, critic_steps=16, critic_batch=64, critic_lr=3e-3,
     gamma=0.0, td_lambda=0.0, segments=8, warmup_iterations=1,
 )  # fmt: skip
 LEARNING = {
-    "reinflow": (reinflow, PPO | dict(value_lr=3e-3)), "dppo": (dppo, PPO | dict(batch=640)),
+    "reinflow": (reinflow, PPO | dict(value_lr=3e-3, clone_weight=0)),
+    "dppo": (dppo, PPO | dict(batch=640)),
     "diffusion": (dppo, PPO | dict(batch=640, form="diffusion")),
     "fpo": (fpo, PPO | dict(form="fpo")), "fpo++": (fpo, PPO),
     "qam": (qam, VALUES | dict(actor_batch=64, actor_lr=3e-3, actor_lr_end=1.0, inv_temp=30.0)),
