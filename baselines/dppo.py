@@ -22,7 +22,7 @@ import rldt_gym as family
 from baselines import ppo
 from common.flow import fit
 from common.runs import autocast, average_gradients
-from common.settings import Count, Share, Size, Weight, parse_args
+from common.settings import Count, Share, Size, Weight, launch
 from demos import dataset
 
 
@@ -236,4 +236,4 @@ def main(args: Args) -> dict | None:
 
 
 if __name__ == "__main__":
-    main(parse_args(Args, PRESETS, __doc__))
+    launch(main, Args, PRESETS, __doc__)

@@ -27,7 +27,7 @@ class Args(ppo.PPOArgs):
     """`official` are those of FPO++'s own finetuning, `paper` those of RLDT's authors."""
 
     exp_name: str = "fpo"  # name of the experiment, part of the run directory's name
-    zero_fraction: Share = 0.0  # share of environments with x_0 = 0, where no ratio is valid (official: 0)
+    zero_fraction: Share = 0.0  # share of environments with x_0 = 0, without a valid ratio (official: 0)
     value_lr: Weight = 3e-4  # Adam step size of the value network (official: 1e-4)
     warmup_iterations: Size = 2  # training iterations before the actor starts (official: 1)
 
