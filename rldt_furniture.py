@@ -24,8 +24,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from common.checkpoints import Ring
 from common.flow import FlowPolicy, expected_target, fit, flow_matching_loss, interpolate
-from common.runs import Ring, Run, autocast, average_gradients, derive_seed, set_up
+from common.runs import Run, autocast, average_gradients, derive_seed, set_up
 from common.settings import Count, Seed, Share, Size, Threads, Weight, launch
 from common.svgd import particle_gradient, transport_field
 from demos import furniture as dataset

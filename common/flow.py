@@ -1,7 +1,6 @@
 """Flow-matching policy: velocity network, pretraining, Euler sampler, expected target, file."""
 
 import copy
-import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -11,11 +10,10 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
-from common.runs import autocast, identity, load_parts, save_parts, write_atomically
+from common.checkpoints import identity, load_parts, read_tensors, save_parts, write_tensors
+from common.runs import autocast
 
 ACTIVATIONS = {"relu": nn.ReLU, "mish": nn.Mish, "silu": nn.SiLU, "gelu": nn.GELU}
 
@@ -182,36 +180,21 @@ class FlowPolicy(nn.Module):
     def save(self, path: Path, **info):
         """Writes weights and scaling as safetensors, with the sizes and what else is to be known."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {"config": json.dumps(self.config), "info": json.dumps(info)}
-        metadata["sha256"] = content_hash(self.state_dict(), metadata)
-        write_atomically(path, lambda p: save_file(self.state_dict(), p, metadata=metadata))
+        texts = {"config": json.dumps(self.config), "info": json.dumps(info)}
+        write_tensors(path, self.state_dict(), texts)
 
     @classmethod
     def load(cls, path: Path, **expected) -> "FlowPolicy":
         """Reads what `save` wrote. Raises SystemExit on any other file, or where its info is another."""
         try:
-            with safe_open(path, "pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-                metadata = file.metadata()
-                digest = metadata.pop("sha256")
-            if digest != content_hash(tensors, metadata):
-                raise ValueError("its bytes are damaged")
-            policy = cls(**json.loads(metadata["config"]))
+            tensors, texts = read_tensors(path)
+            policy = cls(**json.loads(texts["config"]))
             policy.load_state_dict({key: value.float() for key, value in tensors.items()})
-            policy.info = json.loads(metadata["info"])
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            policy.info = json.loads(texts["info"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise SystemExit(f"{path}: not a policy written by this project ({reason})") from error
         for key, value in expected.items():
             if policy.info.get(key, value) != value:
                 raise SystemExit(f"{path}: its {key} is {policy.info[key]}, not {value}")
         return policy
-
-
-def content_hash(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
-    """SHA-256 of named tensors and texts."""
-    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
-    for name, value in sorted(tensors.items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -1,11 +1,9 @@
-"""One run of a script: its processes, checkpoints, directory, logs and interruption."""
+"""One run of a script: its processes, directory, logs, results and interruption."""
 
 import contextlib
 import copy
 import csv
-import hashlib
 import importlib.util
-import io
 import json
 import math
 import os
@@ -20,16 +18,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from common.checkpoints import identity, load_parts, save_parts, write_atomically
 from common.settings import script_of
-
-FORMAT = "2"  # of checkpoints: those of another one are refused
-MACHINE = ("resume", "device", "threads")  # settings that may differ when a run goes on
 
 
 # --------------------------------------------------------------------------------- processes
@@ -61,15 +56,6 @@ def derive_seed(seed: int, *purpose) -> int:
     return int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 2)
 
 
-def require_memory(size: float, device: str, what: str):
-    """Raises SystemExit where `size` bytes are not free."""
-    free = psutil.virtual_memory().available
-    if device.startswith("cuda"):
-        free, _ = torch.cuda.mem_get_info(device)
-    if size > free:
-        raise SystemExit(f"{what} would take {size / 2**30:.3g} GiB; {free / 2**30:.3g} GiB are free.")
-
-
 def autocast(args):
     """bfloat16 matrix products, where asked for."""
     return torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.bf16)
@@ -87,110 +73,6 @@ def average_gradients(parameters):
     """Averages gradients over the processes of torchrun."""
     for p in parameters:
         average(p.grad)
-
-
-# ------------------------------------------------------------------------------- checkpoints
-def write_atomically(path: Path, write):
-    """Writes to a neighbour and renames it, so that a reader or a crash never sees half a file."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        write(partial)
-        partial.replace(path)
-    except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
-        raise SystemExit(f"Cannot write {path} ({error}). The last good file is kept.") from error
-
-
-class Ring:
-    """Room for rollouts: tensors `slots`, (capacity, ...) each, whose oldest index is written anew."""
-
-    def __init__(self, capacity: int, shapes: dict[str, tuple], device: str, dtypes=None):
-        self.capacity, self.added, self.slots = capacity, 0, {}
-        require_memory(4 * capacity * sum(map(math.prod, shapes.values())), device, "The replay")
-        for name, shape in shapes.items():
-            dtype = (dtypes or {}).get(name, torch.float32)
-            self.slots[name] = torch.zeros(capacity, *shape, dtype=dtype, device=device)
-
-    def next(self) -> dict[str, torch.Tensor]:
-        """The views of the slot to write now, the newest from here on."""
-        self.added += 1
-        return self.newest()
-
-    def newest(self) -> dict[str, torch.Tensor]:
-        return {name: value[self.slot] for name, value in self.slots.items()}
-
-    slot = property(lambda self: (self.added - 1) % self.capacity)
-    filled = property(lambda self: min(self.added, self.capacity))
-
-
-def identity(args) -> dict[str, str]:
-    """What a checkpoint belongs to: a script with its settings, and so many processes."""
-    settings = {key: str(value) for key, value in vars(args).items() if key not in MACHINE}
-    processes = os.environ.get("WORLD_SIZE", "1")
-    return settings | dict(script=script_of(type(args)), processes=processes, format=FORMAT)
-
-
-def write_checked(path: Path, content: dict):
-    """Writes a dict with torch, behind its SHA-256."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    data = buffer.getbuffer()
-    write_atomically(path, lambda p: p.write_bytes(hashlib.sha256(data).digest() + data))
-
-
-def read_checked(path: Path, belongs_to: dict, device: str) -> dict:
-    """Reads what `write_checked` wrote. Raises ValueError on another file's bytes or settings."""
-    data = path.read_bytes()
-    if hashlib.sha256(data[32:]).digest() != data[:32]:
-        raise ValueError("its bytes are damaged")
-    content = torch.load(io.BytesIO(data[32:]), map_location=device, weights_only=True)
-    theirs = content["belongs_to"]
-    others = [key for key in theirs | belongs_to if theirs.get(key) != belongs_to.get(key)]
-    if others:
-        raise ValueError(f"it is of a run with another {', '.join(others)}")
-    return content
-
-
-def ring_file(path: Path, name: str, slot: int) -> Path:
-    return path.with_name(f"{path.name.partition('.')[0]}.{name}{slot}")
-
-
-def save_parts(path: Path, belongs_to: dict, parts: dict):
-    """Writes parts (dicts, Rings, or what has a state_dict) and torch's random generators."""
-    saved = dict(belongs_to=belongs_to, rng=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all())
-    for name, part in parts.items():
-        if not isinstance(part, Ring):
-            saved[name] = part if isinstance(part, dict) else part.state_dict()
-            continue
-        saved[name] = part.added
-        if part.added:  # only its newest slot has changed; it has a file of its own
-            newest = {key: value.clone() for key, value in part.newest().items()}
-            file = ring_file(path, name, part.slot)
-            write_checked(file, dict(belongs_to=belongs_to, newest=newest))
-    write_checked(path, saved)
-
-
-def load_parts(path: Path, belongs_to: dict, parts: dict, device: str):
-    """Reads in place what `save_parts` wrote. Raises SystemExit on a file that is not its own."""
-    file = path
-    try:
-        saved = read_checked(file, belongs_to, device)
-        for name, part in parts.items():
-            if isinstance(part, Ring):
-                part.added = saved[name]
-                for slot in range(part.filled):
-                    file = ring_file(path, name, slot)
-                    for key, value in read_checked(file, belongs_to, device)["newest"].items():
-                        part.slots[key][slot] = value
-            elif isinstance(part, dict):
-                part.update(saved[name])
-            else:
-                part.load_state_dict(saved[name])
-        torch.set_rng_state(saved["rng"].cpu())
-        torch.cuda.set_rng_state_all([state.cpu() for state in saved["cuda"]])
-    except Exception as error:  # torch.load raises many types
-        reason = str(error).partition("\n")[0]
-        raise SystemExit(f"{file}: cannot be resumed ({reason})") from error
 
 
 # --------------------------------------------------------------------------------------- run
