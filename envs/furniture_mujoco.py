@@ -23,7 +23,6 @@ import importlib.metadata
 import itertools
 import math
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,8 +42,8 @@ POSITION_TOLERANCE = 0.005  # m per axis, of an assembled pair
 COSINE_TOLERANCE = 0.94  # per row of the rotation
 
 
-class PhysicsError(FloatingPointError):
-    """The simulation diverged; the environment must be reset."""
+class PhysicsError(SystemExit):
+    """The simulation diverged; the environment must be reset. Where nobody catches it, the run ends."""
 
 
 # ------------------------------------------------------------------------------------ rotations
@@ -93,134 +92,72 @@ TAG_QUATERNION = np.array([[_x, _y, _z, _w], [_w, _z, -_y, -_x], [-_z, _w, _x, -
 
 
 # ---------------------------------------------------------------------------------- MJCF pieces
-# Contact bits: a pair collides if one's contype meets the other's conaffinity.
-TABLE, ROBOT, SHELL, THREAD, LEG, HOOD, HOLE = 1, 2, 4, 8, 16, 32, 64
-ALL = TABLE | ROBOT | SHELL | LEG
-WALL, SOLID, STUB, INSIDE = (SHELL, ROBOT), (LEG, ALL), (0, ALL | HOLE | THREAD), (THREAD, 0)
-ALONG_Y = rotation(np.pi / 2, 0, 0)  # of capsules and cylinders
-WIRE = 0.0022  # radius of the capsules of a thread
+# What the tasks' XML leaves out. Each shape is of one of the default classes of furniture.xml.
+THREAD = 8  # contact bit of a hole's thread
 PITCH = 0.00955  # per turn of the right-handed threads: measured on the meshes of top, leg and lamp base
 
 
-def numbers(*values: float) -> str:
+def numbers(values) -> str:
     return " ".join(f"{value:.8g}" for value in values)
 
 
-def pose(position, turn: np.ndarray | None = None) -> str:
-    """Attributes of a position (3,) and a rotation (3, 3)."""
-    quat = "" if turn is None else f'quat="{numbers(*quaternion(turn))}"'
-    return f'pos="{numbers(*position)}" {quat}'
-
-
-def geom(kind: str, size, pos, bits: tuple, contact="part", mass: float = 0.0, turn=None) -> str:
-    """A collision shape: half sizes, position, contact bits, class of contact, mass, rotation (3, 3)."""
-    place = f'size="{numbers(*size)}" {pose(pos, turn)}'
-    return f'<geom type="{kind}" {place} {collides(*bits)} mass="{mass}" class="{contact}"/>'
-
-
-def collides(contype: int, conaffinity: int) -> str:
-    return f'contype="{contype}" conaffinity="{conaffinity}"'
-
-
-def box(low, high, bits: tuple, **kwargs) -> str:
-    """A box between two corners."""
-    low, high = np.array(low), np.array(high)
-    return geom("box", (high - low) / 2, (high + low) / 2, bits, **kwargs)
-
-
-def bundle(radius: float, low: float, high: float, bits: tuple, mass: float, center=(0.0, 0.0)) -> str:
+def bundle(radius: float, low: float, high: float, mass: float, center=(0.0, 0.0)) -> str:
     """A cylinder around the y axis, of six capsules parallel to it, which collide in closed form."""
     rod, result = 0.0025, ""  # radius of a capsule
     size, away = (rod, (high - low) / 2 - rod), radius - rod
     for angle in np.pi / 3 * np.arange(6):
         pos = center[0] + away * np.cos(angle), (low + high) / 2, center[1] + away * np.sin(angle)
-        result += geom("capsule", size, pos, bits, mass=mass / 6, turn=ALONG_Y)
+        result += f'<geom class="stub" size="{numbers(size)}" pos="{numbers(pos)}" mass="{mass / 6}"/>'
     return result
 
 
-def ring(count: int, radius: float, half, low: float, bits: tuple, center=(0, 0), tilt=0.0, mass=0.0):
+def ring(kind: str, count: int, radius: float, half, low: float, center=(0, 0), tilt=0.0, mass=0.0):
     """`count` boxes around the y axis, half sizes (radial, axial, tangential), lifted to y = `low`."""
     result = ""
     for angle in 2 * np.pi * np.arange(count) / count:
         pos = center[0] + radius * np.cos(angle), low + half[1], center[1] + radius * np.sin(angle)
-        turn = rotation(0, -angle, 0) @ rotation(0, 0, tilt)
-        result += geom("box", half, pos, bits, mass=mass, turn=turn)
+        quat = quaternion(rotation(0, -angle, 0) @ rotation(0, 0, tilt))
+        place = f'pos="{numbers(pos)}" quat="{numbers(quat)}"'
+        result += f'<geom class="{kind}" size="{numbers(half)}" {place} mass="{mass}"/>'
     return result
 
 
-def thread(low, high, radius, phase, center=(0, 0), pitch=PITCH, *, bits: tuple, beads=False) -> str:
+def thread(kind: str, low, high, radius, phase, center=(0, 0), pitch=PITCH) -> str:
     """A helix of capsules around the y axis from y = `low` to `high`, ten per turn.
 
-    `beads` takes spheres, where capsules would end: else a pushed leg would turn in by itself. They have
-    a body of their own, so that what is far from it is sorted out at once.
+    The kind "beads" takes spheres, where capsules would end: else a pushed leg would turn in by itself.
+    They have a body of their own, so that what is far from it is sorted out at once.
     """
     y = np.linspace(low, high, int(np.ceil(10 * (high - low) / pitch)) + 1)
     angle = 2 * np.pi * y / pitch + phase
     x, z = center[0] + radius * np.cos(angle), center[1] - radius * np.sin(angle)
-    points, shapes = np.stack([x, y, z], 1), ""
-    if beads:
-        for point in points:
-            shapes += geom("sphere", (WIRE,), point, bits)
+    points = np.stack([x, y, z], 1)
+    if kind == "beads":
+        places = [f'pos="{numbers(point)}"' for point in points]
     else:
-        for a, b in itertools.pairwise(points):
-            ends = f'fromto="{numbers(*a, *b)}" size="{WIRE}"'
-            shapes += f'<geom type="capsule" {ends} {collides(*bits)} mass="0" class="part"/>'
+        places = [f'fromto="{numbers([*a, *b])}"' for a, b in itertools.pairwise(points)]
+    shapes = "".join(f'<geom class="{kind}" {place}/>' for place in places)
     return f"<body>{shapes}</body>"
 
 
-def table_top() -> str:
-    """A tray with four threaded holes. A solid box, of a table top's mass, carries it on the table."""
-    tray, rim = 0.08125, 0.003  # half width of the tray, half thickness of its rim
-    result = geom("box", (tray, 0.0156, tray), (0, 0, 0), (0, TABLE), "on_table", mass=0.151)
-    result += box((-tray, -0.0156, -tray), (tray, -0.0094, tray), WALL)
-    for side in (-1, 1):
-        result += geom("box", (rim, 0.0125, tray), (side * (tray - rim), 0.0031, 0), WALL)
-        result += geom("box", (tray - 2 * rim, 0.0125, rim), (0, 0.0031, side * (tray - rim)), WALL)
-    for x, z in HOLES:
-        result += ring(8, 0.0144, (0.0016, 0.0125, 0.0062), -0.0094, (HOLE, ROBOT), (x, z))
-        result += thread(-0.0088, 0.0099, 0.0131, -1.541, (x, z), bits=INSIDE)
-    return result
-
-
-def table_leg(threaded: bool) -> str:
-    """A square leg with a stub; the one that the task needs has a thread around the stub's core."""
-    z = -0.000625 if threaded else 0.000625  # offset of the mesh from its origin
-    core = 0.0100 if threaded else 0.0122
-    result = geom("box", (0.015, 0.03125, 0.015), (0, 0, z), SOLID, "on_table", mass=0.0195)
-    result += bundle(core, -0.05625, -0.03125, STUB, 0.0036, (0, z))
-    if threaded:
-        result += thread(-0.0500, -0.0332, 0.0100, 0.020, (0, z), bits=(0, THREAD), beads=True)
-    return result
-
-
-def lamp_base() -> str:
-    """A stepped foot and a neck with a thread inside, open towards -y."""
-    foot, plate = 0.0423, (SHELL, TABLE | ROBOT)
-    result = box((-foot, 0.0066, -foot), (foot, 0.0172, foot), plate, contact="on_table", mass=0.03)
-    steps = (0.035, 0.001, 0.0066, 0.005), (0.03, -0.005, 0.001, 0.005), (0.024, -0.0146, -0.005, 0.01)
-    for half, low, high, mass in steps:
-        result += box((-half, low, -half), (half, high, half), WALL, mass=mass)
-    result += ring(12, 0.0143, (0.0015, 0.0156, 0.0042), -0.0458, (HOLE, ROBOT), mass=0.0008)
-    flange, hole = 0.0276, 0.0158  # half widths of the square plate at the mouth and of the hole in it
-    for low, high in ((-flange, -hole), (hole, flange)):
-        result += box((low, -0.0458, -flange), (high, -0.0410, flange), plate)
-        result += box((-hole, -0.0458, low), (hole, -0.0410, high), plate)
-    return result + thread(-0.04019, -0.0213, 0.0131, 2.57796, (0, -0.00025), bits=INSIDE)
-
-
-def lamp_bulb() -> str:
-    """A threaded stub, a shoulder, a square socket to grasp, and a globe."""
-    result = geom("box", (0.0175, 0.0165, 0.0175), (0, -0.0035, 0), SOLID, mass=0.02)
-    result += geom("sphere", (0.030,), (0, 0.038, 0), (LEG, ALL | HOOD), mass=0.015)
-    result += geom("cylinder", (0.0224, 0.003), (0, -0.019, 0), SOLID, mass=0.002, turn=ALONG_Y)
-    result += bundle(0.0100, -0.0530, -0.0220, STUB, 0.0015)
-    return result + thread(-0.0410, -0.02327, 0.0100, -3.00569, (-0.00025, 0), 0.0096, bits=(0, THREAD))
-
-
-def lamp_hood() -> str:
-    """A truncated cone, open at both ends, of 16 boxes."""
+def shapes() -> dict[str, str]:
+    """The stubs, rings and threads by their names in the tasks' XML."""
+    holes, z = "", 0.000625
+    for center in HOLES:
+        holes += ring("hole", 8, 0.0144, (0.0016, 0.0125, 0.0062), -0.0094, center)
+        holes += thread("inside", -0.0088, 0.0099, 0.0131, -1.541, center)
+    threaded = bundle(0.0100, -0.05625, -0.03125, 0.0036, (0, -z))
+    threaded += thread("beads", -0.0500, -0.0332, 0.0100, 0.020, (0, -z))
+    neck = ring("hole", 12, 0.0143, (0.0015, 0.0156, 0.0042), -0.0458, mass=0.0008)
+    neck += thread("inside", -0.04019, -0.0213, 0.0131, 2.57796, (0, -0.00025))
+    bulb = bundle(0.0100, -0.0530, -0.0220, 0.0015)
+    bulb += thread("outside", -0.0410, -0.02327, 0.0100, -3.00569, (-0.00025, 0), 0.0096)
     slope, half = np.arctan(0.14), (0.002, 0.0502, 0.0445 * np.tan(np.pi / 16))
-    return ring(16, 0.0349, half, -0.0516, (HOOD, TABLE | ROBOT | SHELL), tilt=-slope, mass=0.06 / 16)
+    return dict(
+        holes=holes, threaded_stub=threaded, neck=neck, bulb_stub=bulb,
+        plain_stub=bundle(0.0122, -0.05625, -0.03125, 0.0036, (0, z)),
+        hood=ring("hood", 16, 0.0349, half, -0.0516, tilt=-slope, mass=0.06 / 16),
+    )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------- tasks
@@ -229,7 +166,6 @@ class Part:
     """A part that moves; poses are at reset, in the tag's frame."""
 
     name: str
-    build: Callable[[], str]  # its collision shapes
     position: tuple
     angles: tuple  # rotation around x, then y, then z
     # The original's density times the volume of the mesh's convex hull (kg): the reset's force moves it.
@@ -241,13 +177,10 @@ class Part:
 class Furniture:
     """One of FurnitureBench's tasks."""
 
-    mesh: str  # folder of the meshes
     parts: tuple[Part, ...]
     # Two parts, possible positions of the second in the first's frame, rotation (3, 3) or None for any.
     pairs: tuple[tuple, ...]
-    screw: int  # the threaded part that goes into holes of the first part
-    tip: tuple  # end of its thread, in its frame
-    holes: tuple  # x and z of the holes, in the first part's frame
+    holes: tuple  # x and z of the holes, in the first part's frame; a thread's tip goes into them
     level: float  # y of their mouths
     out: int  # 1 where they open towards y, -1 where towards -y
     force: tuple[float, ...]  # multipliers of the reset's random force on each part
@@ -268,27 +201,28 @@ HOLES = tuple((x, z) for z in (-0.05625, 0.05625) for x in (-0.05625, 0.05625))
 LYING = (0, -np.pi / 2, 0)
 FURNITURE = {
     "one_leg": Furniture(
-        "square_table", (
-            Part("top", table_top, (0, 0.24, -0.015625), (-np.pi / 2, 0, np.pi), 0.4115),
-            *(Part(f"leg{i}", functools.partial(table_leg, i == 4), (x, 0.07, -0.015), LYING, 0.0265)
-              for i, x in enumerate((-0.20, -0.12, 0.12, 0.20), 1)),
+        (
+            Part("top", (0, 0.24, -0.015625), (-np.pi / 2, 0, np.pi), 0.4115),
+            Part("leg1", (-0.20, 0.07, -0.015), LYING, 0.0265),
+            Part("leg2", (-0.12, 0.07, -0.015), LYING, 0.0265),
+            Part("leg3", (0.12, 0.07, -0.015), LYING, 0.0265),
+            Part("leg4", (0.20, 0.07, -0.015), LYING, 0.0265),
         ),
         pairs=((0, 4, tuple((x, 0.046875, z) for x, z in HOLES), np.eye(3)),),
-        screw=4, tip=(0, -0.05625, 0), holes=HOLES, level=0.0156, out=1,
+        holes=HOLES, level=0.0156, out=1,
         force=(25, 1, 1, 1, 1), torque=(70, 1, 1, 1, 1), horizon=700, gripper=0.065,
     ),
     "lamp": Furniture(
-        "lamp", (
-            Part("base", lamp_base, (0.05, 0.14, -0.02), (np.pi / 2, 0, 0), 0.1143),
-            Part("bulb", lamp_bulb, (-0.05, 0.235, -0.016), (-np.arctan2(7.6, 52), 0, 0), 0.1109),
-            Part("hood", lamp_hood, (-0.08, 0.13, -0.048583), (np.pi / 2, 0, 0), 0.3316),
+        (
+            Part("base", (0.05, 0.14, -0.02), (np.pi / 2, 0, 0), 0.1143),
+            Part("bulb", (-0.05, 0.235, -0.016), (-np.arctan2(7.6, 52), 0, 0), 0.1109),
+            Part("hood", (-0.08, 0.13, -0.048583), (np.pi / 2, 0, 0), 0.3316),
         ),
         pairs=((0, 1, ((0, -0.0678, 0),), rotation(0, 0, np.pi)), (0, 2, ((0, -0.088324, 0),), None)),
-        screw=1, tip=(0, -0.053, 0), holes=((0, 0),), level=-0.0458, out=-1,
+        holes=((0, 0),), level=-0.0458, out=-1,
         force=(8, 15, 30), torque=(16, 20, 60), horizon=1000, gripper=0.07, steps=(4, 8, 6), held=1,
     ),
 }  # fmt: skip
-
 
 # Ranges of a reset: largest horizontal force (N) and vertical torque (N m) on a part, for 1/60 s, before
 # the part's multipliers; largest offset of the obstacle along x and y, and of each joint.
@@ -299,25 +233,18 @@ RANDOMNESS = {
 
 
 # --------------------------------------------------------------------------------------- model
-def build_xml(furniture: str) -> str:
-    """The task's MJCF: envs/furniture.xml with the parts."""
+def build(furniture: str) -> mujoco.MjModel:
+    """The task's model: furniture.xml, which includes the task's parts."""
     try:  # found without importing the package, which needs Isaac Gym
         wheel = importlib.metadata.distribution("furniture-bench")
     except importlib.metadata.PackageNotFoundError:
         raise SystemExit("Meshes are missing: pip install --no-deps furniture-bench==0.1") from None
-    root, spec = wheel.locate_file("furniture_bench/assets"), FURNITURE[furniture]
-    meshes, parts = "", ""
-    for i, part in enumerate(spec.parts):
-        file = f"{root}/furniture/mesh/{spec.mesh}/{spec.mesh}_{part.name}.obj"
-        meshes += f'<mesh name="{part.name}" file="{file}" inertia="shell"/>'
-        screws = i == spec.screw
-        color = "0.85 0.25 0.2 1" if screws else "0.85 0.7 0.5 1"
-        tip = f'<site name="tip" {pose(spec.tip)}/>' if screws else ""
-        parts += f'<body name="{part.name}"><freejoint name="{part.name}"/>{part.build()}{tip}'
-        parts += f'<geom mesh="{part.name}" class="visual" rgba="{color}"/></body>'
+    root, opening = wheel.locate_file("furniture_bench/assets"), FURNITURE[furniture].gripper / 2
     franka = root / "franka_description_ros/franka_description/meshes/collision"
-    scene = Path(__file__).with_name("furniture.xml").read_text()
-    return scene.format(franka=franka, opening=spec.gripper / 2, meshes=meshes, parts=parts)
+    read = lambda name: Path(__file__).with_name(f"{name}.xml").read_text()
+    scene = read("furniture").format(franka=franka, opening=opening)
+    parts = read(furniture).format(meshes=root / "furniture/mesh", **shapes())
+    return mujoco.MjModel.from_xml_string(scene, {"task.xml": parts.encode()})
 
 
 @functools.cache
@@ -328,7 +255,7 @@ def load_models(furniture: str) -> dict[tuple[bool, bool], mujoco.MjModel]:
     collisions cost little, but in a state that is not finite every capsule would touch every sphere.
     """
     mujoco.set_mju_user_warning(lambda text: None)  # no MUJOCO_LOG.TXT: it is raised as PhysicsError
-    threaded = mujoco.MjModel.from_xml_string(build_xml(furniture))
+    threaded = build(furniture)
     smooth = copy.copy(threaded)
     smooth.geom_contype[smooth.geom_contype == THREAD] = 0
     models = {}
@@ -340,8 +267,6 @@ def load_models(furniture: str) -> dict[tuple[bool, bool], mujoco.MjModel]:
 
 
 # --------------------------------------------------------------------------------- environment
-
-
 class FurnitureEnv:
     """One task, with `reset` and `step` as in Gymnasium.
 
@@ -440,7 +365,7 @@ class FurnitureEnv:
         except mujoco.FatalError as error:  # at what it cannot compute, before we see the state
             raise PhysicsError(f"MuJoCo stopped in step {self.t} of the episode: {error}") from error
         if not (np.isfinite(self.qpos).all() and np.isfinite(self.qvel).all()):
-            raise PhysicsError(f"the simulation diverged in step {self.t} of the episode")
+            raise PhysicsError(f"The simulation diverged in step {self.t} of the episode.")
 
     def reset(self, seed: int | None = None) -> tuple[np.ndarray, dict]:
         """Starts an episode; without a seed the generator goes on."""
@@ -550,7 +475,7 @@ class FurnitureVectorEnv(Episodes):
             except PhysicsError:
                 self.diverged[i] += 1
                 seed = None
-        raise PhysicsError("ten resets in a row diverged")
+        raise PhysicsError("The simulation diverged in ten resets in a row.")
 
     def run_chunk(self, i: int, actions: np.ndarray) -> tuple[float, bool, bool, int, int]:
         """Steps one environment; returns reward, terminated, truncated, steps taken and score."""
