@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from envs.furniture_mujoco import FURNITURE
-from envs.interface import Episodes, Step
+from envs.interface import Episodes, Step, check_finite
 
 
 def isaac_missing() -> str:
@@ -55,8 +55,7 @@ class IsaacVectorEnv(Episodes):
         """The robot's state with its rotation as 6 numbers, then the parts' poses, as DPPO's wrapper."""
         parts = [self.to_rot6d(obs["robot_state"]), obs["parts_poses"]]
         state = np.concatenate([np.asarray(part.cpu(), np.float32) for part in parts], -1)
-        if not np.isfinite(state).all():
-            raise FloatingPointError("the simulator returned a non-finite observation")
+        check_finite(state, "The simulator returned a non-finite observation")
         return state
 
     def start(self, indices: np.ndarray):

@@ -1,9 +1,15 @@
-"""What the environments of all three families have in common."""
+"""What the environments of all three families have in common.
+
+They have `num_envs`, and `obs`, what to act on next. `reset(seeds)` starts an episode everywhere: from a
+first seed on, or with an iterator's seed for each new episode. `step(chunks, active)` steps raw actions
+(N, chunk, action_dim) where `active` (N,); an ended episode starts anew. `close()` ends the simulators.
+Numbers that are not finite end the run, except actions where it is not `active`.
+"""
 
 import copy
 import itertools
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import binomtest
@@ -20,23 +26,10 @@ class Step(NamedTuple):
     score: np.ndarray  # of the episode so far: return (Gym), success (robomimic), pairs (furniture)
 
 
-class ChunkEnvs(Protocol):
-    """`num_envs` environments that step whole chunks of actions; `obs` is what to act on next."""
-
-    num_envs: int
-    obs: np.ndarray | dict[str, np.ndarray]
-
-    def reset(self, seeds: int | Iterator[int]) -> None:
-        """Starts an episode everywhere; a first seed, or an iterator with one for each new episode."""
-
-    def step(self, chunks: np.ndarray, active: np.ndarray | None = None) -> Step:
-        """Steps raw actions (N, chunk, action_dim) where `active` (N,); an ended episode starts anew.
-
-        Raises FloatingPointError on an action that is not finite, except where it is not `active`.
-        """
-
-    def close(self) -> None:
-        """Ends the simulators."""
+def check_finite(values: np.ndarray, fault="The policy returned a non-finite action"):
+    """Ends the run with the fault where a number is NaN or infinite."""
+    if not np.isfinite(values).all():
+        raise SystemExit(f"{fault}.")
 
 
 class Episodes:
@@ -59,7 +52,8 @@ class Episodes:
 
     def take_seeds(self, indices: np.ndarray) -> dict[int, int]:
         """The seeds of new episodes in environments `indices`, in this order, while there are any."""
-        seeds = dict(zip(indices.tolist(), self.seeds, strict=False))
+        pairs = zip(indices.tolist(), self.seeds, strict=False)
+        seeds = {i: seed % 2**32 for i, seed in pairs}  # NumPy's generators take no other
         self.score[indices], self.episode[indices] = 0, -1
         self.episode[list(seeds)] = self.started + np.arange(len(seeds))
         self.started += len(seeds)
@@ -70,8 +64,7 @@ class Episodes:
         running = self.episode >= 0
         if active is not None:
             running &= active
-        if not np.isfinite(chunks[running]).all():
-            raise FloatingPointError("the policy returned a non-finite action")
+        check_finite(chunks[running])
         return running
 
     def step(self, chunks: np.ndarray, active: np.ndarray | None = None) -> Step:

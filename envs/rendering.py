@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from envs.interface import ChunkEnvs
+import numpy as np
 
 SYSTEM_PACKAGES = "libegl1 libgl1 libgles2 libosmesa6"  # Debian and Ubuntu
 
@@ -31,32 +31,35 @@ def choose_renderer(log=print):
     raise SystemExit(f"MuJoCo cannot render off-screen: {'; '.join(failed)}. {install}")
 
 
-def record_video(policy, encode: Callable, make_envs: Callable[[], ChunkEnvs], folder: Path):
+def record_video(policy, encode: Callable, make_envs: Callable, folder: Path):
     """Writes an episode of a policy from x_0 = 0 to `folder`/episode.mp4, or says why it cannot.
 
     `encode` gives what the policy's `sample` sees of observations. `make_envs` makes one environment,
-    with `render`, a frame (height, width, 3), and `fps`, frames per second.
+    with `render`, a frame (height, width, 3) uint8, and `fps`, frames per second.
     """
     try:
         import imageio.v2 as imageio
-        import mujoco
 
-        if sys.platform == "linux":  # elsewhere MuJoCo's own choice works
-            choose_renderer(log=lambda text: None)
-        importlib.reload(mujoco.gl_context)  # it chose a renderer when MuJoCo was imported
         envs, frames, over = make_envs(), [], False
+        if "mujoco" in sys.modules and sys.platform == "linux":  # elsewhere MuJoCo's own choice works
+            choose_renderer(log=lambda text: None)
+            importlib.reload(sys.modules["mujoco"].gl_context)  # it chose when it was imported
         envs.reset(1_000_000)
         while not over:
             cond = encode(envs.obs)
             chunk = policy.to_env(policy.sample(cond, cond.new_zeros(1, policy.action_size)))
             for action in chunk.swapaxes(0, 1):
-                frames.append(envs.render())
+                frame = envs.render()
+                if np.ndim(frame) != 3:
+                    raise ValueError("the environment renders no picture")
+                height, width = (size // 2 * 2 for size in frame.shape[:2])  # H.264 takes no odd sizes
+                frames.append(frame[:height, :width])
                 step = envs.step(action[:, None])
                 over = step.terminated[0] or step.truncated[0]
                 if over:
                     break
         envs.close()
         folder.mkdir(parents=True, exist_ok=True)
-        imageio.mimwrite(folder / "episode.mp4", frames, fps=envs.fps)
-    except (SystemExit, Exception) as error:  # GL drivers fail in many ways; none may cost the policy
-        print(f"No video: {error}")
+        imageio.mimwrite(folder / "episode.mp4", frames, fps=envs.fps, macro_block_size=2)
+    except (SystemExit, Exception) as error:  # drivers fail in many ways; none may cost the policy
+        print(f"No video: {' '.join(str(error).split())}")

@@ -7,6 +7,7 @@ Images need MuJoCo's EGL or OSMesa: `choose_renderer` finds which one works.
 
 import contextlib
 import importlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -18,12 +19,13 @@ from unittest.mock import MagicMock
 import numpy as np
 
 from envs import rendering
-from envs.interface import Episodes
+from envs.interface import Episodes, check_finite
 from envs.rendering import choose_renderer
 
 IMAGE_SIZE = 96  # pixels
 MODEL_SEED = 0  # of the sizes of objects, which robosuite draws once per model
 TIMEOUT = 300  # s within which a simulator must answer
+BAD_STATE = 4  # the first of MuJoCo's warnings of numbers that are not finite
 # Imports of robomimic 0.3.0 that may be missing. mujoco_py is superseded by mujoco, egl_probe needs a
 # GPU's headers, torchvision has no CPU wheel for this torch.
 UNUSED = (
@@ -105,6 +107,7 @@ def import_robomimic():
     if os.environ.get("MUJOCO_GL", "egl") == "egl" and not importable("mujoco.egl"):
         missing.append("robosuite.renderers.context.egl_context")
     sys.modules.update({name: MagicMock() for name in missing})
+    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # it warns that it has no macro file
     try:
         import robomimic
         import robosuite
@@ -135,9 +138,11 @@ def make_robosuite(task: str, images: bool, meta: dict | None = None, fast_rende
     `images` makes camera observations; `render` alone only makes `env.env.sim.render` work.
     """
     import_robomimic()
+    import mujoco
     import robomimic.utils.env_utils as env_utils
     import robomimic.utils.obs_utils as obs_utils
 
+    mujoco.set_mju_user_warning(lambda text: None)  # no MUJOCO_LOG.TXT: `RobomimicEnv.step` looks
     spec = TASKS[task]
     modalities = {"low_dim": [*spec.proprioception, "object"], "rgb": list(spec.image_keys)}
     options = dict(render=False, render_offscreen=images or render, use_image_obs=images)
@@ -230,6 +235,8 @@ class RobomimicEnv:
             if last or (success and self.stop_on_success):
                 break
         terminated = success and self.stop_on_success
+        if self.env.env.sim.data._data.warning.number[BAD_STATE:].any():  # MuJoCo has then reset itself
+            raise FloatingPointError("the simulation diverged")
         if last:  # a terminal observation is never looked at, so it needs no image
             self.obs = self.read(self.env.get_observation(self.env.env._get_observations()))
         truncated = not terminated and self.t >= self.horizon
@@ -241,8 +248,8 @@ class RobomimicEnv:
         return np.ascontiguousarray(frame[::-1])
 
 
-class WorkerError(RuntimeError):
-    """A worker process ended or its simulator failed."""
+class WorkerError(SystemExit):
+    """A worker process ended or its simulator failed, which ends the run."""
 
 
 def work(pipe, others, settings: dict):
@@ -256,7 +263,8 @@ def work(pipe, others, settings: dict):
             try:
                 pipe.send(getattr(env, method)(argument))
             except (SystemExit, Exception) as error:
-                pipe.send(WorkerError(f"a simulator failed: {type(error).__name__}: {error}"))
+                cause = " ".join(f"{type(error).__name__}: {error}".split())
+                pipe.send(WorkerError(f"A simulator failed: {cause}"))
 
 
 class RobomimicVectorEnv(Episodes):
@@ -276,6 +284,7 @@ class RobomimicVectorEnv(Episodes):
         if images:
             shape = num_envs, 3 * len(spec.cameras), IMAGE_SIZE, IMAGE_SIZE
             self.obs["rgb"] = np.zeros(shape, np.uint8)
+        if images or settings.get("renders"):
             choose_renderer()
         display = getattr(sys.modules.get("mujoco.egl"), "EGL_DISPLAY", None)
         renderer = display is not None or "robosuite" in sys.modules  # an open one would hang in a fork
@@ -307,8 +316,8 @@ class RobomimicVectorEnv(Episodes):
             codes = [process.exitcode for process in self.processes]
             self.close()
             hint = "-9 is a kill, often for lack of memory: use fewer --num-envs"
-            ended = f"a worker process ended, or did not answer for {TIMEOUT} s"
-            raise WorkerError(f"{ended}; exit codes {codes}, {hint}") from error
+            ended = f"A worker process ended, or did not answer for {TIMEOUT} s"
+            raise WorkerError(f"{ended}; exit codes {codes}, {hint}.") from error
         for result in results.values():
             if isinstance(result, WorkerError):
                 self.close()
@@ -316,6 +325,7 @@ class RobomimicVectorEnv(Episodes):
         return results
 
     def write(self, i: int, obs: dict):
+        check_finite(obs["state"], f"The simulator of environment {i} returned a non-finite observation")
         for name, value in obs.items():
             self.obs[name][i] = value
 
@@ -327,8 +337,6 @@ class RobomimicVectorEnv(Episodes):
         chunks = np.clip(chunks, -1, 1).astype(np.float32)
         results = self.call("step", dict(zip(indices, chunks, strict=True)))
         for i, (obs, reward, terminated, truncated, success, length) in results.items():
-            if not (np.isfinite(obs["state"]).all() and np.isfinite(reward)):
-                raise FloatingPointError("the simulator returned a non-finite observation or reward")
             self.write(i, obs)
             yield reward, terminated, truncated, length, max(self.score[i], success)
 

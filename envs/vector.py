@@ -1,5 +1,6 @@
 """Vectorised Gymnasium tasks that step whole action chunks, over EnvPool or Gymnasium."""
 
+import warnings
 from pathlib import Path
 
 import gymnasium as gym
@@ -7,7 +8,7 @@ import numpy as np
 import torch
 
 from envs import rendering
-from envs.interface import Step
+from envs.interface import Step, check_finite
 
 
 def envpool_has(env_id: str) -> bool:
@@ -23,9 +24,14 @@ class GymnasiumPool:
 
     def __init__(self, env_id: str, num_envs: int, seed: int, **options):
         try:
-            self.envs = [gym.make(env_id, **options) for _ in range(num_envs)]
-        except (gym.error.Error, ImportError) as error:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*out of date", DeprecationWarning)
+                options["disable_env_checker"] = True  # we check, and say it in one line
+                self.envs = [gym.make(env_id, **options) for _ in range(num_envs)]
+        except (gym.error.Error, ImportError, ValueError) as error:
             raise SystemExit(f"Cannot make the environment {env_id!r}: {error}") from error
+        if self.envs[0].spec.max_episode_steps is None:
+            raise SystemExit(f"{env_id} has no time limit: register it with max_episode_steps.")
         self.seeds = {i: seed + i for i in range(num_envs)}  # of the first episodes
         self.observation_space = self.envs[0].observation_space
         self.action_space = self.envs[0].action_space
@@ -56,7 +62,10 @@ class VectorEnv:
         space, self.action_space = self.envs.observation_space, self.envs.action_space
         for name, box in ("observation", space), ("action", self.action_space):
             if not isinstance(box, gym.spaces.Box) or len(box.shape) != 1:
-                raise SystemExit(f"{env_id}: the {name} space must be a flat Box, not {box}.")
+                found = " ".join(str(box).split())
+                raise SystemExit(f"{env_id}: the {name} space must be a flat Box, not {found}.")
+        if not np.issubdtype(self.action_space.dtype, np.floating):
+            raise SystemExit(f"{env_id}: actions must be real numbers, not {self.action_space.dtype}.")
         self.obs_dim, self.action_dim = space.shape[0], self.action_space.shape[0]
 
     def make(self, seed: int):
@@ -71,9 +80,18 @@ class VectorEnv:
 
     def reset(self, seeds: int):
         self.envs.close()
-        self.make(seeds)
-        self.obs = self.envs.reset(np.arange(self.num_envs, dtype=np.int32))[0].astype(np.float32)
+        self.make(seeds % (2**31 - self.num_envs))  # EnvPool's are 32 bits, and count up from the first
+        self.obs = self.start(np.arange(self.num_envs))
         self.seed, self.tape, self.score = seeds, [], np.zeros(self.num_envs)
+
+    def start(self, ids: np.ndarray) -> np.ndarray:
+        """The first observations (n, obs_dim) of new episodes."""
+        obs = self.envs.reset(ids.astype(np.int32))[0].astype(np.float32)
+        self.check(obs, "observation at a reset")
+        return obs
+
+    def check(self, values: np.ndarray, name: str):
+        check_finite(values, f"{self.env_id}: the environment returned a non-finite {name}")
 
     def state_dict(self) -> dict:
         """Seed and actions since the last reset, as simulators cannot be saved."""
@@ -86,40 +104,35 @@ class VectorEnv:
             self.step(chunks)
 
     def step(self, chunks: np.ndarray, active: np.ndarray | None = None) -> Step:
-        """See envs/interface.py; actions are clipped to the action space.
-
-        Raises FloatingPointError also where an observation or a reward is not finite.
-        """
-        if not np.isfinite(chunks).all():
-            raise FloatingPointError("the policy returned a non-finite action")
+        """See envs/interface.py; actions are clipped to the action space."""
+        ids = np.arange(self.num_envs) if active is None else np.flatnonzero(active)
+        check_finite(chunks[ids])
         self.tape.append(chunks)
         low, high = self.action_space.low, self.action_space.high
         chunks = np.clip(chunks, low, high).astype(self.action_space.dtype)
         next_obs = self.obs.copy()
         reward, length = np.zeros(self.num_envs), np.zeros(self.num_envs, np.int64)
         terminated, truncated = np.zeros((2, self.num_envs), bool)
-        ids = np.arange(self.num_envs) if active is None else np.flatnonzero(active)
         for actions in chunks.swapaxes(0, 1):
             if len(ids) == 0:
                 break
             obs, r, term, trunc, _ = self.envs.step(actions[ids], ids.astype(np.int32))
-            for name, value in ("observation", obs), ("reward", r):
-                if not np.isfinite(value).all():
-                    raise FloatingPointError(f"the environment returned a non-finite {name}")
             next_obs[ids], terminated[ids], truncated[ids] = obs, term, trunc & ~term
+            self.check(next_obs[ids], "observation")
+            self.check(r, "reward")
             reward[ids] += r
             length[ids] += 1
             ids = ids[~(term | trunc)]
         done = terminated | truncated
         self.obs, score = next_obs.copy(), self.score + reward
         if done.any():
-            self.obs[done] = self.envs.reset(np.flatnonzero(done).astype(np.int32))[0]
+            self.obs[done] = self.start(np.flatnonzero(done))
         self.score = np.where(done, 0.0, score)
         return Step(next_obs, reward, terminated, truncated, length, score)
 
     @property
     def fps(self) -> int:
-        return self.envs.envs[0].metadata.get("render_fps", 30)
+        return self.envs.envs[0].metadata.get("render_fps") or 30
 
     def render(self) -> np.ndarray:
         """The first environment's picture, with Gymnasium only."""
@@ -131,5 +144,5 @@ class VectorEnv:
 
 def record_video(policy, env_id: str, folder: Path):
     """Films a policy, see envs/rendering.py."""
-    options = dict(backend="gymnasium", render_mode="rgb_array", width=320, height=320)
-    rendering.record_video(policy, policy.normalize, lambda: VectorEnv(env_id, 1, **options), folder)
+    make_envs = lambda: VectorEnv(env_id, 1, backend="gymnasium", render_mode="rgb_array")
+    rendering.record_video(policy, policy.normalize, make_envs, folder)

@@ -1,6 +1,9 @@
 """envs/vector.py: EnvPool, Gymnasium and tasks made for this file."""
 
+import sys
+
 import gymnasium as gym
+import imageio.v2 as imageio
 import numpy as np
 import pytest
 from gymnasium import spaces
@@ -9,21 +12,20 @@ from common.flow import FlowPolicy
 from envs.interface import Step
 from envs.vector import VectorEnv, record_video
 
-TASKS = "Hopper-v4", "Walker2d-v4", "HalfCheetah-v4"
-
 
 class Counter(gym.Env):
     """Observes (episode, step); reward = action + step; ends at step 6, in every second episode at 4."""
 
-    observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    observation_space = spaces.Box(0, 99, (2,), np.int64)
     action_space = spaces.Box(-1, 1, (1,), np.float32)
-    broken = None  # (step, what it then returns as observation, as reward)
+    broken = {}  # noqa: RUF012, by step what it then returns as observation, as reward
 
-    def __init__(self):
+    def __init__(self, render_mode=None, **spaces):
         self.episode = -1
+        vars(self).update(spaces)
 
     def observation(self):
-        return np.array([self.episode, self.t], np.float32)
+        return np.full(2, self.broken[self.t][0]) if self.t in self.broken else [self.episode, self.t]
 
     def reset(self, *, seed=None, options=None):
         self.episode, self.t = self.episode + 1, 0
@@ -31,28 +33,30 @@ class Counter(gym.Env):
 
     def step(self, action):
         self.t += 1
-        obs, reward = self.observation(), float(action[0]) + self.t
-        if self.broken and self.t == self.broken[0]:
-            obs, reward = np.full(2, self.broken[1], np.float32), self.broken[2]
-        return obs, reward, self.t == (6 if self.episode % 2 == 0 else 4), False, {}
+        reward = self.broken[self.t][1] if self.t in self.broken else float(action[0]) + self.t
+        return self.observation(), reward, self.t == (6 if self.episode % 2 == 0 else 4), False, {}
+
+    def render(self):
+        return np.full((65, 47, 3), 40 * self.t, np.uint8)
 
 
-class Picture(Counter):
-    observation_space = spaces.Box(0, 1, (4, 4), np.float32)
-
-
-class Buttons(Counter):
-    action_space = spaces.Discrete(3)
+SPACES = {
+    "Free": dict(action_space=spaces.Box(-np.inf, np.inf, (1,))),  # fits; the others do not
+    "Picture": dict(observation_space=spaces.Box(0, 1, (4, 4))),
+    "Nested": dict(observation_space=spaces.Dict({"a": Counter.observation_space})),
+    "Buttons": dict(action_space=spaces.Discrete(3)),
+    "Integers": dict(action_space=spaces.Box(0, 5, (1,), np.int64)),
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def own_tasks():
-    tasks = dict(Counter=Counter, Picture=Picture, Buttons=Buttons)
-    for name, task in tasks.items():
-        gym.register(f"Rldt{name}-v0", task, disable_env_checker=True)
-    gym.register("RldtShort-v0", Counter, max_episode_steps=4, disable_env_checker=True)
+    limits = {"Counter": 100, "Short": 4, "Single": 1, "Endless": None} | dict.fromkeys(SPACES, 9)
+    for name, limit in limits.items():
+        task = dict(max_episode_steps=limit, kwargs=SPACES.get(name, {}))
+        gym.register(f"Rldt{name}-v0", Counter, **task)
     yield
-    for name in (*tasks, "Short"):
+    for name in limits:
         del gym.registry[f"Rldt{name}-v0"]
 
 
@@ -138,18 +142,23 @@ def test_chunk_sums_rewards_until_the_episode_ends_and_ignores_its_rest():
         np.testing.assert_array_equal(envs.obs, [following])
 
 
-def test_time_limit_is_a_truncation_and_a_termination_at_the_limit_is_not():
-    envs = started("RldtShort-v0", 1)
-    ends = []
-    for _ in range(2):  # the first episode would end at step 6, the second ends at the limit of 4
+@pytest.mark.parametrize("env_id, ends", [
+    ("RldtShort-v0", [(False, True, 4), (True, False, 4)]),  # without it, at step 6 and at step 4
+    ("RldtSingle-v0", [(False, True, 1)] * 2),
+])  # fmt: skip
+def test_time_limit_is_a_truncation_and_a_termination_at_the_limit_is_not(env_id, ends):
+    envs = started(env_id, 1)
+    for end in ends:
         step = envs.step(np.zeros((1, 5, 1), np.float32))
-        ends.append((bool(step.terminated[0]), bool(step.truncated[0]), int(step.length[0])))
-    assert ends == [(False, True, 4), (True, False, 4)]
+        assert (step.terminated[0], step.truncated[0], step.length[0]) == end
 
 
-def test_actions_are_clipped_to_the_action_space():
-    envs = started("RldtCounter-v0", 1)
-    assert [envs.step(np.array([[[a]]])).reward[0] for a in (7.0, -7.0)] == [1 + 1, -1 + 2]
+@pytest.mark.parametrize("env_id, rewards", [
+    ("RldtCounter-v0", [1 + 1, -1 + 2]), ("RldtFree-v0", [7 + 1, -7 + 2]),
+])  # fmt: skip
+def test_actions_are_clipped_to_the_action_space(env_id, rewards):
+    envs = started(env_id, 1)
+    assert [envs.step(np.array([[[a]]])).reward[0] for a in (7.0, -7.0)] == rewards
 
 
 @pytest.mark.parametrize("backend", ["envpool", "gymnasium"])
@@ -194,35 +203,52 @@ def test_environments_come_back_in_the_middle_of_their_episodes(env_id, backend)
 
 
 @pytest.mark.parametrize("env_id, message", [
-    ("NoSuchTask-v7", "NoSuchTask-v7"),
+    ("NoSuchTask-v7", "NoSuchTask-v7"), (":odd", "Empty module name"),
+    ("RldtEndless-v0", "no time limit: register it with max_episode_steps"),
     ("RldtPicture-v0", "RldtPicture-v0: the observation space must be a flat Box"),
-    ("RldtButtons-v0", "RldtButtons-v0: the action space must be a flat Box"),
+    ("RldtNested-v0", "the observation space must be a flat Box, not Dict"),
+    ("RldtButtons-v0", "the action space must be a flat Box"), ("RldtIntegers-v0", "not int64"),
 ])  # fmt: skip
 def test_tasks_that_do_not_fit_stop_with_what_is_wrong(env_id, message):
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(SystemExit, match=rf"^.*{message}.*$"):
         VectorEnv(env_id, 1)
 
 
-@pytest.mark.parametrize("name", ["observation", "reward"])
-def test_non_finite_numbers_of_an_environment_raise_with_their_name(monkeypatch, name):
-    broken = {"observation": (4, np.nan, 0.0), "reward": (3, 0.0, np.inf)}
-    monkeypatch.setattr(Counter, "broken", broken[name])
-    envs = started("RldtCounter-v0", 2)
-    envs.step(np.zeros((2, 2, 1), np.float32))
-    with pytest.raises(FloatingPointError, match=f"non-finite {name}"):
-        envs.step(np.zeros((2, 2, 1), np.float32))
+@pytest.mark.parametrize("name, broken, action", [
+    ("observation at a reset", {0: (np.nan, 0.0)}, 0), ("observation", {4: (np.nan, 0.0)}, 0),
+    ("reward", {3: (0.0, np.inf)}, 0), ("action", {}, np.nan),
+])  # fmt: skip
+def test_numbers_that_are_not_finite_end_the_run_with_their_origin(monkeypatch, name, broken, action):
+    monkeypatch.setattr(Counter, "broken", broken)
+    origin = "The policy" if name == "action" else "RldtCounter-v0: the environment"
+    with pytest.raises(SystemExit, match=rf"^{origin} returned a non-finite {name}\.$"):
+        envs = started("RldtCounter-v0", 2)
+        for _ in range(2):
+            envs.step(np.full((2, 2, 1), action, np.float32))
 
 
-def test_actions_of_nan_raise():
-    envs = started("RldtCounter-v0", 2)
-    with pytest.raises(FloatingPointError, match="non-finite action"):
-        envs.step(np.full((2, 2, 1), np.nan, np.float32))
+@pytest.mark.parametrize("backend", ["envpool", "gymnasium"])
+def test_every_first_seed_gives_its_own_episodes(backend):
+    envs, starts = VectorEnv("Hopper-v4", 3, backend=backend), []
+    for seed in (0, 4242_000_000, 2**31 - 4, 2**40 + 9, -5):
+        envs.reset(seed)
+        starts.extend(envs.obs)
+    assert len(np.unique(starts, axis=0)) == 15
 
 
-def test_a_film_of_one_episode_and_none_where_it_fails(tmp_path, capsys):
-    policy = FlowPolicy(11, 3, 1, 1, width=8, time_dim=4)
-    record_video(policy, "Hopper-v4", tmp_path)
-    (film,) = tmp_path.glob("*.mp4")
-    assert film.stat().st_size > 1000
+@pytest.mark.parametrize("env_id, sizes, shape", [
+    ("Hopper-v4", (11, 3), (480, 480, 3)), ("RldtCounter-v0", (2, 1), (64, 46, 3)),
+])  # fmt: skip
+def test_a_film_of_one_episode_and_none_where_it_fails(
+    tmp_path, monkeypatch, recwarn, capsys, env_id, sizes, shape
+):
+    if env_id != "Hopper-v4":  # no MuJoCo, no OpenGL
+        monkeypatch.delitem(sys.modules, "mujoco", raising=False)
+        monkeypatch.setenv("MUJOCO_GL", "none")
+    policy = FlowPolicy(*sizes, 1, 1, width=8, time_dim=4)
+    record_video(policy, env_id, tmp_path)
+    frames = imageio.mimread(tmp_path / "episode.mp4", memtest=False)
+    assert len(frames) > 5 and frames[0].shape == shape
+    assert not [warning for warning in recwarn if "out of date" in str(warning.message)]
     record_video(policy, "NoSuchTask-v7", tmp_path)  # costs no trained policy
-    assert "No video" in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith("No video: Cannot make")

@@ -14,19 +14,17 @@ def env():
     return FurnitureEnv("lamp")
 
 
-def test_assembler_succeeds(env):
-    # In these resets the bulb lies well, points to the robot, and lies so that the hood must be moved.
-    episodes = [run_episode(env, Lamp, seed) for seed in (5, 6, 9, 101)]
-    assert [episode["rewards"].sum() for episode in episodes].count(2) >= 3
+# In the first resets the bulb lies well, points to the robot, and lies so that the hood must be moved.
+# In the last ones it is set down elsewhere after that.
+@pytest.mark.parametrize("randomness, seeds, least", [("low", (5, 6, 9, 101), 3), ("med", (2, 36), 2)])
+def test_assembler_succeeds(randomness, seeds, least):
+    env = FurnitureEnv("lamp", randomness)
+    episodes = [run_episode(env, Lamp, seed) for seed in seeds]
+    assert [episode["rewards"].sum() for episode in episodes].count(2) >= least
     for episode in episodes:
         assert np.isfinite(episode["actions"]).all() and np.abs(episode["actions"]).max() <= 1
         assert episode["actions"].shape[1] == 10
         assert episode["state"].shape == (len(episode["actions"]), 44)
-
-
-def test_assembler_succeeds_on_med():
-    env = FurnitureEnv("lamp", "med")  # here it first moves the hood and sets the bulb down elsewhere
-    assert [run_episode(env, Lamp, seed)["rewards"].sum() for seed in (2, 36)] == [2, 2]
 
 
 def test_hand_screws_the_bulb_in_by_the_pitch_and_the_hood_stays_on_it(env):

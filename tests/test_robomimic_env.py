@@ -12,24 +12,15 @@ from conftest import ROOT
 
 import envs.robomimic as module
 from envs.osc import ArmControl
-from envs.robomimic import (
-    MODEL_SEED,
-    TASKS,
-    RobomimicEnv,
-    RobomimicVectorEnv,
-    WorkerError,
-    choose_renderer,
-    control_step,
-    import_robomimic,
-    make_robosuite,
-)
+from envs.robomimic import TASKS, RobomimicEnv, RobomimicVectorEnv, control_step, import_robomimic
 
 ARM = ("eef_pos", "eef_quat", "gripper_qpos")
-STATE = {  # DPPO's order of keys without images, and their size
-    "lift": ([*(f"robot0_{key}" for key in ARM), "object"], 19),
-    "can": ([*(f"robot0_{key}" for key in ARM), "object"], 23),
-    "square": ([*(f"robot0_{key}" for key in ARM), "object"], 23),
-    "transport": ([*(f"robot0_{key}" for key in ARM), *(f"robot1_{key}" for key in ARM), "object"], 59),
+ONE, TWO = ([f"robot{i}_{key}" for key in ARM] for i in range(2))
+STATE = {  # DPPO's order of keys without images, their size, actions of a chunk and time limit
+    "lift": ([*ONE, "object"], 19, 4, 300),
+    "can": ([*ONE, "object"], 23, 4, 300),
+    "square": ([*ONE, "object"], 23, 4, 400),
+    "transport": ([*ONE, *TWO, "object"], 59, 8, 800),
 }
 SECONDS = 60  # within which a fault must show on a busy machine
 CAMERAS = {task: ["agentview"] for task in STATE} | {"transport": ["shouldercamera0", "shouldercamera1"]}
@@ -37,7 +28,7 @@ CAMERAS = {task: ["agentview"] for task in STATE} | {"transport": ["shouldercame
 
 @pytest.fixture(scope="module", autouse=True)
 def _renderer():
-    choose_renderer(log=lambda text: None)  # before robosuite is imported
+    module.choose_renderer(log=lambda text: None)  # before robosuite is imported
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +80,8 @@ def seed_robosuite(seed):
 
 
 def build(task, images=False):
-    seed_robosuite(MODEL_SEED)
-    return make_robosuite(task, images)
+    seed_robosuite(module.MODEL_SEED)
+    return module.make_robosuite(task, images)
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +188,8 @@ def test_compiled_controller_gives_the_torques_of_robosuites(task):
 @pytest.mark.parametrize("task", list(STATE))
 def test_observations_are_dppos(shared_env, image_env, task, images):
     env = image_env(task) if images else shared_env(task)
-    keys, size = STATE[task]
+    keys, size, *limits = STATE[task]
+    assert [TASKS[task].chunk, TASKS[task].horizon] == limits
     if images:
         keys, size = keys[:-1], 9 * len(CAMERAS[task])
     for begin in (lambda: env.reset(2), lambda: env.step(random_chunks(task, 1)[0])[0]):
@@ -213,11 +205,6 @@ def test_observations_are_dppos(shared_env, image_env, task, images):
             np.testing.assert_array_equal(obs["rgb"], rgb)
             assert obs["rgb"].shape == (3 * len(views), 96, 96)
             assert obs["rgb"].dtype == np.uint8 and obs["rgb"].std() > 10
-
-
-def test_tasks_have_dppos_chunks_and_time_limits():
-    assert [TASKS[task].chunk for task in STATE] == [4, 4, 4, 8]
-    assert [TASKS[task].horizon for task in STATE] == [300, 300, 400, 800]
 
 
 def test_reward_of_a_chunk_is_the_sum_of_its_steps(shared_env, demonstration):
@@ -251,9 +238,8 @@ def test_success_at_the_time_limit_ends_the_episode_as_such(shared_env, demonstr
 def test_truncation_comes_exactly_at_the_time_limit(shared_env):
     env = shared_env(horizon=10)
     env.reset(1)
-    results = [env.step(chunk) for chunk in random_chunks("lift", 3)]
-    assert [length for *_, length in results] == [4, 4, 2]
-    assert [truncated for *_, truncated, _, _ in results] == [False, False, True]
+    results = [env.step(chunk)[3:] for chunk in random_chunks("lift", 3)]
+    assert results == [(False, False, 4), (False, False, 4), (True, False, 2)]
 
 
 def test_a_seed_gives_the_same_episode_in_another_environment_after_other_episodes(shared_env):
@@ -397,14 +383,6 @@ def test_vector_env_clips_actions_and_films(make_vector_env):
     assert frame.shape == (256, 256, 3) and frame.dtype == np.uint8 and frame.std() > 10
 
 
-def test_vector_env_refuses_actions_that_are_not_finite(vector_env):
-    chunks = CHUNKS.copy()
-    chunks[1, 0, 3] = np.nan
-    vector_env.reset(1)
-    with pytest.raises(FloatingPointError, match="non-finite action"):
-        vector_env.step(chunks)
-
-
 def test_ctrl_c_in_the_terminal_leaves_the_workers_alone(without_simulators):
     envs = without_simulators()
     envs.reset(15)
@@ -419,27 +397,46 @@ def fail():
 
 
 @pytest.mark.parametrize("fault, message", [
-    (lambda: os.kill(os.getpid(), signal.SIGKILL), r"worker process ended.*exit codes \[.*-9"),
     (fail, "mj_step diverged"), (lambda: time.sleep(600), "did not answer for 5 s"),
 ])  # fmt: skip
-def test_a_worker_that_is_killed_raises_or_is_slow_is_an_error(without_simulators, fault, message):
+def test_a_worker_that_raises_or_is_slow_is_an_error(without_simulators, fault, message):
     envs = without_simulators(timeout=5, fault=staticmethod(fault))
     envs.reset(15)
     began = time.perf_counter()
-    with pytest.raises(WorkerError, match=message):
+    with pytest.raises(module.WorkerError, match=message):
         envs.step(CHUNKS, np.array([False, True]))
     assert time.perf_counter() - began < SECONDS
     envs.close()
     assert not any(process.is_alive() for process in envs.processes)
 
 
-def test_a_simulator_that_returns_nan_is_an_error(without_simulators):
+def test_numbers_that_are_not_finite_end_the_run(without_simulators, shared_env):
     broken = {"state": np.full(19, np.nan, np.float32)}
-    step = lambda self, actions: (broken, 0.0, False, False, False, 4)
-    envs = without_simulators(step=step)
+    envs = without_simulators(step=lambda self, actions: (broken, 0.0, False, False, False, 4))
     envs.reset(15)
-    with pytest.raises(FloatingPointError, match="simulator returned a non-finite"):
-        envs.step(CHUNKS)
+    for chunks, fault in (CHUNKS + np.nan, "The policy .*action"), (CHUNKS, "The sim.* 0 .*observation"):
+        with pytest.raises(SystemExit, match=f"^{fault}"):
+            envs.step(chunks)
+    with pytest.raises(SystemExit, match="non-finite observation"):
+        without_simulators(reset=lambda self, seed: broken).reset(15)
+    env = shared_env()
+    env.reset(1)
+    env.env.env.sim.data.qvel[:] = np.nan  # MuJoCo would go on from its initial state
+    with pytest.raises(FloatingPointError, match="diverged"):
+        env.step(CHUNKS[0])
+
+
+def test_a_run_ends_in_one_line_and_without_processes_where_a_worker_is_killed():
+    code = (
+        "import os, signal, numpy as np; from envs.robomimic import RobomimicVectorEnv\n"
+        "envs = RobomimicVectorEnv(2, task='lift', images=False); envs.reset(2**32 - 1)\n"
+        "print(*[process.pid for process in envs.processes], flush=True)\n"
+        "os.kill(envs.processes[1].pid, signal.SIGKILL); envs.step(np.zeros((2, 4, 7)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    (line,) = result.stderr.splitlines()  # robosuite's warnings are not among it
+    assert result.returncode == 1 and line.startswith("A worker process ended") and "-9" in line
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in result.stdout.split())
 
 
 # ------------------------------------------------------------------------------------- rendering
@@ -464,7 +461,7 @@ def test_renderer_is_asked_for_or_the_first_that_works(monkeypatch, asked, worki
     monkeypatch.setenv("PYOPENGL_PLATFORM", "")
     monkeypatch.delenv("PYOPENGL_PLATFORM")
     tried = renderers(monkeypatch, working)
-    choose_renderer(log=lambda text: None)
+    module.choose_renderer(log=lambda text: None)
     assert tried == order
     assert os.environ["MUJOCO_GL"] == os.environ["PYOPENGL_PLATFORM"] == chosen
 
@@ -473,7 +470,7 @@ def test_without_a_renderer_the_message_names_the_packages_to_install(monkeypatc
     monkeypatch.setenv("MUJOCO_GL", "")
     tried = renderers(monkeypatch, set(), "Traceback\nImportError: no library\n")
     with pytest.raises(SystemExit, match=r"apt-get install .*libegl1") as stop:
-        choose_renderer(log=lambda text: None)
+        module.choose_renderer(log=lambda text: None)
     assert tried == ["egl", "osmesa"]
     for backend in tried:
         assert f"{backend} does not work: ImportError: no library" in str(stop.value)
@@ -481,14 +478,11 @@ def test_without_a_renderer_the_message_names_the_packages_to_install(monkeypatc
 
 # --------------------------------------------------------------------------- robomimic's imports
 @pytest.mark.parametrize("name", ["robosuite", "robomimic"])
-def test_import_without_robosuite_or_robomimic_names_the_commands(monkeypatch, name):
+def test_import_without_robosuite_or_with_another_names_what_to_install(monkeypatch, name):
+    import_robomimic()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match=r"1\.5\.1.*1\.4\.1"):
+        patch.setattr("robosuite.__version__", "1.5.1")
+        import_robomimic()
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(SystemExit, match=r"pip install -r requirements\.txt"):
-        import_robomimic()
-
-
-def test_import_of_another_robosuite_stops_with_its_version(monkeypatch):
-    import_robomimic()
-    monkeypatch.setattr("robosuite.__version__", "1.5.1")
-    with pytest.raises(SystemExit, match=r"1\.5\.1.*1\.4\.1"):
         import_robomimic()
