@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from common.settings import script_of
 
 FORMAT = "2"  # of checkpoints: those of another one are refused
-MACHINE = ("resume", "device", "threads")  # settings that may differ when a run goes on
+PLACE = ("resume", "runs", "device", "threads")  # settings that may differ when a run goes on
 
 
 def write_atomically(path: Path, write):
@@ -62,7 +62,7 @@ class Ring:
 
 def identity(args) -> dict[str, str]:
     """What a checkpoint belongs to: a script with its settings, and so many processes."""
-    settings = {key: str(value) for key, value in vars(args).items() if key not in MACHINE}
+    settings = {key: str(value) for key, value in vars(args).items() if key not in PLACE}
     processes = os.environ.get("WORLD_SIZE", "1")
     return settings | dict(script=script_of(type(args)), processes=processes, format=FORMAT)
 

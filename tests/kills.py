@@ -10,7 +10,6 @@ import argparse
 import csv
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -20,18 +19,19 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from safetensors.numpy import load_file
+
 ROOT = Path(__file__).resolve().parents[1]
 WALL_COLUMNS = ("wall_s", "rollout_s", "critic_s", "actor_s", "update_s")
-COMMON = "--iterations 5 --eval-every 3 --final-eval-episodes 2 --eval-episodes 2 --rounds 2 --threads 1 "
-ACTOR = COMMON + "--segments 8 --critic-steps 2 --warmup-iterations 1 --actor-steps 1 --actor-batch 8 "
+COMMON = "--iterations 9 --eval-every 4 --final-eval-episodes 2 --eval-episodes 2 --threads 1 "
+ACTOR = COMMON + "--rounds 2 --segments 8 --critic-steps 2 --warmup-iterations 1 --actor-steps 1 --actor-batch 8 "
 GYM = ACTOR + "--num-envs 4 --rollout-chunks 12 --buffer-iterations 2"
-PPO = "--iterations 5 --eval-every 3 --final-eval-episodes 2 --eval-episodes 2 --num-envs 4 --threads 1 "
 RUNS = {
     "gym": f"rldt_gym.py {GYM} --dataset DATA",
     "robomimic": f"rldt_robomimic.py --task lift {ACTOR} --num-envs 2 --rollout-chunks 6 --horizon 40",
     "furniture": f"rldt_furniture.py {ACTOR} --num-envs 2 --horizon 24 --buffer-iterations 2",
     "qam": f"-m baselines.qam {GYM}",
-    "dppo": f"-m baselines.dppo {PPO} --rollout-chunks 12 --batch 16 --epochs 2",
+    "dppo": f"-m baselines.dppo {COMMON} --num-envs 4 --rollout-chunks 12 --batch 16 --epochs 2",
 }
 
 
@@ -58,7 +58,7 @@ def phase(folder: Path) -> str:
         return "pretraining" if list(folder.glob("*/args.json")) else "start"
     if not iterations:
         return "base evaluation"
-    return "final evaluation" if max(iterations) >= 5 else "iterations"
+    return "final evaluation" if max(iterations) >= 9 else "iterations"
 
 
 def wait(process: subprocess.Popen, folder: Path, seconds: float, saving: bool) -> bool:
@@ -73,11 +73,13 @@ def wait(process: subprocess.Popen, folder: Path, seconds: float, saving: bool) 
     return process.poll() is not None
 
 
-def outcome(folder: Path) -> tuple[list, bytes]:
+def outcome(folder: Path) -> tuple[list, dict[str, bytes]]:
+    """Metrics without wall times, and the policy's weights."""
     (run,) = folder.iterdir()
     rows = list(csv.DictReader((run / "metrics.csv").open()))
     kept = [{key: value for key, value in row.items() if key not in WALL_COLUMNS} for row in rows]
-    return kept, (run / "policy.safetensors").read_bytes()
+    weights = load_file(run / "policy.safetensors")
+    return kept, {name: value.tobytes() for name, value in weights.items()}
 
 
 def kill_and_resume(kind: str, moments: int, parent: Path, data: Path, rng: random.Random) -> Counter:
@@ -99,7 +101,7 @@ def kill_and_resume(kind: str, moments: int, parent: Path, data: Path, rng: rand
         ended, tries = False, 0
         while not ended:
             process, tries = start(folder), tries + 1
-            last = phases.total() == moments or tries == 8  # a resume may fall at the same place for long
+            last = phases.total() == moments or tries == 8  # resumes may fall at one place for long
             seconds = 600 if last else rng.uniform(0.3, 1) * duration
             ended = wait(process, folder, seconds, saving=not last and rng.random() < 0.3)
             if ended:
@@ -124,8 +126,8 @@ def main():
     args = parser.parse_args()
     rng, total, parent = random.Random(args.seed), Counter(), Path(tempfile.mkdtemp())
     data = parent / "demonstrations.hdf5"
-    make = [sys.executable, "-m", "demos.dataset", "--steps", "8000", "--num-envs", "8", "--out", str(data)]
-    subprocess.run(make, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    make = "-m demos.dataset --steps 8000 --num-envs 8 --out".split()
+    subprocess.run([sys.executable, *make, data], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     for i, kind in enumerate(args.kinds):
         share = (args.moments + i) // len(args.kinds)
         try:

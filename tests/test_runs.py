@@ -5,11 +5,13 @@ import json
 import math
 import os
 import pickle
+import random
 import re
 import shutil
 import signal
 import time
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -24,21 +26,29 @@ from pickle_bomb import LOADED, Bomb
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from common import runs
-from common.runs import Ring, Run, load_parts, save_parts, write_atomically
-from common.settings import Count, Share, Size, Weight, parse_args
+from common import checkpoints, runs
+from common.checkpoints import (
+    Ring,
+    load_parts,
+    read_checked,
+    save_parts,
+    write_atomically,
+    write_checked,
+)
+from common.runs import Run, derive_seed
+from common.settings import Seed, Share, Size, Threads, Weight, launch, parse_args
 
 
 @dataclass
 class Args:
     # the run
     preset: Literal["small", "large"] = "small"  # defaults
-    seed: Size = 1  # of the noise
+    seed: Seed = 1  # of the noise
     iterations: Size = 7  # of training
     wall_budget_s: Weight = 0.0  # seconds
     runs: Path = Path("runs")  # directory
     device: str = "cpu"  # cpu or cuda
-    threads: Count = 1  # of torch
+    threads: Threads = 1  # of torch
     bf16: bool = True  # or float32
     track: bool = False  # log elsewhere
     resume: Path | None = None  # run to continue
@@ -77,7 +87,7 @@ def train(args, during=lambda iteration, row: None):
     run = Run(args, "toy")
     policy = Toy(3, 1)
     optimizer = torch.optim.Adam(policy.parameters(), args.rate)
-    ring, state = Ring({"x": torch.zeros(2, 4, 3)}), dict(env_steps=0)
+    ring, state = Ring(2, {"x": (4, 3)}, "cpu"), dict(env_steps=0)
     run.checkpoints(state, policy, optimizer=optimizer, ring=ring)
     for iteration, spent in run.iterations():
         row = {}
@@ -132,7 +142,7 @@ def test_a_preset_sets_the_defaults_and_flags_win():
 
 @pytest.mark.parametrize("name, fits, fails, bounds", [
     ("threads", 1, 0, "1 and"), ("seed", 0, -1, "0 and"), ("rate", 0.0, -0.1, "0 and"),
-    ("rate", 9e9, "inf", "0 and"), ("rate", 1.0, "nan", "0 and"), ("decay", 0.0, -0.1, "0 and 1"),
+    ("rate", 1e9, "inf", "0 and"), ("rate", 1.0, "nan", "0 and"), ("decay", 0.0, -0.1, "0 and 1"),
     ("decay", 1.0, 1.001, "0 and 1"),
 ])  # fmt: skip
 def test_values_out_of_bounds_stop_with_the_flag(name, fits, fails, bounds):
@@ -143,7 +153,7 @@ def test_values_out_of_bounds_stop_with_the_flag(name, fits, fails, bounds):
 
 def store(folder, **fields):
     args = Args(**{"preset": "large", "iterations": 9, "bf16": False, "data": "my data --x=1", **fields})
-    (folder / "args.json").write_text(json.dumps(vars(args), default=str))
+    (folder / "args.json").write_text(json.dumps(vars(args) | dict(script="test_runs"), default=str))
     return args
 
 
@@ -177,18 +187,23 @@ def test_help_prints_each_setting_below_its_section(capsys, flag):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "A toy."
     words = [line.split() for line in lines]
-    assert ["--wall-budget-s", "0.0", "seconds"] in words
+    assert ["--wall-budget-s", "0.0", "[0,", "1000000000]", "seconds"] in words
     flags = [line[0] for line in words if line and line[0].startswith("--")]
     assert flags == [f"--{name.replace('_', '-')}" for name in vars(Args())]
-    assert lines.index("the run") < words.index(["--seed", "1", "of", "the", "noise"])
+    seed = words.index(["--seed", "1", "[0,", "4294967295]", "of", "the", "noise"])
+    assert lines.index("the run") < seed
     assert lines.index("learning") == words.index(["--data", "None", "where", "from"]) - 1
 
 
 # ---------------------------------------------------------------------------------- processes
 def test_set_up_takes_device_threads_and_seed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="cuda:1: this torch sees no CUDA device"):
-        runs.set_up(Args(device="cuda:1"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for device, message in ("cuda:1", "torch sees no such device"), ("foo", "must be auto, cpu"):
+        with pytest.raises(SystemExit, match=f"--device {device}:.*{message}"):
+            runs.set_up(Args(device=device))
+    with pytest.raises(SystemExit, match="--track needs"):
+        runs.set_up(Args(track=True))
     args, draws = Args(device="auto", threads=2), []
     for args.seed in 1, 1, 2:
         runs.set_up(args)
@@ -203,6 +218,7 @@ def test_set_up_takes_device_threads_and_seed(monkeypatch):
 def test_each_process_takes_a_gpu_of_its_own(monkeypatch, device, alone, together):
     backends = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch, "manual_seed", lambda seed: None)  # which would start CUDA
     monkeypatch.setattr(runs.dist, "init_process_group", backends.append)
@@ -215,8 +231,42 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch, device, alone, togethe
     assert backends == ["gloo" if device == "cpu" else "nccl"]
 
 
+@given(seed=st.integers(0, 2**32 - 1), other=st.integers(0, 2**32 - 1), purpose=st.text(max_size=9))
+def test_derived_seeds_fit_every_simulator_and_differ(seed, other, purpose):
+    torch.manual_seed(seed)
+    derived = derive_seed(seed, purpose, 3)
+    assert 0 <= derived < 2**30 and derived == derive_seed(seed, purpose, 3)
+    others = [derive_seed(seed, purpose, 4), derive_seed(seed, purpose + "x", 3)]
+    if seed != other:
+        others.append(derive_seed(other, purpose, 3))
+    assert derived not in others
+
+
+@pytest.mark.parametrize("error, text", [
+    (KeyboardInterrupt(), "Stopped"), (FloatingPointError("Q became nan"), "Q became nan"),
+    (torch.OutOfMemoryError("on CUDA"), "on CUDA"), (MemoryError("9 EiB"), "9 EiB"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), "memory: you tried to"),
+])  # fmt: skip
+def test_known_failures_are_one_line_and_others_are_raised(monkeypatch, error, text):
+    def main(args):
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["toy"])
+    with pytest.raises(SystemExit) as stop:
+        launch(main, Args, PRESETS, "A toy.")
+    assert text in str(stop.value) and "\n" not in str(stop.value)
+    error = RuntimeError("a fault of ours")
+    with pytest.raises(RuntimeError, match="of ours"):
+        launch(main, Args, PRESETS, "A toy.")
+
+
+def test_a_replay_that_does_not_fit_is_refused_with_its_size():
+    with pytest.raises(SystemExit, match=r"The replay would take 3\.73e\+03 GiB; .* GiB are free"):
+        Ring(1000, {"x": (1000, 1000, 1000)}, "cpu")
+
+
 # -------------------------------------------------------------------------------------- files
-@pytest.mark.parametrize("name", ["checkpoint.pt", "checkpoint.ring0", "metrics.csv"])
+@pytest.mark.parametrize("name", ["checkpoint0.5.pt", "checkpoint0.ring0", "metrics.csv"])
 def test_full_disk_stops_the_run_which_then_goes_on(args, only_run, whole, name):
     def fill(iteration, row):
         if iteration == 4:
@@ -226,28 +276,31 @@ def test_full_disk_stops_the_run_which_then_goes_on(args, only_run, whole, name)
         train(args, fill)
     run = only_run()
     assert not list(run.glob("*.partial"))
-    assert torch.load(run / "checkpoint.pt", weights_only=True)["progress"]["iteration"] == 4
+    assert [path.name for path in run.glob("checkpoint*.pt")] == ["checkpoint0.4.pt"]
     assert_same(run, train(Args(resume=run)), whole)
 
 
 def test_a_directory_that_cannot_be_written_stops():
-    with pytest.raises(OSError, match="/proc/rldt"):  # where even root may not write
+    with pytest.raises(SystemExit, match="--runs /proc/rldt: cannot be written"):  # not even by root
         train(Args(runs=Path("/proc/rldt")))
     for write in lambda path: path.write_text("text"), lambda path: torch.save({}, path):
         with pytest.raises(SystemExit, match="Cannot write /proc/rldt"):
             write_atomically(Path("/proc/rldt"), write)
 
 
+OWNER = dict(script="toy")
+
+
 def parts(seed):
     """One of each kind of part, filled with numbers of a seed."""
     torch.manual_seed(seed)
-    module, ring = torch.nn.Linear(2, 2), Ring({"x": torch.zeros(3, 2), "y": torch.zeros(3)})
+    module, ring = torch.nn.Linear(2, 2), Ring(3, {"x": (2,), "y": ()}, "cpu")
     optimizer = torch.optim.Adam(module.parameters(), 0.1)
     for _ in range(seed):
         module(torch.randn(5, 2)).square().sum().backward()
         optimizer.step()
     plain = dict(steps=seed, rows=[dict(a=seed / 3)], best=-math.inf)
-    return dict(settings=dict(world=1), plain=plain, module=module, optimizer=optimizer, ring=ring)
+    return dict(plain=plain, module=module, optimizer=optimizer, ring=ring)
 
 
 def numbers(part):
@@ -264,14 +317,14 @@ def numbers(part):
 @pytest.mark.parametrize("added", [0, 1, 3, 5])
 def test_parts_come_back_in_place_as_they_were_saved(tmp_path, added):
     saved, loaded = parts(4), parts(1)
-    save_parts(tmp_path / "c.pt", saved)
+    save_parts(tmp_path / "c.pt", OWNER, saved)
     for i in range(added):
         saved["ring"].next()["x"].fill_(i)
         saved["ring"].newest()["y"].fill_(-i)
-        save_parts(tmp_path / "c.pt", saved)
+        save_parts(tmp_path / "c.pt", OWNER, saved)
     expected, draws = numbers(saved), torch.rand(3)
     weight = loaded["module"].weight.data_ptr()
-    load_parts(tmp_path / "c.pt", loaded, "cpu")
+    load_parts(tmp_path / "c.pt", OWNER, loaded, "cpu")
     assert torch.equal(torch.rand(3), draws)
     assert numbers(loaded) == expected
     assert loaded["module"].weight.data_ptr() == weight
@@ -287,17 +340,18 @@ def test_saving_writes_only_the_newest_slot_of_a_ring(tmp_path):
     saved = parts(1)
     for i in range(5):
         saved["ring"].next()["x"].fill_(i)
-        save_parts(tmp_path / "c.pt", saved)
-        held = torch.load(tmp_path / f"c.ring{i % 3}", weights_only=True)["x"]
+        save_parts(tmp_path / "c.pt", OWNER, saved)
+        held = read_checked(tmp_path / f"c.ring{i % 3}", OWNER, "cpu")["newest"]["x"]
         assert held.tolist() == [i, i]
         assert held.untyped_storage().nbytes() == 2 * 4  # a view would drag the whole ring along
         saved["ring"].slots["x"][(i + 1) % 3] = 99  # not the newest: must not reach the disk
-    assert [torch.load(tmp_path / f"c.ring{slot}")["x"][0].item() for slot in range(3)] == [3, 4, 2]
+    held = [read_checked(tmp_path / f"c.ring{slot}", OWNER, "cpu") for slot in range(3)]
+    assert [content["newest"]["x"][0].item() for content in held] == [3, 4, 2]
 
 
 @given(capacity=st.integers(1, 5), added=st.integers(0, 12))
 def test_a_ring_keeps_what_a_list_of_the_newest_would(capacity, added):
-    ring, kept = Ring({"x": torch.full((capacity, 2), -1.0)}), []
+    ring, kept = Ring(capacity, {"x": (2,)}, "cpu"), []
     for i in range(added):
         ring.next()["x"].copy_(torch.tensor([i, 2.0 * i]))
         kept = [*kept, [i, 2.0 * i]][-capacity:]
@@ -309,7 +363,7 @@ def test_a_ring_keeps_what_a_list_of_the_newest_would(capacity, added):
 
 @pytest.mark.filterwarnings("ignore:Detected pickle")
 @pytest.mark.parametrize("content", [b"", b"garbage", "half", "bomb", None])
-@pytest.mark.parametrize("name", ["checkpoint.pt", "checkpoint.ring1"])
+@pytest.mark.parametrize("name", ["checkpoint0.8.pt", "checkpoint0.ring1"])
 def test_a_damaged_or_missing_file_cannot_be_resumed_and_says_so(tmp_path, whole, name, content):
     run = shutil.copytree(whole[0], tmp_path / "copy")
     if content == "half":
@@ -317,14 +371,58 @@ def test_a_damaged_or_missing_file_cannot_be_resumed_and_says_so(tmp_path, whole
     if content == "bomb":
         content = pickle.dumps(Bomb())
     (run / name).unlink() if content is None else (run / name).write_bytes(content)
-    if (name, content) == ("checkpoint.pt", None):
+    if (name, content) == ("checkpoint0.8.pt", None):
         return assert_same(run, train(Args(resume=run)), whole)  # killed before the first save: anew
-    with pytest.raises(SystemExit, match=r"checkpoint\.pt: cannot be resumed"):
+    with pytest.raises(SystemExit, match=rf"{name}: cannot be resumed"):
         train(Args(resume=run))
     assert LOADED == []
 
 
+def test_no_flipped_byte_goes_unnoticed(tmp_path):
+    rng, file = random.Random(0), tmp_path / "c.pt"
+    write_checked(file, dict(belongs_to=OWNER, x=torch.arange(9.0)))
+    data = file.read_bytes()
+    assert read_checked(file, OWNER, "cpu")["x"].tolist() == [*range(9)]
+    for _ in range(100):
+        damaged = bytearray(data)
+        damaged[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match="its bytes are damaged"):
+            read_checked(file, OWNER, "cpu")
+
+
+@pytest.mark.parametrize("field, value", [("rate", 0.3), ("seed", 2), ("data", "other.hdf5")])
+def test_a_checkpoint_of_another_run_is_refused_with_what_differs(args, only_run, field, value):
+    train(args)
+    with pytest.raises(SystemExit, match=f"it is of a run with another {field}"):
+        train(replace(Args(resume=only_run()), **{field: value}))
+
+
+def test_a_checkpoint_of_another_script_version_or_world_is_refused(args, only_run, monkeypatch):
+    train(args)
+    stored = only_run() / "args.json"
+    stored.write_text(stored.read_text().replace('"test_runs"', '"qam"'))
+    with pytest.raises(SystemExit, match="a run of qam, not of test_runs"):
+        parse("--resume", only_run())
+    monkeypatch.setattr(checkpoints, "FORMAT", "0")
+    with pytest.raises(SystemExit, match="a run with another format"):
+        train(Args(resume=only_run()))
+    monkeypatch.undo()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(runs.dist, "broadcast_object_list", lambda paths: None)
+    monkeypatch.setattr(runs.dist, "init_process_group", lambda backend: None)
+    with pytest.raises(SystemExit, match="no iteration was saved by all 2 processes"):
+        train(Args(resume=only_run()))
+
+
 # --------------------------------------------------------------------------------------- runs
+def test_eight_runs_that_start_at_once_have_directories_of_their_own(args):
+    with ThreadPoolExecutor(8) as pool:
+        paths = [*pool.map(lambda i: Run(args, "a/b__../../x").path, range(8))]
+    assert len({*paths}) == 8
+    assert {path.parent for path in paths} == {args.runs}
+
+
 def test_runs_never_share_a_directory_and_keep_their_arguments(args):
     paths = [Run(args, "toy__1").path for _ in range(3)]  # within one second
     assert len({*paths}) == 3
@@ -378,7 +476,7 @@ def test_log_averages_what_was_added_and_sums_what_was_timed(args, monkeypatch):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_number_that_is_not_finite_stops_with_its_name(args, only_run, whole, value):
-    with pytest.raises(FloatingPointError, match=f"other became {value}.*checkpoint.pt"):
+    with pytest.raises(SystemExit, match=f"other became {value}.*is from before"):
         train(args, lambda iteration, row: row.update(other=value) if iteration == 4 else None)
     run = only_run()
     assert metrics(run) == metrics(whole[0])[:4]
@@ -469,7 +567,7 @@ def test_ctrl_c_finishes_the_iteration_saves_and_says_how_to_go_on(args, only_ru
         train(args, press)
     run = only_run()
     assert str(stop.value).endswith(f"Continue with --resume {run}")
-    assert torch.load(run / "checkpoint.pt", weights_only=True)["progress"]["iteration"] == 5
+    assert [path.name for path in run.glob("checkpoint*.pt")] == ["checkpoint0.5.pt"]
     assert_same(run, train(Args(resume=run)), whole)
 
 
@@ -480,7 +578,7 @@ def test_a_second_ctrl_c_stops_at_once(args, only_run):
 
     with pytest.raises(KeyboardInterrupt):
         train(args, press)
-    assert torch.load(only_run() / "checkpoint.pt", weights_only=True)["progress"]["iteration"] == 4
+    assert [path.name for path in only_run().glob("checkpoint*.pt")] == ["checkpoint0.4.pt"]
 
 
 def test_tensorboard_holds_the_rows_and_one_that_is_logged_twice_once(args, only_run, monkeypatch):
@@ -488,7 +586,7 @@ def test_tensorboard_holds_the_rows_and_one_that_is_logged_twice_once(args, only
         if self.progress["iteration"] == 5:  # logged, not saved
             self.writer.flush()
             raise Killed
-        save_parts(self.checkpoint, self.parts)
+        save_parts(self.checkpoint(self.progress["iteration"]), self.identity, self.parts)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Run, "save", killed)
