@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from test_baselines import METHODS, TINY, arguments
 from torch.distributions import Normal
 
-from baselines import best_of_n, dppo, fpo, ppo, qam, reinflow
+from baselines import best_of_n, dppo, dsrl, fpo, ppo, qam, reinflow
 from common.flow import FlowPolicy, VelocityMLP, sample, time_embedding
-from demos import dataset
 from envs.vector import VectorEnv
 
 
@@ -283,24 +282,6 @@ def test_diffusion_steps_are_the_posterior_of_the_forward_process():
         assert found == pytest.approx(whole, rel=1e-3, abs=1e-6)
 
 
-def test_diffusion_clones_actions_that_depend_on_the_observation():
-    rng = np.random.default_rng(0)
-    obs = rng.uniform(-1, 1, (3000, 2)).astype(np.float32)
-    action = (0.5 * obs + 0.2 * rng.normal(size=obs.shape)).astype(np.float32)
-    args = arguments(dppo, device="cpu", form="diffusion", bf16=False)
-    data = dataset.Demonstrations(obs, action, np.array([3000]))
-    sizes = dict(chunk=1, euler_steps=20, width=64, depth=3, time_dim=16)
-    base = dppo.pretrain(args, data, None, epochs=60, batch=128, lr=1e-3, **sizes)
-    policy = dppo.make_policy(base, args)
-    starts = torch.stack([torch.randn(3000, 2), torch.zeros(3000, 2)])
-    with torch.no_grad():
-        drawn, zero = (policy.to_env(policy.sample(policy.normalize(obs), x0))[:, 0] for x0 in starts)
-    residual = drawn - 0.5 * obs
-    assert residual.mean() == pytest.approx(0, abs=0.05)
-    assert residual.std() == pytest.approx(0.2, abs=0.05)
-    assert np.abs(zero - 0.5 * obs).mean() < 0.1  # from 0 along the means: the middle of the density
-
-
 # ---------------------------------------------------------------------------------------- FPO
 def gaussian_flow(mean, s):
     """The exact velocity of the straight path from N(0, 1) to N(mean, s^2)."""
@@ -310,26 +291,6 @@ def gaussian_flow(mean, s):
         return mean + (t * s**2 - (1 - t)) / (t**2 * s**2 + (1 - t) ** 2) * (x - t * mean)
 
     return velocity
-
-
-def test_fpo_ratio_on_gaussian_flows_is_a_power_of_the_likelihood_ratio(monkeypatch):
-    # E over eps of L at time t is w(t) (a - mean)^2 + const, w = (1 - t)^2 / (t^2 s^2 + (1 - t)^2)^2.
-    # The average over t is W = int w dt times the difference of squares; weighted by t / (1 - t), the
-    # evidence bound, it is the true log-likelihood ratio, 1 / (2 s^2) times that difference.
-    monkeypatch.setattr(fpo, "LOSS_CLAMP", math.inf)
-    s, old, new, n = 0.6, -0.2, 0.3, 400_000
-    action = torch.tensor([[0.5], [-0.4]])
-    t = (torch.arange(n) + 0.5) / n  # an even grid in place of draws, less noise
-    batch = dict(obs=torch.zeros(2, 1), action=action, noise=torch.randn(2, n, 1), t=t.expand(2, -1))
-    args = fpo.Args(device="cpu", bf16=False)
-    policy = lambda mean: SimpleNamespace(velocity=gaussian_flow(mean, s), chunk=1)
-    losses = lambda mean: fpo.cfm_losses(policy(mean), batch, args)
-    log_ratio = losses(old) - losses(new)
-    squares = ((action - old).square() - (action - new).square())[:, 0]
-    W = ((1 - t) ** 2 / (t**2 * s**2 + (1 - t) ** 2) ** 2).mean()
-    torch.testing.assert_close(log_ratio.mean(1), W * squares, rtol=0.05, atol=0.01)
-    true = (Normal(new, s).log_prob(action) - Normal(old, s).log_prob(action))[:, 0]
-    torch.testing.assert_close((log_ratio * t / (1 - t)).mean(1), true, rtol=0.05, atol=0.01)
 
 
 def test_fpo_clips_and_fpo_plus_plus_pulls_the_ratio_back_where_the_advantage_is_negative():
@@ -495,3 +456,65 @@ def test_best_of_n_takes_the_candidate_of_the_highest_smaller_q():
             points = sample(policy.velocity, obs[b].expand(5, -1), start[b], 4, trajectory=True)
             q = policy.critic(obs[b].expand(5, -1), points[-1]).min(0).values
             torch.testing.assert_close(chosen[:, b], points[:, q.argmax()])
+
+
+# ---------------------------------------------------------------------------------------- DSRL
+def steered(D):
+    """A policy with a linear flow and an actor that looks at the observation, and its arguments."""
+    args = arguments(dsrl, bf16=False, device="cpu", zero_fraction=0.0)
+    sizes = dict(obs_dim=2, action_dim=D, chunk=1, euler_steps=4, width=8, depth=3, time_dim=8)
+    policy = dsrl.make_policy(FlowPolicy(**sizes), args)
+    policy.velocity = LinearFlow(2, D).requires_grad_(False)
+    torch.nn.init.normal_(policy.actor.layers[-1].weight, 0, 0.1)
+    return policy, args
+
+
+def test_dsrl_starts_the_flow_from_a_squashed_gaussian_of_this_density():
+    policy, _ = steered(6)
+    policy.double()
+    obs, x0 = torch.randn(7, 2).double(), torch.randn(7, 6).double()
+    mean, std = policy.actor(obs)
+    tanh, u = torch.distributions.TanhTransform(), mean + std * x0
+    scaled = torch.distributions.TransformedDistribution(Normal(mean, std), tanh)
+    w, log_prob = policy.noise(obs, x0)
+    torch.testing.assert_close(w, 1.5 * u.tanh())
+    torch.testing.assert_close(log_prob, scaled.log_prob(u.tanh()).sum(-1))
+    assert torch.equal(policy.sample(obs, x0), sample(policy.velocity, obs, x0, 4))  # the base
+    policy.steered.fill_(True)
+    for start, noise in (x0, w), (0 * x0, 1.5 * mean.tanh()), (1e4 * x0, 1.5 * x0.sign()):
+        expected = sample(policy.velocity, obs, noise, 4)
+        torch.testing.assert_close(policy.sample(obs, start), expected)
+    untrained = dsrl.NoiseActor(2, 6, 8, 3)(torch.randn(7, 2))
+    assert (untrained[0] == 0).all() and (untrained[1] == 1).all()
+
+
+def test_dsrl_critic_of_noise_learns_the_value_of_the_action_to_which_noise_leads():
+    # a linear flow and a quadratic critic make a value that is quadratic in the noise
+    policy, args = steered(1)
+    critic, obs = Quadratic(torch.tensor([0.3])), torch.tensor([0.5, -0.2]).expand(256, 2)
+    learned = torch.nn.Linear(3, 2, bias=False)
+    noise_critic = lambda obs, w: learned(torch.cat([w**0, w, w**2], 1)).T
+    noise_critic.parameters = learned.parameters
+    optimizer = torch.optim.Adam(learned.parameters(), 0.05)
+    for _ in range(600):
+        dsrl.update_noise_critic(policy, critic, noise_critic, optimizer, obs, args)
+    w, obs = torch.linspace(-2, 2, 9)[:, None], obs[:9]
+    expected = critic(obs, sample(policy.velocity, obs, w, 4))
+    torch.testing.assert_close(noise_critic(obs, w).detach(), expected, rtol=0.01, atol=0.01)
+
+
+def test_dsrl_actor_takes_the_noise_that_is_as_good_as_its_entropy_allows():
+    # Q = -(w - 0.3)^2 / 2 and coefficient alpha: the optimum is nearly N(0.3, alpha)
+    policy, args = steered(1)
+    critic, obs = Quadratic(torch.tensor([0.3])), torch.randn(512, 2)
+    policy.log_alpha.data.fill_(math.log(0.01))
+    optimizer = torch.optim.Adam(policy.actor.parameters(), 0.01)  # the coefficient stays
+    for step in range(300):
+        optimizer.param_groups[0]["lr"] = 0.01 * (1 - step / 300)
+        policy.log_alpha.grad = None
+        entropy = dsrl.update_actor(policy, critic, optimizer, obs, args)["losses/entropy"]
+    w, _ = policy.noise(obs, torch.randn(512, 1))
+    assert w.mean().item() == pytest.approx(0.3, abs=0.03)
+    assert w.std().item() == pytest.approx(0.1, abs=0.02)
+    assert entropy.item() == pytest.approx(Normal(0, 0.1 / 1.5).entropy().item(), abs=0.1)
+    assert policy.log_alpha.grad == entropy < 0  # it would rise: the target is 0

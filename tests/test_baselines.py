@@ -1,5 +1,6 @@
 """baselines/: settings and whole runs of each method but SAC, and what each learns."""
 
+import io
 import json
 import os
 import signal
@@ -15,12 +16,14 @@ from fakes import words
 from safetensors.torch import load_file
 
 import rldt_gym
-from baselines import best_of_n, dppo, fpo, ppo, qam, reinflow
+from baselines import best_of_n, dppo, dsrl, fpo, ppo, qam, reinflow, sac
 from common.flow import FlowPolicy
 from demos import dataset
 
-METHODS = {"reinflow": reinflow, "dppo": dppo, "fpo": fpo, "qam": qam, "best_of_n": best_of_n}
-LOSS = {"qam": "losses/adjoint", "best_of_n": "losses/critic"}  # of the others: losses/policy
+METHODS = {
+    "reinflow": reinflow, "dppo": dppo, "fpo": fpo, "qam": qam, "best_of_n": best_of_n, "dsrl": dsrl,
+}  # fmt: skip
+LOSS = dict(qam="losses/adjoint", best_of_n="losses/critic", dsrl="losses/actor")  # or losses/policy
 
 
 def arguments(module, **fields):
@@ -38,13 +41,15 @@ def test_paper_preset_changes_known_settings_and_flags_win(name):
 
 
 @pytest.mark.parametrize("preset", ["laptop", "paper"])
-@pytest.mark.parametrize("name", ["qam", "best_of_n"])
+@pytest.mark.parametrize("name", ["qam", "best_of_n", "dsrl"])
 def test_critic_and_rollouts_have_the_settings_of_rldt(name, preset):
     ours, theirs = (vars(arguments(module, preset=preset)) for module in (METHODS[name], rldt_gym))
     differ = {key for key in ours.keys() & theirs.keys() if ours[key] != theirs[key]}
     # with a warm-up, the first evaluation of the best of N is that of the base
-    allowed = {"qam": {"exp_name"}, "best_of_n": {"exp_name", "warmup_iterations"}}
-    assert differ <= allowed[name]
+    allowed = {"exp_name", "warmup_iterations"}
+    if name == "dsrl":
+        allowed |= {"actor_steps", "actor_batch", "actor_lr"}  # its actor is a small network
+    assert differ <= allowed - ({"warmup_iterations"} if name == "qam" else set())
     shared = "critic_", "td_", "buffer_", "segment", "target_"
     critic = {key for key in theirs if key.startswith(shared)}
     assert len(critic) == 8 and critic <= ours.keys()
@@ -96,17 +101,23 @@ TINY = {
     "reinflow": ON_POLICY, "dppo": ON_POLICY, "fpo": ON_POLICY | dict(samples=3),
     "qam": CRITIC | dict(actor_steps=1, actor_batch=8, actor_lr=1e-3),
     "best_of_n": CRITIC | dict(candidates=3),
+    "dsrl": CRITIC | dict(noise_steps=2, actor_steps=1, actor_batch=8, actor_lr=1e-3),
     "diffusion": ON_POLICY | dict(form="diffusion"),
+    "sac": COMMON | dict(
+        buffer_iterations=2, warmup_iterations=1, critic_iterations=0, gradient_steps=3, batch=8,
+    ),
 }  # fmt: skip
-RUNS = METHODS | {"diffusion": dppo}
+RUNS = METHODS | {"diffusion": dppo, "sac": sac}
 
 
 @pytest.fixture(scope="session")
 def bases(tiny_base, tmp_path_factory):
-    """A base policy for each tiny run; the diffusion's is of the same sizes."""
-    diffusion = tmp_path_factory.mktemp("diffusion") / "base.safetensors"
+    """A base policy for each tiny run; the diffusion's is of the flow's sizes."""
+    folder = tmp_path_factory.mktemp("bases")
+    diffusion, gaussian = folder / "diffusion.safetensors", folder / "gaussian.safetensors"
     FlowPolicy.load(tiny_base).save(diffusion, form="diffusion")
-    return dict.fromkeys(METHODS, tiny_base) | {"diffusion": diffusion}
+    sac.GaussianPolicy(11, 3).save(gaussian)
+    return dict.fromkeys(METHODS, tiny_base) | {"diffusion": diffusion, "sac": gaussian}
 
 
 @pytest.fixture(scope="session")
@@ -166,15 +177,15 @@ def test_evaluating_a_run_gives_the_scores_of_its_last_evaluation(finished, name
 @pytest.mark.parametrize("name", RUNS)
 def test_run_that_is_stopped_and_resumed(monkeypatch, finished, make_args, tmp_path, name):
     """It equals one that was never stopped, to the last bit."""
-    module = rldt_gym if name == "best_of_n" else RUNS[name]
-    function = "update_critic" if name == "best_of_n" else "update_actor"
+    places = {"best_of_n": (rldt_gym, "update_critic"), "sac": (sac, "update")}
+    module, function = places.get(name, (RUNS[name], "update_actor"))
     update, calls = getattr(module, function), []
 
-    def pressed(*args):
+    def pressed(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == 1:
             os.kill(os.getpid(), signal.SIGINT)
-        return update(*args)
+        return update(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(module, function, pressed)
@@ -201,14 +212,14 @@ def test_best_policy_is_measured_again(scripted_evaluations, make_args, tmp_path
         assert [int(policy.candidates) for policy in policies] == [1, 3, 3, [1, 3][chosen]]
 
 
-@pytest.mark.parametrize("name", ["reinflow", "dppo", "best_of_n"])
+@pytest.mark.parametrize("name", ["reinflow", "dppo", "best_of_n", "dsrl"])
 def test_policy_of_a_method_says_so_and_is_no_plain_flow(finished, name):
     path = finished(name)[0] / "policy.safetensors"
     with pytest.raises(SystemExit, match="not a policy"):
         FlowPolicy.load(path)
     own = dict(reinflow=reinflow.NoisyPolicy, dppo=dppo.DenoisingPolicy, best_of_n=best_of_n.BestOfN)
-    policy = own[name].load(path)
-    assert policy.info == {"method": name}
+    policy = own.get(name, dsrl.SteeredPolicy).load(path)
+    assert policy.info["script"] == name
     assert not policy.sample(torch.zeros(1, 11)).requires_grad  # a video needs no gradient
 
 
@@ -223,10 +234,13 @@ def test_settings_that_cannot_be_stop_in_one_line(make_args, tmp_path, name, cha
         METHODS[name].main(make_args(name, tmp_path, **changes))
 
 
-def test_best_of_n_leaves_the_base_as_it_was(finished, tiny_base):
-    saved = load_file(finished("best_of_n")[0] / "policy.safetensors")
+@pytest.mark.parametrize("name, kept", [
+    ("best_of_n", "velocity"), ("dsrl", "velocity"), ("reinflow", "frozen"), ("dppo", "frozen"),
+])  # fmt: skip
+def test_base_stays_as_it_was(finished, tiny_base, name, kept):
+    saved = load_file(finished(name)[0] / "policy.safetensors")
     for key, value in load_file(tiny_base).items():
-        assert torch.equal(saved[key], value)
+        assert torch.equal(saved[key.replace("velocity", kept)], value)
 
 
 def test_a_pass_takes_each_chunk_as_often_as_told(monkeypatch, make_args, tmp_path):
@@ -247,7 +261,8 @@ def test_two_processes_train_one_policy_on_their_own_rollouts(tiny_base, tmp_pat
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
     (run,) = tmp_path.iterdir()
-    saved = [torch.load(run / name, weights_only=True) for name in ("checkpoint.pt", "checkpoint1.pt")]
+    files = sorted(run.glob("checkpoint*.pt"))  # each behind its SHA-256, of 32 bytes
+    saved = [torch.load(io.BytesIO(file.read_bytes()[32:]), weights_only=True) for file in files]
     for part in "policy", "value":
         for key, value in saved[0][part].items():
             assert torch.equal(value, saved[1][part][key]), (part, key)
@@ -294,6 +309,7 @@ LEARNING = {
     "fpo": (fpo, PPO | dict(form="fpo")), "fpo++": (fpo, PPO),
     "qam": (qam, VALUES | dict(actor_batch=64, actor_lr=3e-3, actor_lr_end=1.0, inv_temp=30.0)),
     "best_of_n": (best_of_n, VALUES | dict(candidates=16)),
+    "dsrl": (dsrl, VALUES | dict(noise_steps=16, actor_steps=16, actor_batch=64, actor_lr=3e-3)),
 }  # fmt: skip
 
 
