@@ -79,9 +79,6 @@ class BestOfN(family.FlowPolicy):
         q = self.critic(obs.flatten(0, 1), action.flatten(0, 1)).min(0).values.view(B, N)
         return points[..., torch.arange(B, device=cond.device), q.argmax(1), :]
 
-    def save(self, path, **info):
-        super().save(path, **info | dict(method="best_of_n"))
-
 
 def make_policy(base: family.FlowPolicy, args: Args) -> BestOfN:
     """The base policy with a new critic."""

@@ -11,7 +11,7 @@ import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from common.runs import autocast, average_gradients
 from common.settings import Count, Share, Size, Weight, launch
 from demos import dataset
 
+Deviation = Annotated[float, 1e-6, 1e9]  # the type of a setting, with its bounds
+
 
 # ---------------------------------------------------------------------------------- arguments
 @dataclass
@@ -36,7 +38,7 @@ class Args(ppo.PPOArgs):
     # DPPO
     form: Literal["flow", "diffusion"] = "flow"  # finetune RLDT's flow, or a diffusion of its own
     tuned_steps: Size = 0  # K', the last steps, noisy and trained (official: 10 of 20); 0: half of them
-    sigma: Weight = 0.1  # least deviation of a noisy step, in normalised actions (official: 0.1)
+    sigma: Deviation = 0.1  # least of a noisy step, in normalised actions (official: 0.1)
     gamma_denoising: Share = 0.99  # factor on the advantage per step still to come (official: 0.99)
     batch: Count = 2500  # denoising steps per update (official: 50 000, all ten of 5000 chunks)
     clip: Weight = 0.02  # PPO's clipping range of the ratio (official: 0.01)
@@ -120,9 +122,6 @@ class DenoisingPolicy(family.FlowPolicy):
             if self.form == "diffusion":
                 x = x + std * moving * torch.randn(x.shape, device=x.device)
         return x
-
-    def save(self, path, **info):
-        super().save(path, **info | dict(method="dppo"))
 
 
 def make_policy(base: family.FlowPolicy, args: Args) -> DenoisingPolicy:

@@ -174,7 +174,7 @@ def main(args: Args) -> dict | None:
     for iteration, spent in run.iterations():
         row = {}
         if iteration % args.eval_every == 0 or spent == 1:
-            row = family.evaluate_alone(run, policy, envs, args, spent)
+            row = family.evaluate_alone(run, policy, envs, args, spent, family.evaluate)
         else:
             # 1. roll out with exploration
             with run.timer(row, "rollout_s"):

@@ -116,9 +116,6 @@ class NoisyPolicy(family.FlowPolicy):
             x = self.step(velocity, x, torch.tensor(k / self.euler_steps, device=cond.device), cond)
         return x
 
-    def save(self, path, **info):
-        super().save(path, **info | dict(method="reinflow"))
-
 
 def make_policy(base: family.FlowPolicy, args: Args) -> NoisyPolicy:
     """The base policy with new noise; a flow can be integrated in any number of steps."""

@@ -70,7 +70,7 @@ def make_sac(args: Args, obs_dim: int, action_dim: int):
         raise SystemExit("SAC is missing: pip install -r baselines/requirements.txt") from error
     model = SAC(
         "MlpPolicy", None, learning_rate=args.lr, gamma=args.gamma, tau=args.tau, buffer_size=1,
-        ent_coef=f"auto_{args.entropy_start}", target_entropy=-action_dim, device=args.device,
+        ent_coef=f"auto_{args.entropy_start + 1e-8}", target_entropy=-action_dim, device=args.device,
         policy_kwargs=dict(net_arch=[WIDTH, WIDTH]), _init_setup_model=False,
     )  # fmt: skip
     model.observation_space = gym.spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)
@@ -100,9 +100,6 @@ class GaussianPolicy(family.FlowPolicy):
         x0 = torch.randn_like(mean) if x0 is None else x0
         action = (mean + log_std.exp() * x0).tanh()
         return action[None] if trajectory else action
-
-    def save(self, path, **info):
-        super().save(path, **info | dict(method="sac"))
 
 
 # -------------------------------------------------------------------------------- base policy
