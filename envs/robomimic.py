@@ -2,7 +2,6 @@
 
 Observations: "state", proprioception and (without cameras) the object's state; with cameras also "rgb",
 uint8 images of 96 x 96, channels first. Reward: 1 in every step in which the task is solved, else 0.
-Images need MuJoCo's EGL or OSMesa: `choose_renderer` finds which one works.
 """
 
 import contextlib

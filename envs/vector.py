@@ -61,11 +61,10 @@ class VectorEnv:
         self.make(seed=0)
         space, self.action_space = self.envs.observation_space, self.envs.action_space
         for name, box in ("observation", space), ("action", self.action_space):
-            if not isinstance(box, gym.spaces.Box) or len(box.shape) != 1:
-                found = " ".join(str(box).split())
-                raise SystemExit(f"{env_id}: the {name} space must be a flat Box, not {found}.")
-        if not np.issubdtype(self.action_space.dtype, np.floating):
-            raise SystemExit(f"{env_id}: actions must be real numbers, not {self.action_space.dtype}.")
+            flat = isinstance(box, gym.spaces.Box) and len(box.shape) == 1
+            if not flat or (name == "action" and box.dtype.kind != "f"):
+                wanted, found = "a flat Box of real numbers", " ".join(str(box).split())
+                raise SystemExit(f"{env_id}: the {name} space must be {wanted}, not {found}.")
         self.obs_dim, self.action_dim = space.shape[0], self.action_space.shape[0]
 
     def make(self, seed: int):
@@ -144,5 +143,7 @@ class VectorEnv:
 
 def record_video(policy, env_id: str, folder: Path):
     """Films a policy, see envs/rendering.py."""
-    make_envs = lambda: VectorEnv(env_id, 1, backend="gymnasium", render_mode="rgb_array")
+    entry_point = getattr(gym.registry.get(env_id), "entry_point", "")
+    small = dict(width=320, height=320) if "gymnasium.envs.mujoco" in str(entry_point) else {}
+    make_envs = lambda: VectorEnv(env_id, 1, backend="gymnasium", render_mode="rgb_array", **small)
     rendering.record_video(policy, policy.normalize, make_envs, folder)

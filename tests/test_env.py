@@ -206,8 +206,8 @@ def test_environments_come_back_in_the_middle_of_their_episodes(env_id, backend)
     ("NoSuchTask-v7", "NoSuchTask-v7"), (":odd", "Empty module name"),
     ("RldtEndless-v0", "no time limit: register it with max_episode_steps"),
     ("RldtPicture-v0", "RldtPicture-v0: the observation space must be a flat Box"),
-    ("RldtNested-v0", "the observation space must be a flat Box, not Dict"),
-    ("RldtButtons-v0", "the action space must be a flat Box"), ("RldtIntegers-v0", "not int64"),
+    ("RldtNested-v0", "the observation space must be a flat Box of real numbers, not Dict"),
+    ("RldtButtons-v0", "the action space must be a flat Box"), ("RldtIntegers-v0", "not Box.*int64"),
 ])  # fmt: skip
 def test_tasks_that_do_not_fit_stop_with_what_is_wrong(env_id, message):
     with pytest.raises(SystemExit, match=rf"^.*{message}.*$"):
@@ -237,7 +237,7 @@ def test_every_first_seed_gives_its_own_episodes(backend):
 
 
 @pytest.mark.parametrize("env_id, sizes, shape", [
-    ("Hopper-v4", (11, 3), (480, 480, 3)), ("RldtCounter-v0", (2, 1), (64, 46, 3)),
+    ("Hopper-v4", (11, 3), (320, 320, 3)), ("RldtCounter-v0", (2, 1), (64, 46, 3)),
 ])  # fmt: skip
 def test_a_film_of_one_episode_and_none_where_it_fails(
     tmp_path, monkeypatch, recwarn, capsys, env_id, sizes, shape
