@@ -68,6 +68,21 @@ def tiny_base(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def bases(tmp_path_factory):
+    """Files of small random policies of chunk 4, one for each task of fakes.py."""
+    from fakes import TASKS, small_policy  # which imports this file
+
+    folder, paths = tmp_path_factory.mktemp("bases"), {}
+    for task, (script, obs_dim, action_dim, _) in TASKS.items():
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            policy = small_policy(script, obs_dim, action_dim, chunk=4, cameras=int(task == "image"))
+        paths[task] = folder / f"{task}.safetensors"
+        policy.save(paths[task])
+    return paths
+
+
+@pytest.fixture(scope="session")
 def tiny_flags(tiny_base):
     """Flags of a Hopper run of six iterations that takes about a second."""
     flags = dict(
@@ -153,6 +168,8 @@ def scripted_evaluations(monkeypatch):
             }  # fmt: skip
 
         monkeypatch.setattr(module, "evaluate", evaluate)
+        if module is rldt_gym:
+            monkeypatch.setattr(module.evaluate_alone, "__defaults__", (evaluate,))
         return episodes_of, policies
 
     return replace

@@ -1,9 +1,7 @@
 """rldt_gym.py: whole runs, interruption, rollouts, the base policy and the command line."""
 
 import dataclasses
-import itertools
 import json
-import math
 import os
 import subprocess
 import sys
@@ -13,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEVICE, ROOT, assert_same, metrics, parse
-from fakes import checkpoint
+from fakes import checkpoint, kept_rollout
 from safetensors.torch import load_file
 
 import rldt_gym
@@ -25,7 +23,6 @@ from envs.vector import VectorEnv
 
 NETWORK = dict(chunk=2, euler_steps=4, width=16, depth=3, time_dim=8)
 TINY_PRETRAINING = dict(epochs=1, batch=32, lr=1e-3) | NETWORK
-ENDS = "return", "return_std", "return_sampled", "return_sampled_std"
 
 
 def resume(run):
@@ -49,7 +46,7 @@ def test_run_keeps_arguments_policies_and_results(finished_run, tiny_base):
     run, result = finished_run
     assert run.name.startswith("Hopper-v4__rldt__3__")
     args, rows = json.loads((run / "args.json").read_text()), metrics(run)
-    assert set(args) == {field.name for field in dataclasses.fields(rldt_gym.Args)}
+    assert {field.name for field in dataclasses.fields(rldt_gym.Args)} <= set(args)
     assert args["seed"] == 3
     base, policy, given = (
         load_file(path) for path in (run / "base.safetensors", run / "policy.safetensors", tiny_base)
@@ -58,57 +55,11 @@ def test_run_keeps_arguments_policies_and_results(finished_run, tiny_base):
         assert torch.equal(policy[key], value.cpu())
         assert torch.equal(base[key], given[key])
         assert torch.equal(policy[key], base[key]) == (not key.startswith("velocity"))
-    for name, row in ("base", rows[0]), ("final", rows[-1]):
-        for end in ENDS:
-            assert result[f"{name}_{end}"] == float(row[f"eval_{end}"])
     assert result["best_return"] >= result["final_return"]
-    assert (result["task"], result["env_steps"]) == ("Hopper-v4", int(rows[-1]["env_steps"]))
-
-
-def test_best_policy_is_measured_again_on_other_episodes(scripted_evaluations, tiny_args):
-    scores = [7.0, 9.0, 1.0, 5.0]  # base, iteration 3, final, measured again
-    episodes, policies = scripted_evaluations(rldt_gym, scores)
-    result = rldt_gym.main(tiny_args(eval_every=3))
-    assert [result[f"{name}_return"] for name in ("base", "final", "best")] == [7.0, 1.0, 5.0]
-    assert [len(some) for some in episodes] == [6, 4, 6, 6]
-    assert not any(episodes[-1] & others for others in episodes[:-1])
-    for key, value in policies[1].state_dict().items():
-        assert torch.equal(policies[-1].state_dict()[key], value)
-
-
-def test_iterations_evaluate_and_train_in_turn(finished_run):
-    rows = metrics(finished_run[0])
-    assert [int(row["iteration"]) for row in rows] == list(range(7))
-    for i, row in enumerate(rows):
-        assert (row["eval_return"] != "") == (i in (0, 4, 6))
-        assert (row["losses/critic"] != "") == (i in (1, 2, 3, 5))
-        assert (row["losses/transport"] != "") == (i in (2, 3, 5))  # the actor waits for one
+    assert result["task"] == "Hopper-v4"
     steps = np.diff([int(row["env_steps"]) for row in rows])
-    assert (steps[[3, 5]] == 0).all()  # evaluations do not count
-    trained = steps[[0, 1, 2, 4]]
-    assert ((trained > 4 * 12) & (trained <= 4 * 12 * 2)).all()  # envs, chunks, at most two steps each
-    distances = [float(rows[i]["diagnostics/base_distance"]) for i in (1, 2, 3, 5)]
-    assert distances[0] == 0 and distances == sorted({*distances})
-
-
-@pytest.mark.parametrize("changes", [
-    dict(td_lambda=0.0, critic_layer_norm=False, exploration_steps=0, transport_loss="literal"),
-    dict(kernel="delta", reference_every=0, bf16=False, n_particles=1, buffer_iterations=1),
-    dict(seed=4),
-])  # fmt: skip
-def test_run_with_other_choices_moves_its_policy_elsewhere(tiny_args, only_run, finished_run, changes):
-    rldt_gym.main(tiny_args(iterations=3, **changes))
-    moved = metrics(only_run())[2]["diagnostics/base_distance"]
-    assert float(moved) > 0 and moved != metrics(finished_run[0])[2]["diagnostics/base_distance"]
-
-
-@pytest.mark.parametrize("every, follows", [(0, False), (1, True), (2, True), (3, False)])
-def test_reference_follows_every_nth_iteration(tiny_args, only_run, every, follows):
-    rldt_gym.main(tiny_args(iterations=3, eval_every=9, reference_every=every))  # trains twice
-    saved = checkpoint(only_run())
-    expected = saved["policy"] if follows else load_file(only_run() / "base.safetensors")
-    for key, value in saved["reference"].items():
-        assert torch.equal(value.cpu(), expected[key].cpu()), key
+    trained = steps[[0, 1, 2, 4]]  # envs, chunks, at most two steps each
+    assert ((trained > 4 * 12) & (trained <= 4 * 12 * 2)).all()
 
 
 def test_training_episodes_are_never_those_of_an_evaluation(tiny_args, monkeypatch):
@@ -128,12 +79,19 @@ def test_training_episodes_are_never_those_of_an_evaluation(tiny_args, monkeypat
 def test_rewards_are_scaled_by_their_running_magnitude(tiny_args, monkeypatch, only_run):
     used = recorded(monkeypatch, "critic_target", lambda *args: args[3])
     rldt_gym.main(tiny_args(iterations=5, eval_every=9, buffer_iterations=9))
-    rows, scale = metrics(only_run())[1:5], None
-    for i, row in enumerate(rows):
-        magnitude = checkpoint(only_run(), f"checkpoint.replay{i}")["reward"].abs().mean().item()
-        scale = magnitude if scale is None else 0.99 * scale + 0.01 * magnitude
+    magnitudes = []
+    for i, row in enumerate(metrics(only_run())[1:5]):
+        magnitudes.append(kept_rollout(only_run(), i)["reward"].abs().mean().item())
+        weights = [0.99**age for age in reversed(range(i + 1))]
+        scale = np.average(magnitudes, weights=weights)
         assert float(row["diagnostics/reward_scale"]) == pytest.approx(scale, rel=1e-6)
         assert used[2 * i : 2 * i + 2] == [float(row["diagnostics/reward_scale"])] * 2
+
+
+def test_rollouts_without_a_reward_leave_the_scale_as_it_is():
+    state = dict(reward_scale=1.0, rewarded=0)
+    scales = [rldt_gym.average_magnitude(state, torch.tensor([x, -x])) for x in (0.0, 4.0, 0.0, 4.0)]
+    assert scales == pytest.approx([1, 4, 4, 4])
 
 
 def test_critic_takes_more_steps_and_a_longer_lambda_before_the_actor_starts(tiny_args, monkeypatch):
@@ -149,90 +107,7 @@ def test_critic_takes_more_steps_and_a_longer_lambda_before_the_actor_starts(tin
         torch.testing.assert_close(obs.sum(-1), y)
 
 
-def test_actor_steps_grow_in_a_warm_up_and_shrink_with_what_is_spent(tiny_args, monkeypatch):
-    rates = recorded(monkeypatch, "update_actor", lambda *args: args[3].param_groups[0]["lr"])
-    rldt_gym.main(tiny_args(iterations=5, eval_every=9, actor_steps=10, actor_lr=1e-3, actor_lr_end=0.2))
-    expected, step = [], 0
-    for spent in 2 / 5, 3 / 5, 4 / 5:
-        for _ in range(2 * 10):
-            step += 1
-            expected.append(1e-3 * (1 - 0.8 * spent) * min(1, step / 32))
-    assert rates == pytest.approx(expected)
-
-
-def test_without_iterations_the_task_or_the_wall_budget_ends_a_run(tiny_args, monkeypatch):
-    taken = []
-    monkeypatch.setattr(rldt_gym, "Run", lambda args, name: taken.append(args.iterations) or 1 / 0)
-    for changes in {}, dict(env_id="Walker2d-v4"), dict(wall_budget_s=9.0):
-        with pytest.raises(ZeroDivisionError):
-            rldt_gym.main(tiny_args(**{"iterations": 0, **changes}))
-    assert taken == [25, 85, 0]
-
-
-# ---------------------------------------------------------------------- interrupted and continued
-KILLED = """
-import os, signal, sys
-import rldt_gym
-from common.flow import FlowPolicy
-
-MOMENTS = dict(
-    base=(FlowPolicy, "save", 1), critic=(rldt_gym, "update_critic", 15),
-    actor=(rldt_gym, "update_actor", 3),
-)
-
-
-def kill_at(owner, name, call):
-    function, calls = getattr(owner, name), []
-
-    def counted(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-
-    setattr(owner, name, counted)
-
-
-for moment, where in MOMENTS.items():
-    pid = os.fork()
-    if pid == 0:
-        kill_at(*where)
-        flags = [*sys.argv[2:], f"--runs={sys.argv[1]}/{moment}"]
-        rldt_gym.main(rldt_gym.parse_args(rldt_gym.Args, rldt_gym.PRESETS, "", flags))
-        os._exit(0)
-    _, status = os.waitpid(pid, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, moment
-"""
-
-
-@pytest.fixture(scope="module")
-def killed_runs(tiny_flags, tmp_path_factory):
-    """The directory of a tiny run for each moment at which one was killed."""
-    parent = tmp_path_factory.mktemp("killed")
-    command = [sys.executable, "-c", KILLED, str(parent), *tiny_flags]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert process.returncode == 0, process.stderr
-    return {folder.name: next(folder.iterdir()) for folder in parent.iterdir()}
-
-
-@pytest.mark.parametrize("moment, saved", [("base", None), ("critic", 2), ("actor", 3)])
-def test_run_killed_and_resumed_equals_one_never_killed(killed_runs, finished_run, moment, saved):
-    run = killed_runs[moment]
-    if moment != "base":  # the run has kept a copy of its base policy by then
-        stored = json.loads((run / "args.json").read_text())
-        (run / "args.json").write_text(json.dumps(stored | {"base": "gone.safetensors"}))
-    assert not (run / "result.json").exists()
-    assert (run / "checkpoint.pt").exists() == (saved is not None)
-    if saved is not None:
-        assert checkpoint(run)["progress"]["iteration"] == saved
-    result = resume(run)
-    assert_same(run, finished_run[0])
-    for key in finished_run[1].keys() - {"date", "wall_s", "args", "commit"}:
-        assert result[key] == finished_run[1][key], key
-    for name in "critic", "target", "reference", "actor_optimizer", "critic_optimizer", "envs", "state":
-        assert str(checkpoint(run)[name]) == str(checkpoint(finished_run[0])[name])
-
-
+# ------------------------------------------------------------------------------- two processes
 def without(flags, *names):
     return [flag for flag in flags if not flag.startswith(tuple(f"--{name}=" for name in names))]
 
@@ -244,6 +119,7 @@ import torch
 import torch.distributed as dist
 import rldt_gym
 from common import runs
+from common.settings import parse_args
 
 parent, pretraining, *flags = sys.argv[1:]
 rldt_gym.PRETRAINING["laptop"] = json.loads(pretraining)
@@ -251,7 +127,7 @@ collect, rollouts = rldt_gym.collect, []
 
 
 def main(*flags):
-    rldt_gym.main(rldt_gym.parse_args(rldt_gym.Args, rldt_gym.PRESETS, "", flags))
+    rldt_gym.main(parse_args(rldt_gym.Args, rldt_gym.PRESETS, "", flags))
 
 
 def pressed(*args):
@@ -294,26 +170,17 @@ def test_two_processes_train_one_policy_and_go_on_after_ctrl_c(tiny_flags, tmp_p
     rows = metrics(whole)
     assert float(rows[5]["diagnostics/base_distance"]) > 0
     assert 2 * 4 * 12 * 4 < int(rows[-1]["env_steps"]) <= 2 * 4 * 12 * 4 * 2
-    first, second = checkpoint(whole), checkpoint(whole, "checkpoint1.pt")
+    first, second = checkpoint(whole), checkpoint(whole, 1)
     for name in "policy", "critic", "target", "actor_optimizer":
         assert str(first[name]) == str(second[name])
     assert not torch.equal(first["rng"], second["rng"])
     assert first["state"]["reward_scale"] == second["state"]["reward_scale"]
-    slots = [checkpoint(whole, f"checkpoint{rank}.replay0")["obs"] for rank in ("", "1")]
-    assert not torch.equal(*slots)
-    with pytest.raises(SystemExit, match="other settings"):  # a run of two processes is none of one
+    assert not torch.equal(*(kept_rollout(whole, 0, rank)["obs"] for rank in (0, 1)))
+    with pytest.raises(SystemExit, match="another processes"):  # a run of two processes is none of one
         resume(whole)
 
 
 # --------------------------------------------------------------------------------- evaluation
-def test_evaluating_a_run_gives_its_final_numbers_to_the_last_digit(finished_run, capsys):
-    run, result = finished_run
-    scores = rldt_gym.main(parse(rldt_gym, ["--evaluate", run, f"--device={DEVICE}"]))
-    assert scores == {f"eval_{end}": result[f"final_{end}"] for end in ENDS}
-    assert str(scores["eval_return"]) in capsys.readouterr().out
-    assert {path.name for path in run.parent.iterdir()} == {run.name}
-
-
 def test_evaluation_counts_first_episodes_only(tiny_args, tiny_base):
     args = tiny_args(bf16=False)
     policy, envs = FlowPolicy.load(tiny_base).to(DEVICE), VectorEnv("Hopper-v4", 20)
@@ -333,27 +200,6 @@ def test_evaluation_counts_first_episodes_only(tiny_args, tiny_base):
 
 
 # ----------------------------------------------------------------------------------- rollouts
-def test_exploration_noise_is_the_distance_to_the_expected_target_of_a_late_step():
-    K, D, N = 8, 3, 200_000
-    path = torch.randn(K + 1, D, dtype=torch.float64)
-    trajectory = path[:, None].expand(-1, N, -1)
-    for steps in 2, 5:
-        noise = rldt_gym.explore(trajectory, rldt_gym.Args(exploration_steps=steps)) - path[-1]
-        variance = 0.0
-        for k in range(K - steps, K):
-            a_dagger = path[k] + (1 - k / K) * K * (path[k + 1] - path[k])
-            variance += (path[-1] - a_dagger).square().sum().item() / steps
-        noise /= math.sqrt(variance)
-        assert noise.mean(0).abs().max() < 0.01
-        torch.testing.assert_close(noise.T @ noise / N, torch.eye(D).double(), rtol=0, atol=0.03)
-    noise = rldt_gym.explore(trajectory, rldt_gym.Args(exploration_steps=2)) - path[-1]
-    still = (noise.norm(dim=-1) < 1e-9).double().mean()  # the last step's expected target is the action
-    assert still.item() == pytest.approx(0.5, abs=0.01)
-    for steps in 0, 1:
-        action = rldt_gym.explore(trajectory, rldt_gym.Args(exploration_steps=steps))
-        torch.testing.assert_close(action, trajectory[-1])
-
-
 def rollout(tiny_args, tiny_base, **changes):
     args = tiny_args(bf16=False, **changes)
     envs = rldt_gym.make_envs(args, args.num_envs)
@@ -361,14 +207,6 @@ def rollout(tiny_args, tiny_base, **changes):
     policy, replay = FlowPolicy.load(tiny_base).to(DEVICE), rldt_gym.Replay(args, 11, 6)
     steps, returns = rldt_gym.collect(policy, envs, replay.next(), args)
     return policy, envs, replay.newest(), steps, returns
-
-
-@pytest.mark.parametrize("fraction, count", [(0.0, 0), (0.5, 2), (1.0, 4)])
-def test_a_share_of_the_environments_acts_from_zero(tiny_args, tiny_base, fraction, count):
-    policy, _, slot, *_ = rollout(tiny_args, tiny_base, exploration_steps=0, zero_fraction=fraction)
-    zeros = policy.sample(slot["obs"], torch.zeros(12, 4, 6, device=DEVICE))
-    same = (slot["action"] - zeros).abs().amax((0, 2)) < 1e-5
-    assert same.tolist() == [True] * count + [False] * (4 - count)
 
 
 def test_a_rollout_explores_and_stores_what_was_executed(tiny_args, tiny_base):
@@ -464,9 +302,11 @@ def test_base_policy_is_given_shipped_or_made(tiny_args, monkeypatch, tmp_path, 
     assert FlowPolicy.load(run.path / "base.safetensors").info["name"] == expected
 
 
-def test_base_policy_of_another_task_stops(tiny_args):
-    with pytest.raises(SystemExit, match=r"base\.safetensors: .* other sizes .* HalfCheetah-v4"):
+def test_base_policy_of_another_task_stops(tiny_args, bases):
+    with pytest.raises(SystemExit, match=r"base\.safetensors: its env_id is Hopper-v4, not HalfChee"):
         rldt_gym.main(tiny_args(env_id="HalfCheetah-v4"))
+    with pytest.raises(SystemExit, match=r"hopper\.safetensors: .* other sizes than HalfCheetah-v4's"):
+        rldt_gym.main(tiny_args(env_id="HalfCheetah-v4", base=bases["hopper"]))
 
 
 def test_own_environment_and_demonstrations(tmp_path, monkeypatch, tiny_flags, only_run, d4rl_arrays):
@@ -486,24 +326,3 @@ def test_own_environment_and_demonstrations(tmp_path, monkeypatch, tiny_flags, o
     assert result["env_steps"] == 2 * 4 * 12 * 2  # no episode ends inside a chunk
     assert -1000 < result["final_return"] < 0
     assert float(metrics(only_run())[2]["diagnostics/base_distance"]) > 0
-
-
-# ------------------------------------------------------------------------------- command line
-def test_every_number_has_bounds():
-    for field in dataclasses.fields(rldt_gym.Args):
-        if type(field.default) in (int, float):
-            with pytest.raises(SystemExit, match=f"--{field.name.replace('_', '-')} -1"):
-                parse(rldt_gym, [f"--{field.name.replace('_', '-')}=-1"])
-
-
-def test_settings_are_few_and_help_shows_all_of_them_on_two_screens(capsys):
-    fields = dataclasses.fields(rldt_gym.Args)
-    assert len(fields) <= 46
-    with pytest.raises(SystemExit):
-        parse(rldt_gym, ["--help"])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 100
-    flags = [line.split()[0] for line in lines if line.startswith("  --")]
-    assert flags == [f"--{field.name.replace('_', '-')}" for field in fields]
-    sections = {above for above, line in itertools.pairwise(lines) if line.startswith("  --")}
-    assert {"the run", "base policy", "critic", "actor"} <= sections

@@ -1,0 +1,415 @@
+"""What the three scripts share: rollouts, evaluations, whole short runs and their settings."""
+
+import dataclasses
+import itertools
+import signal
+from collections import Counter
+from types import SimpleNamespace
+from typing import get_type_hints
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEVICE, assert_same, metrics, parse
+from fakes import (
+    ENDS_IN,
+    MOST,
+    TASKS,
+    arguments,
+    checkpoint,
+    content,
+    each_script,
+    each_sparse,
+    fake_envs,
+    flags,
+    kept_rollout,
+    main,
+    only_run,
+    roll_out,
+    same,
+    scripted,
+    use_fakes,
+)
+from safetensors.torch import load_file
+
+import rldt_furniture
+import rldt_gym
+import rldt_robomimic
+from common.flow import FlowPolicy
+from common.settings import bounds_of
+
+# ------------------------------------------------------------------------------------ rollouts
+# Three environments. Episode 100 scores all in its first two chunks, 101 does not end, 102 meets its
+# time limit. Then come 103 (time limit), 104 (in its third chunk it succeeds, or its simulation
+# diverges), 105 and 106, which the rollout's end cuts. The last row is where it ends.
+LENGTHS = [5, 20, 3, 3, 9, 9, 9]
+EPISODES = [
+    [(100, 0), (100, 1), (103, 0), (103, 1), (103, 2), (105, 0), (105, 1), (105, 2), (105, 3)],
+    [(101, t) for t in range(9)],
+    [(102, 0), (102, 1), (102, 2), (104, 0), (104, 1), (104, 2), (106, 0), (106, 1), (106, 2)],
+]
+SOLVED, PAIRS = [(1,), (), (), (), (2,), (), ()], [(0, 1), (2,), (), (1,), (0,), (1,), ()]
+# Episodes that go on after all is scored: 100 does so in its first two chunks of four, 102 at once.
+LONGER = [[(100, t) for t in range(4)] + [(102, t) for t in range(3)], [(101, t) for t in range(7)]]
+AT_THE_LIMIT = [[(seed, t) for seed in (100, 101, 102) for t in range(2)] + [(103, 0)]]
+
+
+@pytest.mark.parametrize("script, episodes, lengths, scored, settings", [
+    (rldt_robomimic, EPISODES, LENGTHS, SOLVED, {}),
+    (rldt_furniture, EPISODES, LENGTHS, PAIRS, dict(diverges={104: 2})),
+    (rldt_robomimic, LONGER, [4, 20, 9], [(0, 1), (5,), (0, 0)], dict(stop=False)),
+    (rldt_furniture, LONGER, [4, 20, 9], [(0, 1), (5,), (0, 0)], dict(stop=False)),
+    (rldt_robomimic, AT_THE_LIMIT, [2] * 4, [(1,)] * 4, dict(stop=False)),
+    (rldt_furniture, AT_THE_LIMIT, [2] * 4, [(0, 1)] * 4, {}),
+])  # fmt: skip
+def test_rollout_of_scripted_episodes(script, episodes, lengths, scored, settings):
+    envs, most = scripted(script, len(episodes), lengths, scored, **settings), MOST[script]
+    policy, rollout, result = roll_out(script, envs, len(episodes[0]) - 1)
+    seen = rollout["state" if script is rldt_robomimic else "obs"]
+    successes = []
+    for t, column in np.ndindex(len(episodes[0]), len(episodes)):
+        seed, chunk = episodes[column][t]
+        points = [scored[seed - 100].count(c) for c in range(chunk + 1)]
+        before, after = min(most, sum(points[:-1])), min(most, sum(points))
+        state = envs.observation(seed, chunk)
+        state = policy.normalize(state["state"] if script is rldt_robomimic else state)
+        if script is rldt_furniture:
+            state = torch.cat([state, torch.tensor([before / most])])
+        assert torch.equal(seen[t, column], state.float()), (t, column)
+        if t == len(episodes[0]) - 1:
+            continue
+        ended = episodes[column][t + 1][0] != seed
+        last = max(c for other, c in episodes[column][:-1] if other == seed)
+        expected = dict(reward=after - before, terminated=ended or after == most, valid=before < most)
+        expected[ENDS_IN[script]] = min(most, sum(c <= last for c in scored[seed - 100]))
+        for name, value in expected.items():
+            assert rollout[name][t, column] == value, (name, t, column)
+        successes += [after] if ended else []
+    for row, chunks in zip(rollout["action"], envs.executed, strict=True):
+        np.testing.assert_array_equal(policy.to_env(row), chunks)
+    assert envs.begun == [sorted({seed for column in episodes for seed, _ in column})]
+    steps = sum(envs.steps.values())
+    assert result == ((steps, successes) if script is rldt_robomimic else steps)
+
+
+@each_script
+@pytest.mark.parametrize("fraction, count", [(0.0, 0), (0.5, 2), (1.0, 4)])
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_a_share_of_the_environments_acts_from_zero(script, fraction, count, steps):
+    envs = scripted(script, 4, [20] * 4, [()] * 4)
+    policy, rollout, _ = roll_out(script, envs, 6, zero_fraction=fraction, exploration_steps=steps)
+    state = rollout["state" if script is rldt_robomimic else "obs"][:6, :, :4]
+    zeros = policy.sample(state, torch.zeros(6, 4, 4))
+    equal = (rollout["action"] - zeros).abs().amax((0, 2)) < 1e-5
+    count = 0 if steps == 4 else count  # steps before the last add noise
+    assert equal.tolist() == [True] * count + [False] * (4 - count)
+
+
+# ---------------------------------------------------------------------------------- evaluation
+class Identity:
+    """A policy whose actions are its x_0."""
+
+    action_size = 4
+    normalize = observe = staticmethod(lambda obs: obs)
+    encode = staticmethod(lambda obs: obs["state"])
+    sample = staticmethod(lambda cond, x0: x0)
+    to_env = staticmethod(lambda action: action.view(len(action), 2, 2).numpy())
+
+
+@each_sparse
+@pytest.mark.parametrize("num_envs", [1, 4, 16])
+@pytest.mark.parametrize("stop", [False, True])
+def test_evaluation_runs_every_state_from_zero_and_from_noise(monkeypatch, script, num_envs, stop):
+    starts, most = {}, MOST[script]
+    succeeds = lambda seed, zero: seed % 3 == (0 if zero else 1)
+
+    def scores(seed, t, chunk):
+        zero = not chunk.any()
+        starts.setdefault((seed, zero), []).append(t)
+        return int(t == 0 and most == 2) + int(t == 1 and succeeds(seed, zero))
+
+    monkeypatch.setattr(script, "success_rate", lambda success, name: {name: success.tolist()})
+    envs = fake_envs(script, num_envs, lambda seed: 2 + seed % 3, scores, stop=stop)
+    result = script.evaluate(Identity(), envs, arguments(script), episodes=7, seed=50)
+    for name, zero in ("", True), ("_sampled", False):
+        expected = [succeeds(50 + i, zero) for i in range(7)]
+        assert result[f"eval_success{name}"] == expected
+        if most == 2:
+            stages = 1 + np.array(expected)
+            assert result[f"eval_stages{name}"] == pytest.approx(stages.mean())
+            assert result[f"eval_stages{name}_std"] == pytest.approx(stages.std())
+    assert Counter(envs.begun[0]) == {50 + i: 2 for i in range(7)}
+    for (seed, zero), times in starts.items():  # from start to end, and from x_0 of one kind
+        assert times == list(range(2 if stop and succeeds(seed, zero) else 2 + seed % 3))
+
+
+@each_sparse
+def test_evaluation_draws_its_own_noise_anew_for_every_chunk(script):
+    before, executed = torch.get_rng_state(), []
+    for seed in 4, 4, 5:
+        envs = fake_envs(script, 2, lambda seed: 3, lambda *_: 0)
+        script.evaluate(Identity(), envs, arguments(script), episodes=1, seed=seed)
+        executed.append(np.stack(envs.executed))
+    np.testing.assert_array_equal(executed[0], executed[1])
+    assert not np.array_equal(executed[0], executed[2])
+    assert len(np.unique(executed[0])) == 3 * 4 + 1  # the other half of the actions is zero
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ------------------------------------------------------------------------------- whole short runs
+@pytest.fixture(scope="module", params=["hopper", "state", "lamp"])
+def short_run(request, bases, tmp_path_factory):
+    """A complete run of a task, its environments where they are fakes, and the actor's step sizes."""
+    task, rates, runs = request.param, [], tmp_path_factory.mktemp("short")
+    script, handler = TASKS[task][0], signal.getsignal(signal.SIGINT)
+    with pytest.MonkeyPatch.context() as patch:
+        fakes, update = use_fakes(patch, script), script.update_actor
+        recorded = lambda *args: rates.append(args[3].param_groups[0]["lr"]) or update(*args)
+        patch.setattr(script, "update_actor", recorded)
+        result = main(script, flags(task, bases[task], runs, actor_lr_end=0.5))
+    signal.signal(signal.SIGINT, handler)
+    known = dict(task=task, script=script, path=only_run(runs), result=result)
+    return SimpleNamespace(**known, rates=rates, fakes=fakes[:1])
+
+
+def test_training_follows_its_schedules(short_run):
+    rates = [1e-3 * share for share in (1 / 3 * 0.75, 2 / 3 * 0.75, 1 - 0.5 * 3 / 4, 1 - 0.5 * 3 / 4)]
+    assert short_run.rates == pytest.approx(rates)  # they rise over three steps, then fall by half
+    rows = metrics(short_run.path)
+    score = "eval_return" if short_run.task == "hopper" else "eval_success_sampled"
+    for i, row in enumerate(rows):
+        assert int(row["iteration"]) == i
+        assert (row[score] != "") == (i in (0, 4))
+        assert (row["losses/critic"] != "") == (i in (1, 2, 3))
+        assert (row["losses/transport"] != "") == (i in (2, 3))  # the actor waits for an iteration
+    distances = [float(row["diagnostics/base_distance"]) for row in rows[1:4]]
+    assert distances[0] == 0 and distances == sorted({*distances})
+    steps = [int(row["env_steps"]) for row in rows]
+    assert 0 == steps[0] < steps[1] < steps[2] < steps[3] == steps[4] == short_run.result["env_steps"]
+    for name, row in ("base", rows[0]), ("final", rows[-1]):
+        for column in row:
+            if column.startswith("eval_"):
+                assert short_run.result[column.replace("eval", name)] == float(row[column])
+
+
+@pytest.mark.parametrize("short_run", ["state", "lamp"], indirect=True)
+def test_training_runs_each_episode_once_and_none_of_an_evaluation(short_run):
+    (envs,) = short_run.fakes
+    base, *training, final = envs.begun[:5]
+    assert sorted(base) == sorted(final)
+    seeds = Counter(itertools.chain(*training))
+    assert set(seeds.values()) == {1} and not seeds.keys() & {*base}
+    assert short_run.result["env_steps"] == sum(envs.steps[seed] for seed in seeds)
+
+
+@pytest.mark.parametrize("short_run", ["state", "lamp"], indirect=True)
+def test_training_scores_are_those_of_the_rollouts(short_run):
+    rows, most = metrics(short_run.path), MOST[short_run.script]
+    for iteration, slot in (2, 1), (3, 0):  # the third rollout has overwritten the first
+        rollout = kept_rollout(short_run.path, slot)
+        ends_in = rollout[ENDS_IN[short_run.script]]
+        if short_run.task == "lamp":
+            ends_in = ends_in[0]  # of first episodes
+            assert float(rows[iteration]["train_stages"]) == pytest.approx(ends_in.mean().item())
+        else:
+            ends_in = ends_in[rollout["terminated"] > 0]  # of those that ended
+        success = (ends_in == most).float().mean().item()
+        assert float(rows[iteration]["train_success"]) == pytest.approx(success)
+    assert any(0 < float(row["train_success"]) < 1 for row in rows[1:4])  # the runs test something
+
+
+def test_evaluating_a_run_gives_its_final_numbers(short_run, monkeypatch, capsys):
+    fakes = use_fakes(monkeypatch, short_run.script)
+    scores = main(short_run.script, ["--evaluate", short_run.path, "--device", DEVICE])
+    assert len(scores) == sum(key.startswith("final_") for key in short_run.result)
+    for key, value in scores.items():
+        assert short_run.result[key.replace("eval", "final")] == value
+    assert str(scores) in capsys.readouterr().out
+    assert all(envs.closed for envs in fakes)
+    assert len([*short_run.path.parent.iterdir()]) == 1
+
+
+MOMENTS = {  # what crashes at which call, after which iterations were saved
+    "copying the base": (FlowPolicy, "save", 1, []), "the third rollout": (None, "collect", 3, [3]),
+    "a critic step": (None, "update_critic", 10, [3]), "an actor step": (None, "update_actor", 1, [2]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_crashed_and_resumed_run_is_one_that_did_not_crash(
+    short_run, bases, tmp_path, monkeypatch, moment
+):
+    script, base, calls = short_run.script, tmp_path / "base.safetensors", []
+    use_fakes(monkeypatch, script)
+    owner, name, at, saved = MOMENTS[moment]
+    owner = owner or script
+    function = getattr(owner, name)
+
+    def crash(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == at:
+            raise RuntimeError("crash")
+        return function(*args, **kwargs)
+
+    base.write_bytes(bases[short_run.task].read_bytes())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, crash)
+        with pytest.raises(RuntimeError, match="crash"):
+            main(script, flags(short_run.task, base, tmp_path / "runs", actor_lr_end=0.5))
+    run = only_run(tmp_path / "runs")
+    kept = [content(path)["progress"]["iteration"] for path in run.glob("checkpoint0.*.pt")]
+    assert kept == saved
+    if saved:
+        base.unlink()  # the run has a copy of its own by then
+    result = main(script, ["--resume", run])
+    assert_same(run, short_run.path)
+    for key in result.keys() - {"date", "wall_s", "args", "commit"}:
+        assert result[key] == short_run.result[key], key
+    ours, theirs = checkpoint(run), checkpoint(short_run.path)
+    for saved in ours, theirs:
+        for name in "actor_optimizer", "critic_optimizer":
+            saved[name] = saved[name]["state"]
+    for part in "critic", "target", "reference", "actor_optimizer", "critic_optimizer", "state", "rng":
+        torch.testing.assert_close(ours[part], theirs[part], rtol=0, atol=0)
+
+
+NAMES = dict(hopper="Hopper-v4", state="lift-state", lamp="lamp-low", one_leg="one_leg-low")
+LITERAL = dict(transport_loss="literal", kernel="delta", bf16=False, n_particles=1)
+PLAIN = dict(td_lambda=0.0, critic_layer_norm=False, exploration_steps=0, buffer_iterations=1)
+
+
+@pytest.mark.parametrize("task, changes", [
+    ("hopper", PLAIN), ("hopper", LITERAL), ("state", PLAIN), ("state", LITERAL),
+    ("lamp", PLAIN | dict(q_gradient="particles")), ("lamp", LITERAL), ("one_leg", {}),
+])  # fmt: skip
+def test_run_with_other_choices_moves_its_policy(monkeypatch, bases, tmp_path, task, changes):
+    script, size, action, _ = TASKS[task]
+    fakes = use_fakes(monkeypatch, script)
+    argv = flags(task, bases[task], tmp_path, **dict(iterations=3, warmup_iterations=0) | changes)
+    assert main(script, argv)["task"] == NAMES[task]
+    rows, saved = metrics(only_run(tmp_path)), checkpoint(only_run(tmp_path))
+    assert float(rows[2]["diagnostics/base_distance"]) > 0
+    assert saved["critic"]["weights.0"].shape[1] == size + (script is rldt_furniture) + 4 * action
+    assert all(envs.closed for envs in fakes)
+
+
+@pytest.mark.parametrize("task, every, follows", [
+    ("hopper", 0, False), ("hopper", 1, True), ("hopper", 2, True), ("hopper", 3, False),
+    ("state", 2, True), ("state", 3, False), ("lamp", 0, False), ("lamp", 2, True),
+])  # fmt: skip
+def test_reference_follows_every_nth_iteration(monkeypatch, bases, tmp_path, task, every, follows):
+    script = TASKS[task][0]
+    use_fakes(monkeypatch, script)
+    main(script, flags(task, bases[task], tmp_path, iterations=3, reference_every=every))  # trains twice
+    saved = checkpoint(only_run(tmp_path))
+    expected = saved["policy"] if follows else load_file(only_run(tmp_path) / "base.safetensors")
+    for key, value in saved["reference"].items():
+        assert torch.equal(value.cpu(), expected[key].cpu()), key
+
+
+@pytest.mark.parametrize("task, score", [
+    ("hopper", "return"), ("state", "success"), ("lamp", "stages"),
+])  # fmt: skip
+def test_best_policy_is_measured_again_on_other_episodes(
+    monkeypatch, bases, tmp_path, scripted_evaluations, task, score
+):
+    script = TASKS[task][0]
+    use_fakes(monkeypatch, script)
+    scores = [0.25, 0.75, 0.125, 0.5]  # base, middle, final, the middle's policy again
+    episodes, policies = scripted_evaluations(script, scores, f"eval_{score}")
+    changes = dict(eval_every=2, eval_episodes=3, final_eval_episodes=4)
+    result = main(script, flags(task, bases[task], tmp_path, **changes))
+    assert [result[f"{name}_{score}"] for name in ("base", "final", "best")] == [0.25, 0.125, 0.5]
+    assert [len(some) for some in episodes] == [8, 6, 8, 8]
+    assert episodes[1] < episodes[0] == episodes[2] and not episodes[3] & episodes[0]
+    assert same(policies[3], policies[1].state_dict())
+    assert not same(policies[3], policies[2].state_dict())
+
+
+@each_sparse
+def test_states_after_success_reach_neither_update(monkeypatch, bases, tmp_path, script):
+    used, task = [], "lamp" if script is rldt_furniture else "state"
+    fakes = use_fakes(monkeypatch, script, stop=False)
+    for name in "update_critic", "update_actor":
+        update = getattr(script, name)
+        obs = 3 if (script, name) == (rldt_furniture, "update_critic") else 4
+        recorded = lambda *args, update=update, obs=obs: used.append(args[obs]) or update(*args)
+        monkeypatch.setattr(script, name, recorded)
+    main(script, flags(task, bases[task], tmp_path, segments=40))
+    (envs,) = fakes
+    training = {seed for seeds in envs.begun[1:4] for seed in seeds}
+    valid = {seed % 100_000: envs.valid[seed] for seed in training}
+    assert len(valid) == len(training)  # no two seeds with the same last digits
+    seen = torch.cat([obs["state"] if script is rldt_robomimic else obs for obs in used])
+    left = [valid[round(s[0].item() * 100_000)] - 1 - round(s[1].item() * 10) for s in seen]
+    assert min(left) == 0  # the chunk that scores the last point, but none after it
+    assert any(chunks < 3 for chunks in valid.values())  # an episode is at least so long
+    if script is rldt_furniture:
+        assert {*seen[:, -1].tolist()} == {0, 0.5}  # the stage, which the critic sees
+
+
+# ------------------------------------------------------------------------------------ settings
+def settled(monkeypatch, script, *argv):
+    """The settings with which main begins its run."""
+    taken = []
+    monkeypatch.setattr(script, "Run", lambda args, name: taken.append(args) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(script, argv)
+    return taken[0]
+
+
+GYM, ROBOMIMIC = ("iterations",), ("horizon", "iterations", "rollout_chunks", "exploration_steps")
+FURNITURE = "horizon", "transport_scale", "backend"
+
+
+@pytest.mark.parametrize("script, names, flags, expected", [
+    (rldt_gym, GYM, "", (25,)), (rldt_gym, GYM, "--env-id=Walker2d-v4", (85,)),
+    (rldt_gym, GYM, "--wall-budget-s=9", (0,)), (rldt_gym, GYM, "--iterations=3", (3,)),
+    (rldt_robomimic, ROBOMIMIC, "--task=lift", (300, 40, 200, 2)),
+    (rldt_robomimic, ROBOMIMIC, "--task=can", (300, 120, 400, 2)),
+    (rldt_robomimic, ROBOMIMIC, "--task=square", (400, 120, 400, 2)),
+    (rldt_robomimic, ROBOMIMIC, "--task=transport", (800, 120, 400, 0)),
+    (rldt_robomimic, ROBOMIMIC, "--task=transport --preset=paper", (800, 200, 200, 2)),
+    (rldt_robomimic, ROBOMIMIC, "--task=can --wall-budget-s=9", (300, 0, 400, 2)),
+    (rldt_robomimic, ROBOMIMIC, "--task=lift --horizon=8 --iterations=3 --rollout-chunks=50 "
+     "--exploration-steps=1", (8, 3, 50, 1)),
+    (rldt_furniture, FURNITURE, "--furniture=one_leg", (700, 30, "mujoco")),
+    (rldt_furniture, FURNITURE, "--furniture=lamp", (1000, 8, "mujoco")),
+    (rldt_furniture, FURNITURE, "--horizon=48 --transport-scale=3", (48, 3, "mujoco")),
+])  # fmt: skip
+def test_the_task_decides_what_is_not_given(monkeypatch, script, names, flags, expected):
+    args = settled(monkeypatch, script, *flags.split())
+    assert tuple(getattr(args, name) for name in names) == expected
+
+
+@each_sparse
+def test_gradient_of_the_particles_needs_two_of_them(script):
+    with pytest.raises(SystemExit, match="--q-gradient particles needs --n-particles"):
+        main(script, ["--q-gradient=particles", "--n-particles=1"])
+
+
+@each_script
+def test_every_number_has_bounds(script):
+    for name, hint in get_type_hints(script.Args, include_extras=True).items():
+        assert bounds_of(hint) or type(getattr(script.Args, name)) not in (int, float), name
+
+
+@pytest.mark.parametrize("script, most", [(rldt_gym, 46), (rldt_robomimic, 52), (rldt_furniture, 50)])
+def test_settings_are_few_and_help_shows_all_of_them_on_two_screens(script, most, capsys):
+    fields = dataclasses.fields(script.Args)
+    assert len(fields) <= most
+    with pytest.raises(SystemExit):
+        parse(script, ["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 100
+    shown = [line.split()[0] for line in lines if line.startswith("  --")]
+    assert shown == [f"--{field.name.replace('_', '-')}" for field in fields]
+    sections = {above for above, line in itertools.pairwise(lines) if line.startswith("  --")}
+    assert {"the run", "base policy", "critic", "actor"} <= sections
+
+
+def test_paper_preset_of_furniture_has_the_values_of_the_paper():
+    args = parse(rldt_furniture, ["--preset=paper"])
+    assert args.actor_batch * args.n_particles == args.segments * rldt_furniture.SEGMENT == 50_000
+    small, large = (rldt_furniture.PRETRAINING[preset] for preset in ("laptop", "paper"))
+    assert small.keys() == large.keys()
