@@ -43,9 +43,9 @@ def test_run_writes_what_a_run_of_rldt_writes(finished, finished_run):
     run, result = finished
     assert set(result) == set(finished_run[1])
     rows = metrics(run)
-    assert [row["eval_return"] != "" for row in rows] == [True, False, False, True, True]
-    assert [row["losses/critic"] != "" for row in rows] == [False, False, True, False, False]
-    assert result["env_steps"] == 2 * 4 * 12
+    assert [row["eval_return"] != "" for row in rows] == [True, False, False, True, False, True]
+    assert [row["losses/critic"] != "" for row in rows] == [False, False, True, False, True, False]
+    assert result["env_steps"] == 3 * 4 * 12
     policy = sac.GaussianPolicy.load(run / "policy.safetensors")
     assert policy.info["script"] == "sac"
     with pytest.raises(SystemExit, match="not a policy"):
