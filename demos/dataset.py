@@ -5,16 +5,21 @@
 Nothing here unpickles: .npz files that hold pickled objects are refused.
 """
 
-import json
+import os
+import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import gymnasium as gym
 import h5py
 import numpy as np
 import torch
 import tyro
 
-from demos.hdf5 import DatasetError, check_array, reading, require
+from common.settings import Count, Seed, Weight
+from demos import hdf5
+from demos.hdf5 import DatasetError, numbers, parsing, reading
 from demos.train_demonstrator import Demonstrator
 from envs.vector import VectorEnv
 
@@ -29,21 +34,17 @@ class Demonstrations:
     observations: np.ndarray  # (steps, obs_dim) float32, raw units
     actions: np.ndarray  # (steps, action_dim) float32, raw units
     episode_ends: np.ndarray  # (episodes,) int64, one past the last step of each episode
-    rewards: np.ndarray | None = None  # (steps,) or None where the file has none
     normalization: dict | None = None  # the file's own obs_min, obs_max, action_min, action_max, if any
 
     def limits(self) -> dict[str, np.ndarray]:
         """What becomes -1 and 1 in the networks: the file's own limits, or the range of the data."""
-        if self.normalization:
-            return self.normalization
-        return {
-            "obs_min": self.observations.min(0), "obs_max": self.observations.max(0),
-            "action_min": self.actions.min(0), "action_max": self.actions.max(0),
-        }  # fmt: skip
-
-    def returns(self) -> np.ndarray:
-        """Undiscounted return of each episode, (episodes,)."""
-        return np.add.reduceat(self.rewards, np.r_[0, self.episode_ends[:-1]])
+        limits = {}
+        for name, values in ("obs", self.observations), ("action", self.actions):
+            low, high = values.min(0), values.max(0)
+            if self.normalization:
+                low, high = self.normalization[f"{name}_min"], self.normalization[f"{name}_max"]
+            limits |= hdf5.widen(name, low, high)
+        return limits
 
 
 def chunk_starts(episode_ends: np.ndarray, length: int) -> np.ndarray:
@@ -55,166 +56,124 @@ def chunk_starts(episode_ends: np.ndarray, length: int) -> np.ndarray:
     return starts.astype(np.int64)
 
 
-def check(data: Demonstrations, path) -> Demonstrations:
-    """Raises DatasetError unless shapes agree and every number is finite."""
-    o, a, r, ends = data.observations, data.actions, data.rewards, data.episode_ends
-    if o.ndim != 2 or a.ndim != 2 or len(a) != len(o) or len(o) == 0:
-        shapes = f"observations {o.shape} and actions {a.shape}"
-        raise DatasetError(f"{path}: {shapes} should be (steps, dim) with the same number of steps")
-    check_array(f"{path}: observations", o)
-    check_array(f"{path}: actions", a)
-    if r is not None:
-        check_array(f"{path}: rewards", r, (len(o),))
-    if len(ends) == 0 or ends[-1] != len(o) or (np.diff(ends, prepend=0) <= 0).any():
-        raise DatasetError(f"{path}: episode lengths do not add up to the {len(o)} steps in the file")
-    return data
-
-
 def load_d4rl(path: Path) -> Demonstrations:
-    """A D4RL .hdf5: observations, actions, rewards, terminals, timeouts (Fu et al. 2020)."""
+    """A D4RL .hdf5: observations, actions, terminals, timeouts (Fu et al. 2020)."""
     with reading(path) as file:
-        require(f"{path}: not a D4RL file, it", file, KEYS)
-        arrays = [np.atleast_1d(file[key][()]) for key in KEYS]
-    if any(x.dtype.kind not in "fiub" for x in arrays):
-        raise DatasetError(f"{path}: not a D4RL file, an array does not hold numbers")
-    o, a, r, terminal, timeout = arrays
-    check_array(f"{path}: terminals", terminal, (len(o),))
-    check_array(f"{path}: timeouts", timeout, (len(o),))
-    over = terminal.astype(bool) | timeout.astype(bool)
-    over[-1:] = True  # the last episode may be cut off
-    ends = np.flatnonzero(over) + 1
-    data = Demonstrations(o.astype(np.float32), a.astype(np.float32), ends, r.astype(np.float32))
-    return check(data, path)
-
-
-def load_npz(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of numbers in an .npz; raises DatasetError on anything else."""
-    if not path.exists():
-        raise DatasetError(f"{path}: no such file")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except ValueError as error:
-        raise DatasetError(f"{path}: holds pickled objects, which are never loaded ({error})") from error
-    except Exception as error:  # of many kinds, on truncated and damaged archives
-        raise DatasetError(f"{path}: cannot be read as .npz, is it damaged? ({error})") from error
-    texts = [key for key, value in arrays.items() if value.dtype.kind not in "fiub"]
-    if texts:
-        raise DatasetError(f"{path}: {', '.join(texts)} do not hold numbers")
-    return arrays
+        observations = numbers(path, file, "observations", None, None)
+        steps = len(observations)
+        actions = numbers(path, file, "actions", steps, None)
+        over = numbers(path, file, "terminals", steps) + numbers(path, file, "timeouts", steps) > 0
+    over[-1] = True  # the last episode may be cut off
+    return Demonstrations(observations, actions, np.flatnonzero(over) + 1)
 
 
 def load_dppo(path: Path) -> Demonstrations:
     """DPPO's train.npz (states, actions in [-1, 1], traj_lengths) with normalization.npz beside it."""
-    data = load_npz(path)
-    require(f"{path}: not a DPPO dataset, it", data, ("states", "actions", "traj_lengths"))
-    stats_path = path.with_name("normalization.npz")
-    stats = load_npz(stats_path)
-    names = ("obs_min", "obs_max", "action_min", "action_max")
-    require(f"{stats_path}:", stats, names)
-    stats = {key: stats[key].astype(np.float32) for key in names}
-
-    def unscale(x, name):  # DPPO stores both already scaled: x = 2 (raw - low) / (high - low + 1e-6) - 1
-        low, high = stats[f"{name}_min"], stats[f"{name}_max"]
-        if x.ndim != 2 or low.shape != x.shape[1:] or high.shape != x.shape[1:]:
-            raise DatasetError(f"{stats_path}: {name}_min and {name}_max do not fit data of {x.shape}")
-        return (x.astype(np.float32) + 1) / 2 * (high - low + 1e-6) + low
-
-    observations, actions = unscale(data["states"], "obs"), unscale(data["actions"], "action")
-    ends = np.cumsum(data["traj_lengths"]).astype(np.int64)
-    rewards = data["rewards"].astype(np.float32) if "rewards" in data else None
-    return check(Demonstrations(observations, actions, ends, rewards, stats), path)
+    stats_path, raw, stats = path.with_name("normalization.npz"), {}, {}
+    with parsing(path, "a DPPO .npz"), np.load(path, allow_pickle=False) as file:
+        states = numbers(path, file, "states", None, None)
+        scaled = dict(obs=states, action=numbers(path, file, "actions", len(states), None))
+        ends = np.cumsum(numbers(path, file, "traj_lengths", None, dtype=float)).astype(np.int64)
+    with parsing(stats_path, "a DPPO .npz"), np.load(stats_path, allow_pickle=False) as file:
+        for name, x in scaled.items():  # x = 2 (raw - low) / (high - low + 1e-6) - 1
+            if np.abs(x).max() > 1.01:
+                cause = f"{name} reaches {np.abs(x).max():.4g}, where scaled numbers lie in [-1, 1]"
+                raise DatasetError(f"{path}: {cause}; if they are raw, scale them by {stats_path.name}")
+            low = stats[f"{name}_min"] = numbers(stats_path, file, f"{name}_min", x.shape[1])
+            high = stats[f"{name}_max"] = numbers(stats_path, file, f"{name}_max", x.shape[1])
+            if (low > high).any():
+                where = np.flatnonzero(low > high)
+                raise DatasetError(f"{stats_path}: {name}_min exceeds {name}_max in dimensions {where}")
+            raw[name] = (x + 1) / 2 * (high - low + 1e-6) + low
+    if ends[-1] != len(states) or (np.diff(ends, prepend=0) <= 0).any():
+        raise DatasetError(f"{path}: traj_lengths do not add up to the {len(states)} steps in the file")
+    return Demonstrations(raw["obs"], raw["action"], ends, stats)
 
 
 def load_minari(name: str) -> Demonstrations:
-    """A Minari dataset: an id that is installed locally, or the path of its folder."""
-    try:
-        import minari
-        from minari import MinariDataset
-    except ImportError as error:
-        raise DatasetError(f"{name}: a Minari dataset? `pip install minari` to read it") from error
-    folder = Path(name)
-    try:
-        if folder.is_dir():
-            dataset = MinariDataset(folder / "data" if (folder / "data").is_dir() else folder)
-        else:
-            dataset = minari.load_dataset(name)
-        episodes = list(dataset.iterate_episodes())
-    except Exception as error:
-        hint = "is it downloaded (`minari list local`)?"
-        raise DatasetError(f"{name}: Minari cannot load it ({error}); {hint}") from error
-    if not episodes or any(not isinstance(e.observations, np.ndarray) for e in episodes):
-        raise DatasetError(f"{name}: has no episodes, or its observations are not flat arrays")
-    o = np.concatenate([e.observations[: len(e.actions)] for e in episodes]).astype(np.float32)
-    a = np.concatenate([e.actions for e in episodes]).astype(np.float32)
-    r = np.concatenate([e.rewards for e in episodes]).astype(np.float32)
-    return check(Demonstrations(o, a, np.cumsum([len(e.actions) for e in episodes]), r), name)
+    """A Minari dataset in HDF5: an id that is installed locally, or the path of its folder."""
+    root = os.environ.get("MINARI_DATASETS_PATH", Path.home() / ".minari" / "datasets")
+    folders = Path(name), Path(name) / "data", Path(root) / name / "data"
+    paths = [folder / "main_data.hdf5" for folder in folders]
+    path = next(filter(os.path.exists, paths), None)
+    if path is None:
+        raise DatasetError(f"{name}: no such file, and no Minari dataset in HDF5 (`minari list local`)")
+
+    def episodes(file: h5py.File) -> Iterator[dict]:
+        obs_dim = action_dim = None  # those of the first one
+        for group in hdf5.in_order(file):
+            action = numbers(path, file, f"{group}/actions", None, action_dim)
+            obs = numbers(path, file, f"{group}/observations", None, obs_dim)  # and a last one
+            if len(obs) < len(action):
+                raise DatasetError(f"{path}: {group} has {len(obs)} observations, {len(action)} actions")
+            obs_dim, action_dim = obs.shape[1], action.shape[1]
+            yield {"state": obs[: len(action)], "action": action}
+
+    with reading(path) as file:
+        data = hdf5.join(path, episodes(file))
+    return Demonstrations(data["state"], data["action"], data["episode_ends"])
 
 
 def load(source: str | Path) -> Demonstrations:
     """Reads a D4RL .hdf5, a DPPO .npz, or a Minari id or folder; else raises DatasetError."""
     path = Path(source)
-    if path.suffix in (".hdf5", ".h5"):
-        return load_d4rl(path)
-    if path.suffix == ".npz":
-        return load_dppo(path)
-    if path.is_file():
-        raise DatasetError(f"{path}: unknown format; give a D4RL .hdf5, a DPPO .npz or a Minari dataset")
-    return load_minari(str(source))
+    known = path.suffix in (".hdf5", ".h5", ".npz")
+    if os.path.isdir(path) or not (known or os.path.exists(path)):
+        return load_minari(str(source))
+    with parsing(path, "demonstrations"):  # by its content, whatever its suffix
+        packed, is_hdf5 = zipfile.is_zipfile(path), h5py.is_hdf5(path)
+    if packed or is_hdf5:
+        return load_d4rl(path) if is_hdf5 else load_dppo(path)
+    hint = "give a D4RL .hdf5, a DPPO .npz or a Minari dataset"
+    raise DatasetError(f"{path}: unknown format, damaged or truncated; {hint}")
 
 
 @dataclass
 class Args:
     env_id: str = "Hopper-v4"  # task whose demos/<env_id>/demonstrator.safetensors acts
-    steps: int = 200_000  # environment steps to record
-    num_envs: int = 100  # parallel environments
-    noise: float = 1.0  # factor on the demonstrator's standard deviation; 0 records its mean action
-    seed: int = 0  # of the environments and of the demonstrator's noise
+    steps: Count = 200_000  # environment steps to record
+    num_envs: Count = 100  # parallel environments
+    noise: Weight = 1.0  # factor on the demonstrator's standard deviation; 0 records its mean action
+    seed: Seed = 0  # of the environments and of the demonstrator's noise
     out: Path | None = None  # output; default demos/<env_id>/medium.hdf5
 
 
 @torch.no_grad()
 def make(args: Args) -> Path:
     """Lets the shipped demonstrator act and writes a D4RL-style .hdf5; returns its path."""
+    hdf5.check_bounds(args)
     weights = DEMOS / args.env_id / "demonstrator.safetensors"
     if not weights.exists():
-        command = f"python -m demos.train_demonstrator --env-id {args.env_id} --target-return R"
-        hint = f"give your own data with --dataset, or train one with `{command}`"
+        hint = "give your own data with --dataset, or train one (python -m demos.train_demonstrator)"
         raise DatasetError(f"No demonstrator for {args.env_id}: {hint}.")
-    policy = Demonstrator(weights)
+    out = args.out or DEMOS / args.env_id / "medium.hdf5"
+    policy, envs = Demonstrator(weights), VectorEnv(args.env_id, args.num_envs)
     generator = torch.Generator().manual_seed(args.seed)
-    envs = VectorEnv(args.env_id, args.num_envs)
-    envs.reset(args.seed)
     T = -(-args.steps // args.num_envs)
     columns = {key: [] for key in KEYS}
     low, high = envs.action_space.low, envs.action_space.high
-    for t in range(T):
-        obs = envs.obs
-        action = np.clip(policy.act(obs, args.noise, generator).numpy(), low, high)
-        step = envs.step(action[:, None])
-        timeout = (step.truncated | (t == T - 1)) & ~step.terminated  # the recording ends every episode
-        for key, value in zip(KEYS, (obs, action, step.reward, step.terminated, timeout), strict=True):
-            columns[key].append(value)
-    envs.close()
-    out = args.out or DEMOS / args.env_id / "medium.hdf5"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_suffix(".partial")
-    with h5py.File(partial, "w") as file:
+    with hdf5.replacing(out) as file:
+        envs.reset(args.seed)
+        for t in range(T):
+            obs = envs.obs
+            action = np.clip(policy.act(obs, args.noise, generator).numpy(), low, high)
+            step = envs.step(action[:, None])
+            timeout = (step.truncated | (t == T - 1)) & ~step.terminated  # the end of the recording too
+            values = obs, action, step.reward, step.terminated, timeout
+            for key, value in zip(KEYS, values, strict=True):
+                columns[key].append(value)
         for key, rows in columns.items():
             value = np.stack(rows, 1)  # (num_envs, T, ...): one environment after the other
             value = value.reshape(-1, *value.shape[2:])[: args.steps]
             file[key] = value if value.dtype == bool else value.astype(np.float32)
         file["timeouts"][-1] = not file["terminals"][-1]
-        file.attrs["info"] = json.dumps({"env_id": args.env_id, "seed": args.seed, "noise": args.noise})
-    partial.replace(out)
+        file.attrs.update(env_id=args.env_id, seed=args.seed, noise=args.noise)
+    envs.close()
     return out
 
 
 def get(env_id: str, source: str | None, envs: VectorEnv) -> Demonstrations:
-    """The given dataset, or that of the shipped demonstrator, recorded when it is first needed.
-
-    Raises DatasetError where observations or actions have other sizes than the environments'.
-    """
+    """The given dataset, or the shipped demonstrator's; raises DatasetError unless it fits the task."""
     path = source or DEMOS / env_id / "medium.hdf5"
     if source is None and not path.exists():
         print(f"Recording demonstrations of {env_id} to {path} ...")
@@ -223,12 +182,16 @@ def get(env_id: str, source: str | None, envs: VectorEnv) -> Demonstrations:
     sizes, wanted = (data.observations.shape[1], data.actions.shape[1]), (envs.obs_dim, envs.action_dim)
     if sizes != wanted:
         raise DatasetError(f"{path}: observation and action sizes {sizes} are not {env_id}'s {wanted}.")
+    hdf5.check_actions(path, data.actions, envs.action_space.low, envs.action_space.high)
+    spec = gym.registry.get(env_id.rpartition(":")[2])
+    limit = spec and spec.max_episode_steps
+    if limit and len(data.episode_ends) == 1 and data.episode_ends[0] > limit:
+        words = f"one episode of {data.episode_ends[0]} steps, where {env_id}'s have at most {limit}"
+        raise DatasetError(f"{path}: {words}; mark where episodes end in `terminals` and `timeouts`.")
     return data
 
 
 if __name__ == "__main__":
     path = make(tyro.cli(Args, description=__doc__))
     data = load(path)
-    returns = data.returns()
-    print(f"{path}: {len(data.observations)} steps, {len(returns)} episodes, "
-          f"return {returns.mean():.0f} +- {returns.std():.0f}")  # fmt: skip
+    print(f"{path}: {len(data.observations)} steps in {len(data.episode_ends)} episodes")

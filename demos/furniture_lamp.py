@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from demos.furniture_skills import Arm, Lost, Pose, Skill, align, facing_down, guarded, square_yaw, wrap
-from envs.furniture_mujoco import rotation, rotation_vector
+from envs.furniture_mujoco import rotation
 
 BASE, BULB, HOOD = 0, 1, 2  # parts
 GLOBE = np.array([0, 0.038, 0])  # center of the bulb's globe, of radius 0.03, in the bulb's frame
@@ -40,7 +40,7 @@ class Lamp:
         while True:
             try:
                 if not self.env.assembled[0]:
-                    if not self.in_corner():
+                    if np.abs(self.arm.part(BASE)[0][:2] - self.corner()).max() >= 0.015:
                         yield from self.place_base()
                     if not self.inserted():
                         awkward = self.awkward()
@@ -61,10 +61,7 @@ class Lamp:
                 yield from self.arm.go(back, 15, 0.05, 0.3, rough=True)
 
     def leaning(self, yaw: float, lean: float = 0.0) -> np.ndarray:
-        """Rotation (3, 3) toward a gripper that is turned by `yaw` and leans backward by `lean`.
-
-        It first turns, upright. An arm that does both at once ends up with the wrist at its limit.
-        """
+        """Rotation (3, 3) by `yaw`, then backward by `lean`: both at once end at the wrist's limit."""
         now = heading(self.arm.pose[1])
         error = heading(facing_down(yaw)) - now
         lean *= np.clip(1.5 - abs(error) / 0.4, 0, 1)
@@ -74,10 +71,6 @@ class Lamp:
         """A position (3,), at which the gripper points down, turned by `yaw`."""
         position = np.array(position)
         return lambda: (position, self.leaning(yaw))
-
-    # ---- base
-    def in_corner(self) -> bool:
-        return np.abs(self.arm.part(BASE)[0][:2] - self.corner()).max() < 0.015
 
     def corner(self) -> np.ndarray:
         """Where the base touches the front and the left obstacle, x and y."""
@@ -117,7 +110,6 @@ class Lamp:
         yield from arm.open(0.062)
         yield from arm.rise(0.14)
 
-    # ---- bulb
     def globe(self) -> np.ndarray:
         """Center of the globe (3,)."""
         position, matrix = self.arm.part(BULB)
@@ -150,10 +142,7 @@ class Lamp:
         return False
 
     def awkward(self) -> bool:
-        """Whether the lying bulb must be set down elsewhere first, grasped from straight above.
-
-        Around one that points to the robot, the gripper would lean forward, where the wrist is singular.
-        """
+        """Whether to set the bulb down elsewhere first: a wrist that leans forward is singular."""
         return abs(self.course()) > AWKWARD or self.crowded()
 
     def around_lying(self, awkward: bool) -> tuple[np.ndarray, float, float]:
@@ -227,11 +216,7 @@ class Lamp:
             return base + height * up, rotation(0, 0, yaw) @ upright
 
         def to(height: float, steps: int, reach: float, near: float, turned: float) -> Skill:
-            def aligned() -> bool:
-                goal, turn = error(height)
-                away = np.linalg.norm(goal - arm.part(BULB)[0])
-                return away < near and np.linalg.norm(rotation_vector(turn)) < turned
-
+            aligned = lambda: arm.placed(BULB, *error(height), near, turned)
             pose = lambda: arm.bringing(BULB, *error(height))
             return guarded(arm.go(pose, steps, reach=reach, until=aligned), self.holds_bulb)
 
@@ -277,7 +262,6 @@ class Lamp:
                 break
         yield from arm.rise(0.25)
 
-    # ---- hood
     def holds_hood(self) -> bool:
         away = self.arm.pose[0] - self.arm.part(HOOD)[0]
         return self.arm.width() > 0.04 and np.hypot(*away[:2]) < 0.015 and abs(away[2] - RIM) < 0.02

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from demos.furniture_skills import Arm, Lost, Pose, Skill, facing_down, guarded, square_yaw, tilt
-from envs.furniture_mujoco import HOLES, TAG, rotation, rotation_vector
+from envs.furniture_mujoco import HOLES, TAG, rotation
 
 TOP, LEG = 0, 4  # parts
 LEAN = rotation(0, -np.pi / 5, 0)  # of the gripper that picks the leg, to hold it upright later
@@ -105,15 +105,11 @@ class OneLeg:
             upright = turn @ rotation(0, quarters * np.pi / 2, 0)
             return top + turn @ [x, height, z] - upright @ LEG_OFFSET, upright @ leg.T
 
-        def aligned(height: float, turned: float) -> bool:
-            goal, turn = error(height)
-            near = np.linalg.norm(goal - arm.part(LEG)[0]) < 0.004
-            return near and np.linalg.norm(rotation_vector(turn)) < turned
-
         def to(height: float, steps: int, reach: float, until: Callable | None = None) -> Skill:
             pose = lambda: arm.bringing(LEG, *error(height))
             return self.holding(arm.go(pose, steps, reach=reach, turn=0.5, until=until))
 
+        aligned = lambda height, turned: arm.placed(LEG, *error(height), 0.004, turned)
         at_mouth = lambda: aligned(0.0605, np.inf)
         for _ in range(5):
             yield from to(0.095, 60, 0.075, lambda: aligned(0.095, 0.05))

@@ -1,8 +1,4 @@
-"""Skills of the scripted assemblers: an arm that moves to poses, opens and closes its fingers.
-
-A skill is a generator of actions. It reads the simulator's state anew for each, so that the action fits
-the state it is recorded with.
-"""
+"""Skills of the scripted assemblers: generators of actions that read the state anew for each."""
 
 from collections.abc import Callable, Iterator
 
@@ -14,7 +10,6 @@ from envs.furniture_mujoco import FurnitureEnv, rotation, rotation_6d, rotation_
 OPEN, CLOSED = -1.0, 1.0
 Pose = tuple[np.ndarray, np.ndarray]  # position (3,), rotation (3, 3)
 Skill = Iterator[np.ndarray]  # of actions (10,)
-DOWN = rotation(np.pi, 0, 0)  # the gripper points down, its fingers close along y
 
 
 class Lost(Exception):
@@ -35,8 +30,8 @@ def square_yaw(matrix: np.ndarray) -> float:
 
 
 def facing_down(yaw: float) -> np.ndarray:
-    """Rotation (3, 3) of a gripper that points down, turned by `yaw` (rad)."""
-    return rotation(0, 0, yaw) @ DOWN
+    """Rotation (3, 3) of a gripper that points down, turned by `yaw` (rad); at 0 it closes along y."""
+    return rotation(0, 0, yaw) @ rotation(np.pi, 0, 0)
 
 
 def from_rotation_vector(vector: np.ndarray) -> np.ndarray:
@@ -70,6 +65,11 @@ class Arm:
     def pose(self) -> Pose:
         return self.env.ee_pose()
 
+    def placed(self, index: int, goal: np.ndarray, turn: np.ndarray, near: float, turned: float) -> bool:
+        """Whether a part is within `near` of `goal` (3,), and a turn (3, 3) is smaller than `turned`."""
+        away, angle = goal - self.part(index)[0], rotation_vector(turn)
+        return np.linalg.norm(away) < near and np.linalg.norm(angle) < turned
+
     def shifted(self, offset: np.ndarray) -> Pose:
         """The gripper's pose, moved by `offset` (3,)."""
         position, matrix = self.pose
@@ -98,10 +98,7 @@ class Arm:
     def go(self, target: Pose | Callable[[], Pose], steps: int, near: float = 0.0,
            turned: float = np.inf, reach: float = 0.10, turn: float = 0.6, rough: bool = False,
            until: Callable[[], bool] | None = None) -> Skill:  # fmt: skip
-        """Moves to a pose, or to one that is read in every step, for at most `steps`; at least one.
-
-        Stops within `near` and `turned` of it, or, where `until` is given, as soon as that is true.
-        """
+        """Moves for 1 to `steps` to a pose, or one read in every step: until near it, or `until`."""
         for _ in range(steps):
             goal = target() if callable(target) else target
             self.rough = rough

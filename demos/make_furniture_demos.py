@@ -2,12 +2,10 @@
 
     python -m demos.make_furniture_demos --randomness med    # writes demos/one_leg/med.hdf5
 
-The assemblers read poses from the simulator and act through the same actions as a policy. While the arm
-moves freely, it executes its action plus correlated noise on the position; recorded is the action alone,
-which leads back. With --pushes the open or freely moving hand is also pushed off course. With --clone
-it also follows a policy's chunks, so that a policy cloned from it sees its own errors together with the
-way back (DAgger, Ross et al. 2011). Successes are written: data/demo_i/{actions, rewards, obs/state},
-float32, with one row per environment step.
+The assemblers read poses from the simulator. While the arm moves freely, its position gets correlated
+noise; recorded is the action without it, which leads back. With --pushes the hand is also pushed. With
+--clone it also follows a policy, whose errors are then recorded with the way back (DAgger, Ross et al.
+2011). Successes are written: data/demo_i/{actions, rewards, obs/state}, a row per environment step.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,10 +19,12 @@ import tyro
 from scipy.stats import binomtest
 
 from common.flow import FlowPolicy
+from common.settings import Count, Seed, Share, Weight
 from demos.furniture_lamp import Lamp
 from demos.furniture_one_leg import OneLeg
 from demos.furniture_skills import OPEN, Arm
-from demos.make_robomimic_demos import record, replacing, write_arrays
+from demos.hdf5 import check_bounds, replacing
+from demos.make_robomimic_demos import record, write_arrays
 from envs.furniture_mujoco import FURNITURE, FurnitureEnv, PhysicsError
 
 DEMOS = Path(__file__).parent
@@ -37,12 +37,12 @@ CHUNK = 8  # steps of a turn
 class Args:
     furniture: Literal["one_leg", "lamp"] = "one_leg"  # furniture to assemble
     randomness: Literal["low", "med"] = "low"  # range of the initial states
-    episodes: int = 100  # successful episodes to record; failures are dropped
-    seed: int = 0  # seed of the first attempt; the others follow one by one
-    noise: float = 0.004  # standard deviation (m) of what a step adds to the position's noise
-    pushes: float = 0.0  # probability per step of a push of up to 4 cm, for 2 to 7 steps
+    episodes: Count = 100  # successful episodes to record; failures are dropped
+    seed: Seed = 0  # seed of the first attempt; the others follow one by one
+    noise: Weight = 0.004  # standard deviation (m) of what a step adds to the position's noise
+    pushes: Share = 0.0  # probability per step of a push of up to 4 cm, for 2 to 7 steps
     clone: Path | None = None  # base policy that moves the hand, not the fingers, in part of the chunks
-    clone_share: float = 0.3  # probability per chunk of actions that --clone moves the hand
+    clone_share: Share = 0.3  # probability per chunk of actions that --clone moves the hand
     out: Path | None = None  # output; default demos/<furniture>/<randomness>.hdf5
 
 
@@ -56,7 +56,8 @@ def load_clone(path: Path, furniture: str) -> Callable[[np.ndarray, np.random.Ge
     """A base policy, from a state (obs_dim,) and a source of noise to a chunk (chunk, 10)."""
     torch.set_num_threads(1)
     policy = FlowPolicy.load(path)
-    if (policy.obs_dim, policy.chunk) != (FURNITURE[furniture].obs_dim, CHUNK):
+    sizes = policy.obs_dim, policy.action_dim, policy.chunk
+    if sizes != (FURNITURE[furniture].obs_dim, 10, CHUNK):
         raise SystemExit(f"{path}: not a policy of {furniture} with chunks of {CHUNK} actions.")
 
     def act(state: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -71,8 +72,7 @@ def run_episode(env: FurnitureEnv, assembler: Callable, seed: int, noise: float 
     """The assembler's episode from a reset with `seed`, until it succeeds or time is up.
 
     `clone` moves the hand in part of its chunks. Returns actions (T, 10), rewards (T,) and state
-    (T, obs_dim), before each action, all float32. It succeeded if the rewards add up to the pairs.
-    Raises PhysicsError where the simulation diverges.
+    (T, obs_dim), before each action, all float32. Raises PhysicsError where the simulation diverges.
     """
     rng = np.random.default_rng(seed)
     dice = np.random.default_rng([seed, 1])  # for the clone, so that all else stays as without
@@ -110,19 +110,15 @@ def run_episode(env: FurnitureEnv, assembler: Callable, seed: int, noise: float 
 
 def make(args: Args) -> Path:
     """Lets the assembler act until `args.episodes` have succeeded; returns the path of their file."""
-    probabilities = args.pushes, args.clone_share
-    if args.episodes < 1 or args.noise < 0 or not all(0 <= p <= 1 for p in probabilities):
-        raise SystemExit("--episodes must be at least 1, --noise at least 0, the others probabilities.")
+    check_bounds(args)
     clone = load_clone(args.clone, args.furniture) if args.clone else None
     out = args.out or DEMOS / args.furniture / f"{args.randomness}.hdf5"
     env, assembler = FurnitureEnv(args.furniture, args.randomness), ASSEMBLERS[args.furniture]
-    diverged = []  # seeds
 
     def attempt(seed: int) -> dict | None:
         try:
             episode = run_episode(env, assembler, seed, args.noise, args.pushes, clone, args.clone_share)
         except PhysicsError:
-            diverged.append(seed)
             return None
         episode["obs/state"] = episode.pop("state")
         return episode if episode["rewards"].sum() == len(env.furniture.pairs) else None
@@ -135,7 +131,7 @@ def make(args: Args) -> Path:
         data.attrs.update(clone=str(args.clone or ""), clone_share=args.clone_share if clone else 0.0)
         data.attrs.update(backend="MuJoCo", attempts=attempts, total=sum(lengths))
     low, high = wilson(len(lengths), attempts)
-    print(f"95 % interval {low:.0%} to {high:.0%}; {len(diverged)} attempts diverged")
+    print(f"95 % interval {low:.0%} to {high:.0%}")
     return out
 
 

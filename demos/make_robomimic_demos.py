@@ -12,7 +12,7 @@ import functools
 import itertools
 import json
 from collections.abc import Callable
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +24,10 @@ import tyro
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
-from demos.hdf5 import DatasetError, reading
+from common.settings import Count, Seed, Weight
+from demos.hdf5 import check_bounds, in_order, numbers, reading, replacing
+from demos.robomimic import read_metadata
+from envs.rendering import choose_renderer
 from envs.robomimic import MODEL_SEED, TASKS, control_step, make_robosuite, metadata, render_fast
 
 DEMOS = Path(__file__).parent
@@ -41,9 +44,9 @@ FRAMES_PER_CHUNK = 16  # of images: gzip reaches back one frame, so the backgrou
 @dataclass
 class Args:
     task: Literal["lift", "can", "square", "transport"] = "square"  # with --images-from it is the file's
-    episodes: int = 100  # successes to record; failures are dropped (robomimic's files hold 200)
-    seed: int = 0  # seed of the first attempt; the others follow one by one
-    noise: float = 0.05  # standard deviation of the actions' noise, relative to the action; 0: none
+    episodes: Count = 100  # successes to record; failures are dropped (robomimic's files hold 200)
+    seed: Seed = 0  # seed of the first attempt; the others follow one by one
+    noise: Weight = 0.05  # standard deviation of the actions' noise, relative to the action; 0: none
     images_from: Path | None = None  # render the images of this file's states instead of recording
     fast_render: bool = True  # without multisampling and shadows: 3 times as fast; train with the same
     out: Path | None = None  # output; default demos/<task>/low_dim.hdf5, with --images-from image.hdf5
@@ -133,19 +136,13 @@ class Arm:
 
     def go(self, target, rotation, gripper: float, steps: int, near: float = 0.0, turned: float = np.inf,
            speed=None, until=None):  # fmt: skip
-        """Moves to `target`, an array or a function that is read in every step, for at most `steps`.
-
-        Stops within `near` (m) of it and `turned` (rad) of the rotation, or as soon as `until` is true.
-        """
+        """Moves for up to `steps` to a position, or one read in every step: until near, or `until`."""
         for _ in range(steps):
             goal = target() if callable(target) else target
             distance = np.linalg.norm(goal - self.position)
             if until() if until else distance < near and self.angle(rotation) < turned:
                 return
             yield self.act(goal, rotation, gripper, speed)
-
-    def hold(self, rotation, gripper: float, steps: int):
-        return self.go(self.position, rotation, gripper, steps)
 
     def close(self, rotation):
         """Closes the gripper until the fingers have stopped, which takes 10 to 15 steps."""
@@ -227,7 +224,6 @@ def square(env, rng, arm):
     carry = rng.uniform(0.985, 1.01)  # height of the nut, m
     lifted = np.r_[arm.position[:2], carry + 0.03]
     yield from arm.go(lifted, rotation, CLOSED, 60, until=lambda: nut()[2] > carry - 0.02)
-
     arm.turn_speed = 0.35
     for _ in range(120):  # over the peg, by where the nut is, not the gripper
         error, turn = np.r_[(peg - nut())[:2], carry - nut()[2]], wrap(last - nut_yaw())
@@ -274,8 +270,7 @@ def transport_first_arm(env, arm, rng, handover):
     aside = np.array([rng.uniform(-0.24, -0.18), rng.uniform(-0.47, -0.43), 0])
     yield from go(aside + (grasp[2] + 0.07) * UP, level, CLOSED, 120, near=0.04)
     yield from go(aside + 0.86 * UP, level, CLOSED, 50, near=0.02)
-    yield from arm.hold(level, OPEN, 7)
-
+    yield from arm.go(arm.position, level, OPEN, 7)
     head = rng.uniform(-0.055, -0.045)  # near the head: it does not sag, and the tail stays free
     grip = lambda: hammer() + head * hammer_axis(env)
     yield from go(aside + [0.02, 0, 1.08], level, OPEN, 120, near=0.06)
@@ -284,14 +279,13 @@ def transport_first_arm(env, arm, rng, handover):
     yield from go(arm.position + 0.24 * UP, rotation, CLOSED, 120, near=0.04)
     yield from go(handover.place + [0, -0.08, 0.03], level, CLOSED, 120, near=0.03)
     yield from go(handover.place, level, CLOSED, 60, near=0.012, speed=0.5)
-
     handover.offered, here = True, arm.position
     yield from go(here, level, CLOSED, FOREVER, until=lambda: handover.taken)
     yield from go(here, level, OPEN, 6)
     handover.released = True
     yield from go(here + 0.10 * UP, level, OPEN, 30, near=0.03)
     yield from go(here + [0, -0.2, 0.10], level, OPEN, 40, near=0.03)
-    yield from arm.hold(level, OPEN, FOREVER)
+    yield from arm.go(arm.position, level, OPEN, FOREVER)
 
 
 def transport_second_arm(env, arm, rng, handover):
@@ -304,8 +298,7 @@ def transport_second_arm(env, arm, rng, handover):
     trash_bin = np.array(scene.trash_bin_pos)[:2]
     yield from go(np.r_[trash_bin + rng.uniform(-0.02, 0.02, 2), 1.05], level, CLOSED, 120, near=0.04)
     yield from go(np.r_[trash_bin, rng.uniform(0.93, 0.97)], level, CLOSED, 40, near=0.03)
-    yield from arm.hold(level, OPEN, 8)
-
+    yield from arm.go(arm.position, level, OPEN, 8)
     waiting = handover.place + [0, 0.25, 0.10]
     yield from go(np.r_[trash_bin, 1.08], level, OPEN, 120, near=0.05)
     yield from go(waiting, level, OPEN, 120, near=0.03)
@@ -320,7 +313,6 @@ def transport_second_arm(env, arm, rng, handover):
     yield from go(here, rotation, CLOSED, FOREVER, until=lambda: handover.released)
     yield from go(here + 0.02 * UP, rotation, CLOSED, 4)
     yield from go(here + [0, 0.15, 0.06], rotation, CLOSED, 120, near=0.04)
-
     target_bin = np.array(scene.target_bin_pos)[:2]
     beside = lambda: (arm.position - hammer())[:2] * [1, 0.8]  # the hammer hangs beside the gripper
     yield from go(lambda: np.r_[target_bin + beside(), 1.12], level, CLOSED, 120, near=0.03)
@@ -352,9 +344,8 @@ def build(task: str, images: bool = False, **kwargs):
 def run_episode(env, task: str, seed: int, horizon: int = 0, noise: float = 0.05) -> dict:
     """The expert's episode from a reset with `seed`, of at most `horizon` steps (0: the task's).
 
-    Returns actions (T, action_dim) float32, rewards (T,) float32, 0 or 1, states (T, n) float64, the
-    simulator's before each action, and obs and next_obs, {key: (T, dim)} float32. It ends a few steps
-    after success; the last reward is then 1.
+    Returns actions (T, action_dim), rewards (T,), 0 or 1, obs and next_obs, {key: (T, dim)}, in float32,
+    and float64 states (T, n), the simulator's before each action.
     """
     np.random.seed(seed)  # noqa: NPY002
     rng = np.random.default_rng(seed)
@@ -379,29 +370,6 @@ def run_episode(env, task: str, seed: int, horizon: int = 0, noise: float = 0.05
     }
 
 
-@contextmanager
-def replacing(path: Path):
-    """An HDF5 file to write; it is in memory (a full disk would crash HDF5) until it is complete."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as disk:
-            memory = dict(driver="core", backing_store=False)
-            with h5py.File(partial, "w", libver=("v110", "v110"), **memory) as file:
-                yield file
-                file.flush()
-                image = file.id.get_file_image()
-            disk.write(image)
-        partial.replace(path)
-    except OSError as error:
-        raise SystemExit(f"{path}: cannot be written ({error.strerror or error})") from error
-    except KeyboardInterrupt:
-        raise SystemExit(f"{path}: interrupted, nothing was written.") from None
-    finally:
-        if path.parent.is_dir():
-            partial.unlink(missing_ok=True)
-
-
 def write_arrays(group: h5py.Group, arrays: dict[str, np.ndarray]):
     """Writes an episode's arrays {name: (T, ...)}, compressed."""
     for name, value in arrays.items():
@@ -422,14 +390,11 @@ def write_demo(group: h5py.Group, episode: dict):
 
 
 def record(data: h5py.Group, args, name: str, attempt: Callable[[int], dict | None], write: Callable):
-    """Lets `write` add demo_i for each `attempt(seed)` that succeeds (is not None), until all are there.
-
-    Returns the lengths of the episodes, and the number of attempts. Exits where too few succeed.
-    """
+    """Lets `write` add a demo for each `attempt(seed)` that succeeds; their lengths, and attempts."""
     lengths = []
     with tqdm(total=args.episodes, desc=name, unit="demo") as progress:
         for attempts in itertools.count(1):
-            seed = args.seed + attempts - 1
+            seed = (args.seed + attempts - 1) % 2**32  # NumPy's generators take no other
             episode = attempt(seed)
             if episode is not None:
                 group = data.create_group(f"demo_{len(lengths)}")
@@ -449,8 +414,7 @@ def record(data: h5py.Group, args, name: str, attempt: Callable[[int], dict | No
 
 def make(args: Args) -> Path:
     """Lets the expert act until `args.episodes` have succeeded; returns the path of their file."""
-    if args.episodes < 1 or args.noise < 0:
-        raise SystemExit("--episodes must be at least 1, --noise at least 0")
+    check_bounds(args)
     out = args.out or DEMOS / args.task / "low_dim.hdf5"
     env = build(args.task)
 
@@ -473,18 +437,12 @@ def make(args: Args) -> Path:
 
 # ----------------------------------------------------------------------------------- rendering
 def render_images(source: Path, out: Path | None = None, fast_render: bool = True) -> Path:
-    """Copies a file of states and adds obs/<camera>_image, (T, 96, 96, 3) uint8; returns its path.
-
-    A file with its own models (robomimic's published ones) is rendered with those. Run `choose_renderer`
-    first. Raises DatasetError where `source` cannot be read.
-    """
-    with reading(source) as original:
-        meta = json.loads(original["data"].attrs["env_args"])
-        demos = {name: demo["states"][()] for name, demo in original["data"].items()}  # {name: (T, n)}
-    tasks = {spec.env_name: name for name, spec in TASKS.items()}
-    if meta.get("env_name") not in tasks:
-        raise DatasetError(f"{source}: holds {meta.get('env_name')}; known are {', '.join(tasks)}")
-    task = tasks[meta["env_name"]]
+    """Copies a file of states and adds obs/<camera>_image, (T, 96, 96, 3), of its own models, if any."""
+    with reading(source) as file:
+        meta = read_metadata(file, source)
+        states = lambda name: numbers(source, file, f"data/{name}/states", None, None, dtype=float)
+        demos = {name: states(name) for name in in_order(file["data"])}  # {name: (T, n)}
+    task = meta.pop("task")
     out = out or DEMOS / task / "image.hdf5"
     if out.exists() and out.samefile(source):
         raise SystemExit(f"{out}: is the file that is read; choose another --out.")
@@ -494,7 +452,7 @@ def render_images(source: Path, out: Path | None = None, fast_render: bool = Tru
     env = build(task, images=True, meta=meta, fast_render=fast_render)
     env.reset()
     progress = tqdm(total=sum(map(len, demos.values())), desc=f"{task} images", unit="step")
-    with closing(env.env), h5py.File(source, "r") as original, replacing(out) as file, progress:
+    with closing(env.env), reading(source) as original, replacing(out) as file, progress:
         for part in original:
             original.copy(part, file)
         attributes = file["data"].attrs
@@ -521,8 +479,6 @@ def render_images(source: Path, out: Path | None = None, fast_render: bool = Tru
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     if args.images_from:
-        from envs.robomimic import choose_renderer
-
         choose_renderer()
         path = render_images(args.images_from, args.out, args.fast_render)
     else:

@@ -9,87 +9,99 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from demos.hdf5 import DatasetError, check_array, in_order, join, reading, require
+from demos.hdf5 import DatasetError, check_actions, in_order, join, numbers, reading, widen
 from envs.robomimic import IMAGE_SIZE, TASKS, metadata
 
 DEMOS = Path(__file__).parent
+WIDTHS = {"pos": 3, "quat": 4, "qpos": 2}  # of proprioception, by the end of its key
 RENDER = "render them with `python -m demos.make_robomimic_demos --images-from FILE`"
 
 
-def check_metadata(recorded: dict, ours: dict, path: Path):
-    """Raises DatasetError where actions were recorded for another robot or controller than ours."""
-    for key in "robots", "control_freq":
-        if key in recorded and recorded[key] != ours[key]:
-            raise DatasetError(f"{path}: recorded with {key} {recorded[key]}, not {ours[key]}")
-    theirs, controller = recorded.get("controller_configs", {}), ours["controller_configs"]
+def read_metadata(file: h5py.File, path: Path) -> dict:
+    """What env_args says of the environment. Raises DatasetError unless its robot moves as ours does."""
+    try:
+        meta = json.loads(file["data"].attrs["env_args"])
+        recorded, name = meta["env_kwargs"], meta["env_name"]
+        theirs = recorded.get("controller_configs", {})
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise DatasetError(f"{path}: not a robomimic file, data's env_args are no metadata") from error
+    task = next((task for task, spec in TASKS.items() if spec.env_name == name), None)
+    if task is None:
+        raise DatasetError(f"{path}: holds {name}; known are {', '.join(TASKS)}")
     if not isinstance(theirs, dict):
         raise DatasetError(f"{path}: has {type(theirs).__name__} of controllers, not one for all arms")
-    for key, value in theirs.items():
-        if key in controller and value != controller[key]:
-            raise DatasetError(f"{path}: the controller's {key} was {value}, not {controller[key]}")
+    held, ours = recorded | theirs, metadata(task, images=False)["env_kwargs"]
+    ours = ours["controller_configs"] | {key: ours[key] for key in ("robots", "control_freq")}
+    for key, value in ours.items():
+        if held.get(key, value) != value:
+            raise DatasetError(f"{path}: recorded with {key} {held[key]}, not {value}")
+    return meta | {"task": task}
 
 
-def check_images(images: h5py.Dataset, name: str, length: int):
-    """Raises DatasetError where images are not `length` frames that the networks can see."""
-    size = (IMAGE_SIZE, IMAGE_SIZE, 3)
-    if images.shape[1:] != size or images.dtype != np.uint8:
-        held = f"{images.dtype} images of {images.shape[1:]}"
-        raise DatasetError(f"{name} holds {held}, not uint8 of {size}; {RENDER}")
-    if len(images) != length:
-        raise DatasetError(f"{name} holds {len(images)} images for {length} states; {RENDER}")
+def choose(file: h5py.File, path: Path, split: str | None) -> list[str]:
+    """The names of the demonstrations of mask/<split>; without one of mask/train or, without it, all."""
+    mask = f"mask/{split or 'train'}"
+    if split is None and mask not in file:
+        return in_order(file["data"])
+    names = file[mask].asstr(errors="replace")[()].tolist() if mask in file else []
+    missing = [name for name in names if name not in file["data"]]
+    if missing or not names:
+        fault = f"names {missing[0]}, which is not in data" if missing else "is missing or empty"
+        raise DatasetError(f"{path}: {mask} {fault}; choose another --split")
+    return in_order(names)
 
 
 def load(path: str | Path, task: str, images: bool, max_episodes: int = 0, split: str | None = None,
          fast_render: bool | None = None) -> dict:  # fmt: skip
     """Reads demonstrations from a robomimic HDF5 file (Mandlekar et al. 2021).
 
-    Takes the demonstrations of mask/<split> (default: mask/train if there is one, else all) that get a
-    reward, at most `max_episodes` (0: all). Returns state (T, obs_dim) float32, with images rgb
-    (T, 3 * cameras, 96, 96) uint8, action (T, action_dim) float32, episode_ends (E,) and the file's
-    metadata as meta. Raises DatasetError on anything else, and where `fast_render` is given and the
-    images were rendered here with another setting.
+    Takes those of mask/<split> (default: mask/train if there is one, else all) that get a reward, where
+    rewards are stored, at most `max_episodes` (0: all). Returns state (T, obs_dim), with images rgb (T,
+    3 * cameras, 96, 96) uint8, action (T, action_dim), episode_ends (E,) and the file's metadata, meta.
+    Raises DatasetError on anything else, and on images of another `fast_render`.
     """
     spec, path = TASKS[task], Path(path)
-    image_keys = spec.image_keys if images else ()
 
-    def episodes(data: h5py.Group, names: list[str]) -> Iterator[dict | None]:
-        for name in names:
-            demo, where = data[name], f"{path}: data/{name}"
-            require(where, demo, [f"obs/{key}" for key in spec.state_keys(images)] + ["actions"])
-            require(where, demo, [f"obs/{key}" for key in image_keys], f"; {RENDER}")
-            if "rewards" in demo and not np.any(demo["rewards"][()] > 0):
+    def episodes(file: h5py.File) -> Iterator[dict | None]:
+        for name in choose(file, path, split):
+            demo = f"data/{name}"
+            action = numbers(path, file, f"{demo}/actions", None, 7 * spec.robots)
+            rewards = numbers(path, file, f"{demo}/rewards", len(action), optional=True)
+            if rewards is not None and not (rewards > 0).any():
                 yield None
                 continue
-            for key in image_keys:
-                check_images(demo[f"obs/{key}"], f"{where}/obs/{key}", len(demo["actions"]))
-            action = demo["actions"][()].astype(np.float32)
-            state = np.concatenate([demo[f"obs/{key}"][()] for key in spec.state_keys(images)], 1)
-            state = state.astype(np.float32)
-            check_array(f"{where}: actions", action, (len(state), 7 * spec.robots))
-            check_array(f"{where}: states", state)
-            episode = {"state": state, "action": action}
+            states, frames = [], []
+            for key in spec.state_keys(images):
+                width = WIDTHS.get(key.rpartition("_")[2], spec.object_size)
+                states.append(numbers(path, file, f"{demo}/obs/{key}", len(action), width))
+            episode = {"state": np.concatenate(states, 1), "action": action}
+            for key in spec.image_keys if images else ():
+                name, shape = f"{demo}/obs/{key}", (len(action), IMAGE_SIZE, IMAGE_SIZE, 3)
+                seen = numbers(path, file, name, *shape, dtype=np.uint8, hint=f"; {RENDER}")
+                frames.append(seen.transpose(0, 3, 1, 2))
             if images:
-                frames = [demo[f"obs/{key}"][()].transpose(0, 3, 1, 2) for key in image_keys]
                 episode["rgb"] = np.concatenate(frames, 1)
             yield episode
 
     with reading(path) as file:
-        if "data" not in file or "env_args" not in file["data"].attrs:
-            raise DatasetError(f"{path}: not a robomimic file (it has no data/env_args)")
-        meta = json.loads(file["data"].attrs["env_args"])
-        if meta.get("env_name") != spec.env_name:
-            raise DatasetError(f"{path}: holds {meta.get('env_name')}, not {spec.env_name}")
-        check_metadata(meta.get("env_kwargs", {}), metadata(task, images)["env_kwargs"], path)
+        meta = read_metadata(file, path)
+        if meta.pop("task") != task:
+            raise DatasetError(f"{path}: holds {meta['env_name']}, not {spec.env_name}")
         rendered = file["data"].attrs.get("fast_render", fast_render)
         if images and fast_render is not None and bool(rendered) != fast_render:
             flag = f"--{'no-' * fast_render}fast-render"
             raise DatasetError(f"{path}: rendered with {flag}; train with the same, or {RENDER}")
-        if split is None and "mask/train" in file:
-            split = "train"
-        if split and f"mask/{split}" not in file:
-            raise DatasetError(f"{path}: has no mask/{split}")
-        names = [name.decode() for name in file[f"mask/{split}"]] if split else file["data"]
-        return join(path, episodes(file["data"], in_order(names)), max_episodes) | {"meta": meta}
+        data = join(path, episodes(file), max_episodes)
+    check_actions(path, data["action"])
+    return data | {"meta": meta}
+
+
+def limits(data: dict) -> dict[str, np.ndarray]:
+    """What becomes -1 and 1 in the networks: the range of the data and of zero, as in DPPO."""
+    result = {}
+    for name, values in ("obs", data["state"]), ("action", data["action"]):
+        result |= widen(name, np.minimum(values.min(0), 0), np.maximum(values.max(0), 0))
+    return result
 
 
 def get(task: str, obs: str, source: Path | None, fast_render: bool, episodes=0, split=None) -> dict:

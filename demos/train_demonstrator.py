@@ -1,22 +1,25 @@
 """Trains a demonstrator to D4RL-"medium" level with Stable-Baselines3's PPO, in some minutes.
 
-    pip install -r baselines/requirements.txt
-    python -m demos.train_demonstrator --env-id Hopper-v4
+    python -m demos.train_demonstrator --env-id Hopper-v4   # needs baselines/requirements.txt
 
 stops when 100 fresh sampled episodes reach 95 % of the target return, and writes
 `demos/<env_id>/demonstrator.safetensors`. `demos/dataset.py` turns it into a D4RL-style dataset.
 """
 
 import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 import torch.nn as nn
 import tyro
 from safetensors.torch import load_file, save_file
+
+from common.settings import Count, Seed, Threads
+from demos.hdf5 import check_bounds, parsing
+from envs.vector import VectorEnv
 
 TARGET_RETURN = {"Hopper-v4": 1422.0, "Walker2d-v4": 2852.0, "HalfCheetah-v4": 4770.0}  # D4RL medium-v2
 EPISODES = 100  # of an evaluation
@@ -27,12 +30,12 @@ ROLLOUT = 64  # steps per environment between updates
 @dataclass
 class Args:
     env_id: str = "Hopper-v4"  # Gymnasium task id
-    target_return: float | None = None  # mean sampled return to stop at; default: D4RL medium-v2's
-    max_steps: int = 3_000_000  # environment steps after which to give up
-    num_envs: int = 64  # parallel environments
-    init_log_std: float = -0.5  # initial log standard deviation, in units of the action space
-    seed: int = 0  # of weights, minibatches and environments
-    threads: int = 1  # CPU threads of torch
+    target_return: Annotated[float, -1e9, 1e9] | None = None  # mean sampled; default: D4RL medium-v2's
+    max_steps: Annotated[int, 1, 10**9] = 3_000_000  # environment steps after which to give up
+    num_envs: Count = 64  # parallel environments
+    init_log_std: Annotated[float, -20, 2] = -0.5  # first log deviation, in units of the action space
+    seed: Seed = 0  # of weights, minibatches and environments
+    threads: Threads = 1  # CPU threads of torch
     out: Path | None = None  # output file; default demos/<env_id>/demonstrator.safetensors
 
 
@@ -40,7 +43,8 @@ class Demonstrator:
     """Gaussian policy N(mean(s), exp(log_std)^2) over actions in the units of the environment."""
 
     def __init__(self, path: Path):
-        self.weights = load_file(path)
+        with parsing(path, "a demonstrator"):
+            self.weights = load_file(path)
 
     def act(self, obs: np.ndarray, noise: float = 1.0, generator: torch.Generator | None = None):
         """Actions (N, action_dim) for raw observations (N, obs_dim); noise=0 gives the mean."""
@@ -91,17 +95,19 @@ def train(args: Args, target: float):
 
 
 def main(args: Args):
+    check_bounds(args)
     torch.set_num_threads(args.threads)
-    target = args.target_return or TARGET_RETURN.get(args.env_id)
+    target = TARGET_RETURN.get(args.env_id) if args.target_return is None else args.target_return
     if target is None:
         raise SystemExit(f"No default target return for {args.env_id}; pass --target-return.")
-    start = time.time()
+    VectorEnv(args.env_id, 1).close()  # says what is wrong with it
+    out = args.out or Path(__file__).parent / args.env_id / "demonstrator.safetensors"
+    if out.is_dir():
+        raise SystemExit(f"--out {out}: is a folder, not a file to write")
     model, sampled, mean = train(args, target)
     info = dict(env_id=args.env_id, algorithm="PPO", seed=args.seed, env_steps=model.num_timesteps)
     info["sampled_return"] = np.round(sampled, 1).tolist()
     info["mean_action_return"] = np.round(mean, 1).tolist()
-    info["wall_s"] = round(time.time() - start, 1)
-    out = args.out or Path(__file__).parent / args.env_id / "demonstrator.safetensors"
     out.parent.mkdir(parents=True, exist_ok=True)
     save_file(export(model), out, metadata={"demonstrator": json.dumps(info)})
     print(json.dumps(info), "->", out)

@@ -1,6 +1,12 @@
-"""demos/dataset.py: files that are read, files that are refused, and demonstrations made here."""
+"""demos/dataset.py and demos/hdf5.py: files that are read, that are refused, and that are made."""
 
+import faulthandler
+import json
+import os
 import pickle
+import resource
+import shutil
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -9,9 +15,12 @@ import torch
 from gymnasium import spaces
 from pickle_bomb import LOADED, Bomb
 
-from demos import dataset
+from demos import dataset, furniture, hdf5, robomimic
 from demos.dataset import DatasetError, load
+from envs.robomimic import TASKS, metadata
 from envs.vector import VectorEnv
+
+FLIPS = int(os.environ.get("TEST_FLIPS", 60))  # damaged copies of a file of each format
 
 
 def write_hdf5(path, arrays):
@@ -45,9 +54,9 @@ def dppo(tmp_path):
     return write
 
 
-def refusal(source):
-    with pytest.raises(DatasetError) as error:
-        load(source)
+def refusal(source, read=load):
+    with pytest.raises(SystemExit) as error:
+        read(source)
     text = str(error.value)
     assert str(source) in text or "normalization.npz" in text
     assert "\n" not in text
@@ -57,14 +66,16 @@ def refusal(source):
 
 # ---------------------------------------------------------------------------------------- D4RL
 def test_d4rl_round_trip(tmp_path, d4rl_arrays):
+    d4rl_arrays["rewards"][3] = np.nan  # cloning does not read them
     data = load(write_hdf5(tmp_path / "a.hdf5", d4rl_arrays))
-    for key in ("observations", "actions", "rewards"):
+    for key in ("observations", "actions"):
         np.testing.assert_array_equal(getattr(data, key), d4rl_arrays[key])
         assert getattr(data, key).dtype == np.float32
     assert data.episode_ends.tolist() == [5, 9]
-    r = d4rl_arrays["rewards"]
-    np.testing.assert_allclose(data.returns(), [r[:5].sum(), r[5:].sum()], rtol=1e-6)
     assert data.normalization is None
+    for name, x in ("obs", data.observations), ("action", data.actions):
+        np.testing.assert_array_equal(data.limits()[f"{name}_min"], x.min(0))
+        np.testing.assert_array_equal(data.limits()[f"{name}_max"], x.max(0))
 
 
 def test_d4rl_file_that_stops_inside_an_episode_ends_it_there(tmp_path, d4rl_arrays):
@@ -74,69 +85,49 @@ def test_d4rl_file_that_stops_inside_an_episode_ends_it_there(tmp_path, d4rl_arr
     assert load(write_hdf5(tmp_path / "b.h5", d4rl_arrays)).episode_ends.tolist() == [9]
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("key", ["observations", "actions", "rewards"])
-def test_d4rl_file_with_a_non_finite_number_is_refused(tmp_path, d4rl_arrays, key, value):
-    d4rl_arrays[key][6] = value
-    text = refusal(write_hdf5(tmp_path / "a.hdf5", d4rl_arrays))
-    assert f"{key} contain NaN or Inf, first at step 6" in text
+D4RL = ["observations", "actions", "terminals", "timeouts"]
 
 
-@pytest.mark.parametrize("key, shape", [
-    ("observations", (9,)), ("observations", (9, 3, 1)), ("actions", (8, 2)), ("actions", (9,)),
-    ("rewards", (9, 1)), ("rewards", (4,)), ("terminals", (7,)), ("timeouts", (9, 1)),
+@pytest.mark.parametrize("key, value, words", [
+    *[(key, None, f"lacks {key}") for key in D4RL], *[(key, np.ones(()), f"{key} ()") for key in D4RL],
+    *[(key, np.array([b"text"] * 9), key) for key in D4RL],
+    *[("actions", np.full((9, 2), x), "NaN, Inf or more than 1e+09") for x in (np.nan, -np.inf, 1e30)],
+    *[("observations", np.zeros(n), f"{n} should be (any") for n in ((9,), (9, 3, 1), (0, 3))],
+    *[("actions", np.zeros(n), f"{n} should be (9, any)") for n in ((9,), (8, 2))],
+    ("terminals", np.zeros(7), "(7,) should be (9,)"), ("timeouts", np.zeros((9, 1)), "(9, 1) should"),
 ])  # fmt: skip
-def test_d4rl_file_of_wrong_shapes_is_refused(tmp_path, d4rl_arrays, key, shape):
-    d4rl_arrays[key] = np.zeros(shape, d4rl_arrays[key].dtype)
-    assert f"{key} {shape}" in refusal(write_hdf5(tmp_path / "a.hdf5", d4rl_arrays))
-
-
-@pytest.mark.parametrize("value", [None, np.float32(1.0), np.array([b"text"] * 9), "group"])
-@pytest.mark.parametrize("key", dataset.KEYS)
-def test_d4rl_file_without_an_array_is_refused(tmp_path, d4rl_arrays, key, value):
-    del d4rl_arrays[key]
-    path = write_hdf5(tmp_path / "a.hdf5", d4rl_arrays)
-    if value is None:
-        assert f"lacks {key}" in refusal(path)
-        return
-    with h5py.File(path, "a") as file:
-        if isinstance(value, str):
-            file.create_group(key)
-        else:
-            file[key] = value
-    refusal(path)
+def test_d4rl_file_with_a_wrong_array_is_refused(tmp_path, d4rl_arrays, key, value, words):
+    arrays = d4rl_arrays | {key: value}
+    kept = {key: value for key, value in arrays.items() if value is not None}
+    assert words in refusal(write_hdf5(tmp_path / "a.hdf5", kept))
 
 
 # ---------------------------------------------------------------------------------------- DPPO
 def test_dppo_round_trip(dppo):
-    data = load(dppo())
+    data = load(dppo(rewards=np.full(9, np.nan)))
     np.testing.assert_allclose(data.observations, dppo.raw[0], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(data.actions, dppo.raw[1], rtol=1e-5, atol=1e-6)
     assert data.episode_ends.tolist() == [5, 9]
-    assert data.rewards is None
-    np.testing.assert_array_equal(data.normalization["obs_min"], dppo.raw[0].min(0))
-    np.testing.assert_array_equal(data.normalization["action_max"], dppo.raw[1].max(0))
-    returns = load(dppo(rewards=np.arange(9))).returns()
-    np.testing.assert_allclose(returns, [0 + 1 + 2 + 3 + 4, 5 + 6 + 7 + 8])
+    np.testing.assert_array_equal(data.limits()["obs_min"], dppo.raw[0].min(0))
+    np.testing.assert_array_equal(data.limits()["action_max"], dppo.raw[1].max(0))
 
 
-NAN, LENGTHS = "contain NaN or Inf, first at step 0", "episode lengths do not add up to the 9 steps"
+LENGTHS = "traj_lengths do not add up to the 9 steps"
 PICKLED = np.array([Bomb()], object)
 
 
 @pytest.mark.parametrize("key, value, words", [
     *[(key, None, f"lacks {key}") for key in ("states", "actions", "traj_lengths", "obs_min")],
-    ("states", np.full((9, 3), np.nan), f"observations {NAN}"),
-    ("obs_min", np.full(3, np.nan), f"observations {NAN}"),
-    ("actions", np.full((9, 2), np.nan), f"actions {NAN}"),
-    ("actions", np.zeros((8, 2)), "actions (8, 2)"),
-    *[("traj_lengths", np.array(n, int), LENGTHS) for n in ([5, 5], [9, 0], [5, 3], [10, -1], [])],
-    ("obs_min", np.zeros(4), "obs_min and obs_max do not fit"),
-    ("action_max", np.zeros(1), "action_min and action_max do not fit"),
-    ("states", np.zeros(9), "obs_min and obs_max do not fit"),
-    ("states", np.full((9, 3), "text"), ""), ("actions", np.full((9, 2), "text"), ""),
-    ("traj_lengths", np.full(2, "text"), ""), ("obs_min", np.full(3, "text"), ""),
-    *[(key, PICKLED, "pickled objects, which are never loaded") for key in ("states", "obs_max")],
+    ("states", np.full((9, 3), np.nan), "states contains NaN"), ("actions", np.zeros((8, 2)), "(8, 2)"),
+    ("obs_min", np.full(3, np.nan), "obs_min contains NaN"),
+    *[("traj_lengths", np.array(n, int), LENGTHS) for n in ([5, 5], [9, 0], [5, 3], [10, -1])],
+    ("traj_lengths", np.zeros(0, int), "traj_lengths (0,)"),
+    ("obs_min", np.zeros(4), "obs_min (4,) should be (3,)"),
+    ("action_max", np.zeros(1), "action_max (1,)"), ("states", np.zeros(9), "states (9,)"),
+    *[(key, np.full(n, "text"), "not float") for key, n in (("states", (9, 3)), ("obs_min", 3))],
+    *[(key, PICKLED, "pickled objects are never loaded") for key in ("states", "obs_max")],
+    ("states", np.full((9, 3), 7.0), "obs reaches 7, where scaled numbers lie in [-1, 1]; if they are"),
+    ("obs_min", np.array([-99, 99, 99]), "obs_min exceeds obs_max in dimensions [1 2]"),
 ])  # fmt: skip
 def test_dppo_file_with_a_wrong_array_is_refused(dppo, key, value, words):
     assert words in refusal(dppo(**{key: value}))
@@ -150,78 +141,161 @@ def test_truncated_files_are_refused(tmp_path, dppo, d4rl_arrays, name, keep):
     dppo()
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(content[: int(keep * len(content))])
-    text = refusal(tmp_path / ("a.hdf5" if name == "a.hdf5" else "train.npz"))
-    assert "truncated" in text or "damaged" in text
+    assert "damaged" in refusal(tmp_path / ("a.hdf5" if name == "a.hdf5" else "train.npz"))
 
 
-def test_bomb_explodes_where_it_is_unpickled():
+@pytest.mark.parametrize("suffix", [".pkl", ".npz", ".hdf5"])
+def test_files_are_read_by_content_and_never_unpickled(tmp_path, d4rl_arrays, dppo, suffix):
     pickle.loads(pickle.dumps(Bomb()))
-    assert LOADED.pop() == 1
-
-
-@pytest.mark.parametrize("suffix, words", [(".pkl", "unknown format"), (".npz", "pickled objects")])
-def test_pickle_file_is_refused_and_not_unpickled(tmp_path, suffix, words):
+    assert LOADED.pop() == 1  # the bomb works
     path = tmp_path / f"data{suffix}"
     path.write_bytes(pickle.dumps(Bomb()))
-    assert words in refusal(path)
+    assert "unknown format" in refusal(path)
+    assert len(load(write_hdf5(path, d4rl_arrays)).actions) == 9  # a wrong suffix does no harm
+    shutil.copy(dppo(), path)
+    assert len(load(path).actions) == 9
 
 
-def test_missing_files_and_arrays_in_place_of_archives_are_refused(tmp_path, dppo):
-    path = dppo()
-    path.with_name("normalization.npz").unlink()
-    assert "normalization.npz" in refusal(path)
-    for name in "gone.hdf5", "gone.h5", "gone.npz":
-        assert "no such file" in refusal(tmp_path / name)
-    with (tmp_path / "data.npz").open("wb") as file:
-        np.save(file, np.zeros(3))
-    assert "cannot be read as .npz" in refusal(tmp_path / "data.npz")
+READERS = [load, lambda p: furniture.load(p, "lamp"), lambda p: robomimic.load(p, "lift", False)]
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_what_is_no_file_is_refused(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe.hdf5")
+    (tmp_path / "folder.hdf5").mkdir()
+    for name in "pipe.hdf5", "folder.hdf5", "gone.hdf5":
+        text = refusal(tmp_path / name, read)
+        assert "no such file" in text or "a folder, a pipe or a device" in text
+    assert "a folder, a pipe or a device" in refusal(Path("/dev/zero"), read)
+
+
+@pytest.mark.parametrize("steps", [10**8, 10**12])
+def test_small_files_that_claim_much_are_refused_unread(tmp_path, steps):
+    names = {"d4rl": ("observations", 3), "furniture": ("data/demo_0/actions", 10)}
+    names |= {"robomimic": ("data/demo_0/actions", 7), "minari": ("episode_0/actions", 2)}
+    for kind, (name, width) in names.items():
+        path, read = FORMATS[kind](tmp_path)
+        with h5py.File(path, "a") as file:
+            del file[name]
+            file.create_dataset(name, (steps, width), "f4", chunks=(1, width))  # none of them written
+        with pytest.raises(DatasetError, match=r"GiB in .* bytes: the file is damaged"):
+            read()
+
+
+# One writer a format: it makes a small file and a function that reads it.
+def d4rl(folder):
+    rng = np.random.default_rng(0)
+    arrays = dict(observations=rng.normal(size=(9, 3)), actions=rng.uniform(-1, 1, (9, 2)))
+    arrays |= dict(terminals=np.arange(9) == 4, timeouts=np.arange(9) == 8)
+    path = write_hdf5(folder / "d4rl.hdf5", arrays)
+    return path, lambda: load(path)
+
+
+def npz(folder):
+    states = np.random.default_rng(0).uniform(-1, 1, (9, 3)).astype(np.float32)
+    np.savez(folder / "train.npz", states=states, actions=states, traj_lengths=np.array([4, 5]))
+    one = np.ones(3)
+    limits = dict(obs_min=-one, obs_max=one, action_min=-one, action_max=one)
+    np.savez(folder / "normalization.npz", **limits)
+    return folder / "train.npz", lambda: load(folder / "train.npz")
+
+
+def minari(folder):
+    (folder / "minari" / "data").mkdir(parents=True, exist_ok=True)
+    path, arrays = folder / "minari" / "data" / "main_data.hdf5", {}
+    for name in "episode_0", "episode_1":
+        arrays |= {f"{name}/observations": np.zeros((5, 3)), f"{name}/actions": np.ones((4, 2))}
+    write_hdf5(path, arrays)
+    return path, lambda: load(folder / "minari")
+
+
+def demos(path, attributes, arrays):
+    """Two equal demonstrations in the layout of robomimic."""
+    with h5py.File(path, "w") as file:
+        for i in range(2):
+            for name, value in arrays.items():
+                file.create_dataset(f"data/demo_{i}/{name}", data=value, compression="gzip")
+        file["data"].attrs.update(attributes)
+        file["mask/train"] = [b"demo_0", b"demo_1"]
+    return path
+
+
+def lift(folder, images=False):
+    arrays = {"actions": np.zeros((6, 7)), "rewards": np.eye(6)[5]}
+    if images:
+        arrays["obs/agentview_image"] = np.zeros((6, 96, 96, 3), "u1")
+    widths = dict(zip(TASKS["lift"].state_keys(False), (3, 4, 2, 10), strict=True))
+    arrays |= {f"obs/{key}": np.full((6, width), 0.5, np.float32) for key, width in widths.items()}
+    meta = dict(env_args=json.dumps(metadata("lift", images)))
+    path = demos(folder / f"lift{images}.hdf5", meta, arrays)
+    return path, lambda: robomimic.load(path, "lift", images)
+
+
+def lamp(folder):
+    arrays = {"actions": np.zeros((6, 10)), "rewards": 2 * np.eye(6)[5], "obs/state": np.ones((6, 44))}
+    path = demos(folder / "lamp.hdf5", dict(furniture="lamp"), arrays)
+    return path, lambda: furniture.load(path, "lamp")
+
+
+FORMATS = {"d4rl": d4rl, "dppo": npz, "minari": minari, "robomimic": lift, "furniture": lamp}
+FORMATS["images"] = lambda folder: lift(folder, images=True)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_flipped_bits_are_refused_in_one_line_or_do_no_harm(tmp_path, kind):
+    path, read = FORMATS[kind](tmp_path)
+    content, rng, refused = path.read_bytes(), np.random.default_rng(len(kind)), 0
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    read()
+    for _ in range(FLIPS):
+        damaged = bytearray(content)
+        for bit in rng.integers(8 * len(content), size=rng.integers(1, 9)):
+            damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        faulthandler.dump_traceback_later(60, exit=True)  # it hangs
+        try:
+            read()
+        except DatasetError as error:
+            assert str(error) and "\n" not in str(error)
+            refused += 1
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+    print(f"{kind}: {len(content)} bytes, {refused} of {FLIPS} refused")
+    assert refused > FLIPS / 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 500_000  # kB
 
 
 # -------------------------------------------------------------------------------------- Minari
-def write_minari(monkeypatch, tmp_path, observations, space):
-    """A Minari dataset of two episodes, of 3 and 2 steps, below tmp_path; returns its id."""
-    import minari
-    from minari.data_collector import EpisodeBuffer
-
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    buffers = []
-    for i, (obs, steps) in enumerate(zip(observations, (3, 2), strict=True)):
-        actions = np.arange(2 * steps, dtype=np.float32).reshape(steps, 2) / 10 + i
-        done = [False] * (steps - 1) + [True]
-        buffers.append(EpisodeBuffer(id=i, observations=obs, actions=actions, rewards=[1.0 + i] * steps,
-                                     terminations=done, truncations=[False] * steps))  # fmt: skip
-    minari.create_dataset_from_buffers(
-        "rldt/tiny-v0", buffers, observation_space=space, algorithm_name="test", author="test",
-        action_space=spaces.Box(-9, 9, (2,), np.float32), author_email="test@test",
-        code_permalink="https://test", description="test",
-    )  # fmt: skip
-    return "rldt/tiny-v0"
-
-
-BOX = spaces.Box(-np.inf, np.inf, (3,), np.float32)
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_minari_round_trip_by_id_and_by_folder(monkeypatch, tmp_path):
-    # each episode with its last next state
-    observations = [np.arange(3.0 * n, dtype=np.float32).reshape(n, 3) for n in (4, 3)]
-    name = write_minari(monkeypatch, tmp_path, observations, BOX)
-    expected = np.concatenate([observations[0][:3], observations[1][:2]])
-    for source in (name, tmp_path / "minari" / name, tmp_path / "minari" / name / "data"):
+    from minari import create_dataset_from_buffers
+    from minari.data_collector import EpisodeBuffer
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    observations, buffers = [np.arange(3.0 * n).reshape(n, 3) for n in (4, 3)], []
+    for i, obs in enumerate(observations):  # each with its last next state
+        n = len(obs) - 1
+        actions = np.arange(2 * n, dtype=np.float32).reshape(n, 2) / 10 + i
+        flags = dict(rewards=[1.0] * n, terminations=[False] * n, truncations=[False] * n)
+        buffers.append(EpisodeBuffer(id=i, observations=obs, actions=actions, **flags))
+    box = lambda n: spaces.Box(-9, 9, (n,), np.float32)
+    create_dataset_from_buffers("rldt/tiny-v0", buffers, observation_space=box(3), action_space=box(2),
+                                algorithm_name="-", author="-", author_email="-@-", description="-",
+                                code_permalink="https://test")  # fmt: skip
+    folder = tmp_path / "rldt/tiny-v0"
+    expected = np.concatenate([obs[:-1] for obs in observations])
+    for source in "rldt/tiny-v0", folder, folder / "data":
         data = load(source)
         np.testing.assert_array_equal(data.observations, expected)
         np.testing.assert_allclose(data.actions[:, 0], [0, 0.2, 0.4, 1, 1.2], rtol=1e-6)
         assert data.episode_ends.tolist() == [3, 5]
-        assert data.returns().tolist() == [3, 4]
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_other_minari_datasets_and_folders_are_refused(monkeypatch, tmp_path):
-    observations = [{"x": np.zeros((n, 3), np.float32)} for n in (4, 3)]
-    name = write_minari(monkeypatch, tmp_path, observations, spaces.Dict({"x": BOX}))
-    assert "not flat arrays" in refusal(name)
-    assert "Minari cannot load it" in refusal("nobody/nothing-v3")
-    assert "Minari cannot load it" in refusal(tmp_path)
+    with h5py.File(folder / "data" / "main_data.hdf5", "a") as file:
+        file.move("episode_1/observations", "x")
+        file.move("x", "episode_1/observations/x")
+    with pytest.raises(DatasetError, match=r"episode_1/observations \(\) should be \(any, 3\)"):
+        load(folder)
+    for name in "nobody/nothing-v3", tmp_path:
+        assert "no Minari dataset in HDF5" in refusal(name)
 
 
 # ------------------------------------------------------------------------------------ recorded
@@ -259,7 +333,6 @@ def test_recorded_demonstrations_are_a_d4rl_file_of_as_many_steps_as_asked(tmp_p
     ends = np.flatnonzero(arrays["terminals"] | arrays["timeouts"]) + 1
     assert {24, 48, 72, 95} <= set(ends.tolist())  # 4 environments of 24 steps, the last one cut at 95
     assert load(path).episode_ends.tolist() == ends.tolist()
-    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_recorded_observations_follow_from_the_recorded_actions(tmp_path):
@@ -272,15 +345,53 @@ def test_recorded_observations_follow_from_the_recorded_actions(tmp_path):
         assert arrays["rewards"][t] == pytest.approx(step.reward[0], rel=1e-6)
 
 
-def test_a_task_without_a_demonstrator_names_the_way_out(tmp_path):
-    with pytest.raises(DatasetError, match=r"No demonstrator for Ant-v4.*--dataset"):
-        make(tmp_path, "a.hdf5", env_id="Ant-v4")
+@pytest.mark.parametrize("changes, words", [
+    (dict(env_id="Ant-v4"), "No demonstrator for Ant-v4.*--dataset"), (dict(steps=0), "--steps 0: must"),
+    (dict(num_envs=-1), "--num-envs -1: must lie in"), (dict(noise=np.nan), "--noise nan"),
+    (dict(seed=-1), "--seed -1"), (dict(steps=4), "a.hdf5: cannot be written .it is a folder"),
+])  # fmt: skip
+def test_what_cannot_be_recorded_is_said_first(tmp_path, changes, words):
+    (tmp_path / "a.hdf5").mkdir()
+    with pytest.raises(SystemExit, match=words):
+        make(tmp_path, "a.hdf5", **changes)
 
 
-def test_demonstrations_of_other_sizes_than_the_task_are_refused(tmp_path, d4rl_arrays):
-    path = str(write_hdf5(tmp_path / "a.hdf5", d4rl_arrays))
-    with pytest.raises(DatasetError, match=r"a\.hdf5: .* sizes \(3, 2\) are not Hopper-v4's \(11, 3\)"):
-        dataset.get("Hopper-v4", path, VectorEnv("Hopper-v4", 1))
+def test_two_recordings_at_once_do_not_share_a_partial_file(tmp_path):
+    with hdf5.replacing(tmp_path / "a.hdf5") as first, hdf5.replacing(tmp_path / "a.hdf5") as second:
+        first["x"], second["x"] = 1, 2
+        assert len(list(tmp_path.glob("a.hdf5.*.partial"))) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["a.hdf5"]
+    assert contents(tmp_path / "a.hdf5") == {"x": 1}  # the first one ends last
+
+
+def test_demonstrations_that_cannot_be_of_the_task_are_refused(tmp_path):
+    envs = VectorEnv("Walker2d-v4", 1)
+    path = make(tmp_path, "a.hdf5", steps=1010, num_envs=1)
+    get = lambda source: dataset.get("Walker2d-v4", source, envs)
+    get(path)
+    arrays = contents(path)
+    arrays["terminals"][:], arrays["timeouts"][:] = False, False
+    assert "one episode of 1010 steps, where Walker2d-v4's" in refusal(write_hdf5(path, arrays), get)
+    arrays["actions"][7, 2] = -1.8
+    text = refusal(write_hdf5(path, arrays), get)
+    assert "an action is -1.8 in dimension 2, outside the environment's box: absolute poses" in text
+    arrays["actions"] = arrays["actions"][:, :5]
+    assert "sizes (17, 5) are not Walker2d-v4's (17, 6)" in refusal(write_hdf5(path, arrays), get)
+
+
+def test_dimensions_that_hardly_vary_get_a_range_and_are_named(capsys):
+    low, high = np.float32([0, 3, -1, 2]), np.float32([2, 3, 1, 2.001])
+    limits = hdf5.widen("obs", low, high)
+    np.testing.assert_allclose(limits["obs_min"], [0, 2.9, -1, 1.9005])
+    np.testing.assert_allclose(limits["obs_max"], [2, 3.1, 1, 2.1005])
+    assert "obs 1, 3 hardly varies in the demonstrations" in capsys.readouterr().out
+    limits = hdf5.widen("action", np.zeros(2), np.zeros(2))  # nothing varies
+    assert (limits["action_max"] - limits["action_min"] == 0.1).all()
+    capsys.readouterr()
+    low[1], low[3] = 2.9, 1.9
+    limits = hdf5.widen("obs", low, high)
+    assert (limits["obs_min"] == low).all() and (limits["obs_max"] == high).all()
+    assert capsys.readouterr().out == ""
 
 
 def test_demonstrations_are_those_given_or_recorded_when_first_needed(tmp_path, monkeypatch):

@@ -165,15 +165,25 @@ def spoil(demo):
     demo["obs/state"][3, 1] = np.nan
 
 
+def far(demo):
+    demo["actions"][5, 2] = 1.8
+
+
+def test_demonstrations_without_rewards_are_all_read(tmp_path):
+    path = write_demos(tmp_path / "d.hdf5", spoil=lambda demo: demo.pop("rewards"))
+    assert dataset.load(path, "one_leg")["episode_ends"].tolist() == [24, 54]
+
+
 @pytest.mark.parametrize("written, message", [
     (dict(furniture="lamp"), "holds lamp, not one_leg"),
-    (dict(obs_dim=44), r"demo_0: obs/state .*\(24, 44\).* \(24, 58\)"),
-    (dict(action_dim=7), r"demo_0: actions .*\(24, 7\).* \(24, 10\)"),
+    (dict(obs_dim=44), r"demo_0/obs/state .*\(24, 44\).* \(24, 58\)"),
+    (dict(action_dim=7), r"demo_0/actions .*\(24, 7\).* \(any, 10\)"),
     (dict(rewards=[0, 0]), r"no successful demonstration \(2 failed\)"),
     (dict(lengths=()), r"no successful demonstration \(0 failed\)"),
-    (dict(spoil=lambda demo: demo.pop("rewards")), "data/demo_0 lacks rewards"),
-    (dict(spoil=spoil), "demo_0: obs/state contain NaN"),
-    (dict(spoil=lambda demo: demo.parent.attrs.clear()), "not demonstrations of a furniture task"),
+    (dict(spoil=lambda demo: demo.pop("actions")), "lacks data/demo_0/actions"),
+    (dict(spoil=spoil), "demo_0/obs/state contains NaN"),
+    (dict(spoil=far), r"an action is 1\.8 in dimension 2"),
+    (dict(spoil=lambda demo: demo.parent.attrs.clear()), "holds no demonstrations of a furniture task"),
 ])  # fmt: skip
 def test_demonstrations_that_do_not_fit_stop_in_one_line(tmp_path, written, message):
     path = write_demos(tmp_path / "d.hdf5", **written)
