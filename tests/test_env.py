@@ -21,6 +21,7 @@ class Counter(gym.Env):
     broken = {}  # noqa: RUF012, by step what it then returns as observation, as reward
 
     def __init__(self, render_mode=None, **spaces):
+        assert spaces.keys() <= {"observation_space", "action_space"}
         self.episode = -1
         vars(self).update(spaces)
 

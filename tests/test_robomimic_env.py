@@ -372,8 +372,11 @@ def test_workers_render_where_this_process_has_a_renderer_too(image_env):
     assert (rgb != obs["rgb"]).mean() < 0.01
 
 
-def test_vector_env_clips_actions_and_films(make_vector_env):
-    envs, results = make_vector_env(renders=True), []
+def test_vector_env_clips_actions_and_films(make_vector_env, monkeypatch):
+    results, chosen = [], []
+    monkeypatch.setattr(module, "choose_renderer", lambda: chosen.append(True))  # it was, see _renderer
+    envs = make_vector_env(renders=True)
+    assert chosen
     for scale in (1.0, 7.0):
         envs.reset(iter([1, 1]))
         chunks = scale * np.sign(random_chunks("lift", 2))
