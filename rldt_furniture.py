@@ -485,8 +485,8 @@ def main(args: Args) -> dict | None:
         return evaluate_stored(args)
 
     task = f"{args.furniture}-{args.randomness}"
-    run = Run(args, f"{task}__{args.exp_name}__{args.seed}")
     envs = make_envs(args, args.num_envs)
+    run = Run(args, f"{task}__{args.exp_name}__{args.seed}")
     policy = get_base(args, run, envs)
     base, reference = (copy.deepcopy(policy).requires_grad_(False) for _ in range(2))
     width = CRITIC_WIDTH[args.preset]

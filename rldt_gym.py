@@ -110,7 +110,6 @@ PRETRAINING = {  # of a base policy that is made here; pretrain_fm.py has these 
     "laptop": dict(epochs=40, batch=512, lr=1e-3) | NETWORK,
     "paper": dict(epochs=200, batch=128, lr=1e-3) | NETWORK,
 }
-TRANSITION = ("obs", "action", "next_obs", "reward", "terminated", "truncated")  # of a chunk
 SEGMENT = 16  # chunks of a replay segment (authors: the whole rollout, 500)
 FRESH = 0.33  # least share of the segments that comes from the newest rollout (authors)
 REWARD_RATE = 0.01  # of the average of |reward|, by which rewards are divided (authors)
@@ -196,9 +195,9 @@ class Replay(Ring):
     """The last rollouts, (rollout_chunks, num_envs, ...) each; row t is chunk t, ending in next_obs."""
 
     def __init__(self, args: Args, obs_dim: int, action_size: int):
-        shapes = {name: (args.rollout_chunks, args.num_envs) for name in TRANSITION}
-        for name, size in ("obs", obs_dim), ("action", action_size), ("next_obs", obs_dim):
-            shapes[name] += (size,)
+        rows = args.rollout_chunks, args.num_envs
+        shapes = {name: rows for name in ("reward", "terminated", "truncated")}
+        shapes |= dict(obs=(*rows, obs_dim), action=(*rows, action_size), next_obs=(*rows, obs_dim))
         super().__init__(args.buffer_iterations, shapes, args.device)
 
     def draw(self, segments: int) -> dict[str, torch.Tensor]:
@@ -426,8 +425,8 @@ def main(args: Args) -> dict | None:
     if args.evaluate:
         return evaluate_stored(args)
 
-    run = Run(args, f"{args.env_id}__{args.exp_name}__{args.seed}")
     envs = make_envs(args, args.num_envs)
+    run = Run(args, f"{args.env_id}__{args.exp_name}__{args.seed}")
     policy = get_base(args, run, envs)
     base, reference = (copy.deepcopy(policy).requires_grad_(False) for _ in range(2))
     critic = Critic(policy.obs_dim, policy.action_size, args.critic_layer_norm).to(args.device)

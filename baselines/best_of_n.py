@@ -102,8 +102,8 @@ def main(args: Args) -> dict | None:
     if args.evaluate:
         return family.evaluate_stored(args, BestOfN, evaluate)
 
-    run = Run(args, f"{args.env_id}__{args.exp_name}__{args.seed}")
     envs = family.make_envs(args, args.num_envs)
+    run = Run(args, f"{args.env_id}__{args.exp_name}__{args.seed}")
     policy = make_policy(family.get_base(args, run, envs), args)
     critic = policy.critic
     target = copy.deepcopy(critic).requires_grad_(False)

@@ -180,8 +180,8 @@ def main(args: Args) -> dict | None:
     if args.evaluate:
         return family.evaluate_stored(args, SteeredPolicy)
 
-    run = Run(args, f"{args.env_id}__{args.exp_name}__{args.seed}")
     envs = family.make_envs(args, args.num_envs)
+    run = Run(args, f"{args.env_id}__{args.exp_name}__{args.seed}")
     policy = make_policy(family.get_base(args, run, envs), args)
     make_critic = lambda: family.Critic(policy.obs_dim, policy.action_size, args.critic_layer_norm)
     critic, noise_critic = make_critic().to(args.device), make_critic().to(args.device)

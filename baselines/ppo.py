@@ -202,8 +202,8 @@ def main(args: PPOArgs, method: Method) -> dict | None:
     if args.evaluate:
         return family.evaluate_stored(args, method.policy_class, evaluate)
 
-    run = Run(args, f"{args.env_id}__{args.exp_name}__{args.seed}")
     envs = family.make_envs(args, args.num_envs)
+    run = Run(args, f"{args.env_id}__{args.exp_name}__{args.seed}")
     base = method.get_base(args, run, envs)
     value = Value(base.obs_dim).to(args.device)
     policy = method.make_policy(base, args).to(args.device)

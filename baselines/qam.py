@@ -156,8 +156,8 @@ def main(args: Args) -> dict | None:
     if args.evaluate:
         return family.evaluate_stored(args)
 
-    run = Run(args, f"{args.env_id}__{args.exp_name}__{args.seed}")
     envs = family.make_envs(args, args.num_envs)
+    run = Run(args, f"{args.env_id}__{args.exp_name}__{args.seed}")
     policy = family.get_base(args, run, envs)
     base = copy.deepcopy(policy).requires_grad_(False)
     critic = family.Critic(policy.obs_dim, policy.action_size, args.critic_layer_norm).to(args.device)

@@ -289,7 +289,7 @@ class Track(gym.Env):
         return self.obs, reward, False, self.steps == 8, {}
 
 
-gym.register("Track-v0", lambda: Track())
+gym.register("Track-v0", lambda: Track(), max_episode_steps=8)
 SMALL = dict(
     env_id="Track-v0", device="cpu", bf16=False, seed=1, num_envs=20, eval_every=100, eval_episodes=10,
     final_eval_episodes=20, zero_fraction=0.0, rollout_chunks=16,
