@@ -10,6 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import numpy as np
 import pytest
 import torch
+from fakes import small_policy
 from hypothesis import settings
 from safetensors.torch import load_file
 
@@ -69,8 +70,8 @@ def tiny_base(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory):
-    """Files of small random policies of chunk 4, one for each task of fakes.py."""
-    from fakes import TASKS, small_policy  # which imports this file
+    """Files of small random policies of chunk 4, one for each task of short_runs.py."""
+    from short_runs import TASKS  # which imports this file
 
     folder, paths = tmp_path_factory.mktemp("bases"), {}
     for task, (script, obs_dim, action_dim, _) in TASKS.items():

@@ -1,6 +1,5 @@
-"""What the tests of all three scripts share: their differences, scripted episodes, and short runs."""
+"""How the functions of the three scripts differ, and scripted episodes in place of simulators."""
 
-import io
 import math
 from collections import Counter
 
@@ -8,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE, parse
 
 import rldt_furniture
 import rldt_gym
@@ -72,15 +70,14 @@ class FakeEnvs(Episodes):
     """Scripted episodes in place of a simulator; see envs/interface.py.
 
     An episode lasts length(seed) chunks; scores(seed, t, chunk) points are scored in chunk t, at most
-    `stages` in all. In chunk diverges(seed) the simulation diverges. A step that ends an episode takes
-    one environment step, any other as many as the chunk has.
+    `stages` in all. A step that ends an episode takes one environment step, any other as many as the
+    chunk has.
     """
 
-    def __init__(self, num_envs, length, scores, stages=1, stop=True, obs_dim=4, action_dim=2,
-                 diverges=lambda seed: None):  # fmt: skip
+    def __init__(self, num_envs, length, scores, stages=1, stop=True, obs_dim=4, action_dim=2):
         super().__init__(num_envs)
         self.length, self.scores, self.stages, self.stop = length, scores, stages, stop
-        self.obs_dim, self.action_dim, self.diverges, self.closed = obs_dim, action_dim, diverges, False
+        self.obs_dim, self.action_dim, self.closed = obs_dim, action_dim, False
         self.seed, self.t = np.zeros((2, num_envs), int)
         self.begun, self.executed = [], []  # seeds since each reset, and chunks
         self.steps, self.valid = Counter(), Counter()  # by seed: env steps, and chunks until all is done
@@ -111,14 +108,11 @@ class FakeEnvs(Episodes):
         for i in np.flatnonzero(self.running(chunks, active)):
             seed, t = self.seed[i], self.t[i]
             self.valid[seed] += self.score[i] < self.stages
-            if self.diverges(seed) == t:  # what is seen is the last finite state
-                truncated[i] = True
-            else:
-                reward[i] = min(self.scores(seed, t, chunks[i]), self.stages - self.score[i])
-                self.score[i] += int(reward[i])
-                terminated[i] = self.stop and self.score[i] == self.stages
-                truncated[i] = t + 1 == self.length(seed) and not terminated[i]
-                self.t[i] += 1
+            reward[i] = min(self.scores(seed, t, chunks[i]), self.stages - self.score[i])
+            self.score[i] += int(reward[i])
+            terminated[i] = self.stop and self.score[i] == self.stages
+            truncated[i] = t + 1 == self.length(seed) and not terminated[i]
+            self.t[i] += 1
             length[i] = 1 if terminated[i] or truncated[i] else chunks.shape[1]
             self.steps[seed] += length[i]
         step = Step(self.obs, reward, terminated, truncated, length, self.score.copy())
@@ -155,11 +149,10 @@ def fake_envs(script, *args, **kwargs):
     return form(*args, **dict(stages=MOST[script]) | kwargs)
 
 
-def scripted(script, num_envs, lengths, scored, diverges=None, **kwargs):
+def scripted(script, num_envs, lengths, scored, **kwargs):
     """Episodes of seeds 100, 101, ... of `lengths` chunks; each chunk in `scored` scores a point."""
     scores = lambda seed, t, chunk: scored[seed - 100].count(t)
-    length, diverges = lambda seed: lengths[seed - 100], (diverges or {}).get
-    return fake_envs(script, num_envs, length, scores, diverges=diverges, **kwargs)
+    return fake_envs(script, num_envs, lambda seed: lengths[seed - 100], scores, **kwargs)
 
 
 def roll_out(script, envs, rows, **changes):
@@ -179,29 +172,7 @@ def roll_out(script, envs, rows, **changes):
     return policy, replay.newest(), result
 
 
-# ------------------------------------------------------------------------------------ short runs
-TASKS = {  # script, sizes of observations and actions, and flags
-    "hopper": (rldt_gym, 11, 3, dict(env_id="Hopper-v4", rollout_chunks=13)),
-    "state": (rldt_robomimic, 19, 7, dict(task="lift", horizon=40, rollout_chunks=13)),
-    "image": (rldt_robomimic, 9, 7, dict(task="lift", obs="image", horizon=40, rollout_chunks=13)),
-    "one_leg": (rldt_furniture, 58, 10, dict(furniture="one_leg", backend="mujoco", horizon=52)),
-    "lamp": (rldt_furniture, 44, 10, dict(furniture="lamp", backend="mujoco", horizon=52)),
-}
-SHORT = dict(  # four iterations, the first and the last of which evaluate
-    threads=1, seed=3, device=DEVICE, iterations=4, num_envs=2, buffer_iterations=2, eval_every=10,
-    eval_episodes=2, final_eval_episodes=3, rounds=2, critic_steps=2, critic_batch=8, segments=6,
-    warmup_iterations=1, actor_steps=1, actor_batch=4, n_particles=2, actor_lr=1e-3,
-    exploration_steps=2, reference_every=1,
-)  # fmt: skip
-
-
-def flags(task, base, runs, /, **changes):
-    """Flags of a short run."""
-    script, *_, own = TASKS[task]
-    sparse = {} if script is rldt_gym else dict(q_gradient="critic", transport_scale=30.0)
-    return words(SHORT | sparse | own | dict(base=base, runs=runs) | changes)
-
-
+# ------------------------------------------------------------------------------------- helpers
 def words(values):
     """Settings as a command line."""
     flags = []
@@ -212,54 +183,6 @@ def words(values):
         elif value is not None:
             flags.append(f"--{name}={value}")
     return flags
-
-
-def main(script, argv):
-    return script.main(parse(script, argv))
-
-
-def use_fakes(patch, script, stop=True):
-    """Has main() run on fake environments, all `made`, and on short segments. Gym keeps its own.
-
-    Their episodes have 3 to 5 chunks, and the actions decide which of them score.
-    """
-    made = []
-
-    def make_envs(args, _):
-        task = args.furniture if script is rldt_furniture else args.obs
-        sizes = dict(zip(("obs_dim", "action_dim"), TASKS[task][1:3], strict=True))
-        sizes |= dict(images=True) if task == "image" else {}
-        scores = lambda seed, t, chunk: int(math.sin(100 * chunk.sum()) > 0.5)
-        stages = 2 if task == "lamp" else 1
-        length = lambda seed: 3 + seed % 3
-        made.append(fake_envs(script, args.num_envs, length, scores, stages=stages, stop=stop, **sizes))
-        return made[-1]
-
-    patch.setattr(script, "SEGMENT", 3)
-    patch.setattr(script, "ACTOR_WARMUP", 3)
-    name, value = ("WARMUP_FACTOR", 1) if script is rldt_gym else ("make_envs", make_envs)
-    patch.setattr(script, name, value)
-    return made
-
-
-def only_run(runs):
-    (run,) = runs.iterdir()
-    return run
-
-
-def content(path):
-    """What is stored behind a checkpoint's SHA-256."""
-    return torch.load(io.BytesIO(path.read_bytes()[32:]), weights_only=True)
-
-
-def checkpoint(run, rank=0):
-    (path,) = run.glob(f"checkpoint{rank}.*.pt")
-    return content(path)
-
-
-def kept_rollout(run, slot, rank=0):
-    """The rollout in a slot of a run's replay."""
-    return content(run / f"checkpoint{rank}.replay{slot}")["newest"]
 
 
 def same(module, state):

@@ -3,12 +3,12 @@
 import dataclasses
 import json
 import math
-import signal
 
 import numpy as np
 import pytest
 from conftest import metrics
-from fakes import arguments, checkpoint, flags, kept_rollout, main, only_run, same
+from fakes import arguments, same
+from short_runs import checkpoint, flags, kept_rollout, main, only_run
 from test_furniture_base import SETTINGS, write_demos
 
 import rldt_furniture
@@ -32,22 +32,12 @@ def test_summary_has_the_success_rate_with_wilsons_interval_and_the_pairs(k, n):
 
 
 # ------------------------------------------------------------------------- a whole run on MuJoCo
-@pytest.fixture(scope="module")
-def one_leg(tmp_path_factory):
-    """A complete run on One-Leg whose base is pretrained on random demonstrations; read it only."""
-    path = write_demos(tmp_path_factory.mktemp("demos") / "demos.hdf5")
-    with pytest.MonkeyPatch.context() as patch:
-        settings = SETTINGS | dict(layer_norm=True, cond_mlp=[7])
-        patch.setitem(rldt_furniture.PRETRAINING, "laptop", settings)
-        changes = dict(dataset=path, iterations=3, horizon=10, final_eval_episodes=2)
-        runs, handler = tmp_path_factory.mktemp("one_leg"), signal.getsignal(signal.SIGINT)
-        result = main(rldt_furniture, flags("one_leg", None, runs, **changes))
-    signal.signal(signal.SIGINT, handler)
-    return only_run(runs), result
-
-
-def test_run_on_mujoco_keeps_its_policy_and_results(one_leg):
-    run, returned = one_leg
+def test_run_on_mujoco_pretrains_and_keeps_its_policy_results_and_episodes(monkeypatch, tmp_path):
+    settings = SETTINGS | dict(layer_norm=True, cond_mlp=[7])
+    monkeypatch.setitem(rldt_furniture.PRETRAINING, "laptop", settings)
+    changes = dict(dataset=write_demos(tmp_path / "demos.hdf5"), iterations=3, horizon=10)
+    returned = main(rldt_furniture, flags("one_leg", None, tmp_path / "runs", **changes))
+    run = only_run(tmp_path / "runs")
     assert run.name.startswith("one_leg-low__rldt__3__")
     assert not [*run.glob("*.partial"), *run.glob("pretraining*")]
     args = json.loads((run / "args.json").read_text())
@@ -55,13 +45,8 @@ def test_run_on_mujoco_keeps_its_policy_and_results(one_leg):
     assert same(FlowPolicy.load(run / "policy.safetensors"), checkpoint(run)["policy"])
     result = json.loads((run / "result.json").read_text())
     assert result == json.loads(json.dumps(returned))
-    rows = metrics(run)
+    rows, slot = metrics(run), kept_rollout(run, 1)  # of the second iteration
     assert 0 < int(rows[1]["env_steps"]) <= 2 * 12  # three chunks of four steps in two environments
-    assert int(rows[2]["env_steps"]) == int(rows[3]["env_steps"]) == result["env_steps"]
-
-
-def test_replay_of_a_run_on_mujoco_holds_its_episodes(one_leg):
-    slot = kept_rollout(one_leg[0], 1)  # of the second iteration
     assert slot["obs"].shape == (4, 2, 59)
     assert slot["valid"].tolist() == [[1, 1]] * 3
     assert ((slot["reward"] > 0) == (slot["terminated"] > 0) & (slot["reached"] > 0)).all()

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEVICE, ROOT, assert_same, metrics, parse
-from fakes import checkpoint, kept_rollout
 from safetensors.torch import load_file
+from short_runs import checkpoint, kept_rollout
 
 import rldt_gym
 from common import runs
@@ -23,10 +23,6 @@ from envs.vector import VectorEnv
 
 NETWORK = dict(chunk=2, euler_steps=4, width=16, depth=3, time_dim=8)
 TINY_PRETRAINING = dict(epochs=1, batch=32, lr=1e-3) | NETWORK
-
-
-def resume(run):
-    return rldt_gym.main(parse(rldt_gym, ["--resume", run]))
 
 
 def recorded(monkeypatch, name, of):
@@ -60,20 +56,6 @@ def test_run_keeps_arguments_policies_and_results(finished_run, tiny_base):
     steps = np.diff([int(row["env_steps"]) for row in rows])
     trained = steps[[0, 1, 2, 4]]  # envs, chunks, at most two steps each
     assert ((trained > 4 * 12) & (trained <= 4 * 12 * 2)).all()
-
-
-def test_training_episodes_are_never_those_of_an_evaluation(tiny_args, monkeypatch):
-    seeds, reset = [], VectorEnv.reset
-
-    def noted(envs, first):
-        seeds.append({*range(first, first + envs.num_envs)})
-        reset(envs, first)
-
-    monkeypatch.setattr(VectorEnv, "reset", noted)
-    rldt_gym.main(tiny_args(eval_every=2))
-    evaluations, training = seeds[::2], seeds[1::2]  # training goes on from new seeds after each one
-    assert len(training) == 4 and len(set.union(*training)) == 4 * 4
-    assert not set.union(*training) & set.union(*evaluations)
 
 
 def test_rewards_are_scaled_by_their_running_magnitude(tiny_args, monkeypatch, only_run):
@@ -177,7 +159,7 @@ def test_two_processes_train_one_policy_and_go_on_after_ctrl_c(tiny_flags, tmp_p
     assert first["state"]["reward_scale"] == second["state"]["reward_scale"]
     assert not torch.equal(*(kept_rollout(whole, 0, rank)["obs"] for rank in (0, 1)))
     with pytest.raises(SystemExit, match="another processes"):  # a run of two processes is none of one
-        resume(whole)
+        rldt_gym.main(parse(rldt_gym, ["--resume", whole]))
 
 
 # --------------------------------------------------------------------------------- evaluation
@@ -200,18 +182,12 @@ def test_evaluation_counts_first_episodes_only(tiny_args, tiny_base):
 
 
 # ----------------------------------------------------------------------------------- rollouts
-def rollout(tiny_args, tiny_base, **changes):
-    args = tiny_args(bf16=False, **changes)
-    envs = rldt_gym.make_envs(args, args.num_envs)
-    envs.reset(5)
-    policy, replay = FlowPolicy.load(tiny_base).to(DEVICE), rldt_gym.Replay(args, 11, 6)
-    steps, returns = rldt_gym.collect(policy, envs, replay.next(), args)
-    return policy, envs, replay.newest(), steps, returns
-
-
 def test_a_rollout_explores_and_stores_what_was_executed(tiny_args, tiny_base):
-    changes = dict(rollout_chunks=60, zero_fraction=1.0)
-    policy, envs, slot, steps, returns = rollout(tiny_args, tiny_base, **changes)
+    args = tiny_args(bf16=False, rollout_chunks=60, zero_fraction=1.0)
+    envs, policy = VectorEnv("Hopper-v4", 4), FlowPolicy.load(tiny_base).to(DEVICE)
+    envs.reset(5)
+    slot = rldt_gym.Replay(args, 11, 6).next()
+    steps, returns = rldt_gym.collect(policy, envs, slot, args)
     zeros = policy.sample(slot["obs"], torch.zeros(60, 4, 6, device=DEVICE))
     assert (slot["action"] != zeros).any(-1).float().mean() > 0.3  # half of the noise has length 0
     again = VectorEnv("Hopper-v4", 4)

@@ -11,21 +11,8 @@ import torch
 import torch.nn.functional as F
 import tyro
 from conftest import metrics
-from fakes import (
-    arguments,
-    checkpoint,
-    flags,
-    kept_rollout,
-    main,
-    new_replay,
-    only_run,
-    roll_out,
-    same,
-    scripted,
-    small_critic,
-    small_policy,
-    use_fakes,
-)
+from fakes import arguments, new_replay, roll_out, same, scripted, small_critic, small_policy
+from short_runs import checkpoint, flags, kept_rollout, main, only_run, use_fakes
 
 import rldt_gym
 import rldt_robomimic

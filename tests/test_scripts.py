@@ -5,44 +5,26 @@ import itertools
 import signal
 from collections import Counter
 from types import SimpleNamespace
-from typing import get_type_hints
 
 import numpy as np
 import pytest
 import torch
 from conftest import DEVICE, assert_same, metrics, parse
-from fakes import (
-    ENDS_IN,
-    MOST,
-    TASKS,
-    arguments,
-    checkpoint,
-    content,
-    each_script,
-    each_sparse,
-    fake_envs,
-    flags,
-    kept_rollout,
-    main,
-    only_run,
-    roll_out,
-    same,
-    scripted,
-    use_fakes,
-)
+from fakes import ENDS_IN, MOST, arguments, each_script, each_sparse, fake_envs, roll_out, same, scripted
 from safetensors.torch import load_file
+from short_runs import TASKS, checkpoint, content, flags, kept_rollout, main, only_run, use_fakes
 
 import rldt_furniture
 import rldt_gym
 import rldt_robomimic
 from common.flow import FlowPolicy
-from common.settings import bounds_of
+from envs.vector import VectorEnv
 
 # ------------------------------------------------------------------------------------ rollouts
 # Three environments. Episode 100 scores all in its first two chunks, 101 does not end, 102 meets its
-# time limit. Then come 103 (time limit), 104 (in its third chunk it succeeds, or its simulation
-# diverges), 105 and 106, which the rollout's end cuts. The last row is where it ends.
-LENGTHS = [5, 20, 3, 3, 9, 9, 9]
+# time limit. Then come 103 (time limit), 104 (it succeeds in its third chunk, or meets its time limit),
+# 105 and 106, which the rollout's end cuts. The last row is where it ends.
+LENGTHS = [5, 20, 3, 3, 3, 9, 9]
 EPISODES = [
     [(100, 0), (100, 1), (103, 0), (103, 1), (103, 2), (105, 0), (105, 1), (105, 2), (105, 3)],
     [(101, t) for t in range(9)],
@@ -54,16 +36,16 @@ LONGER = [[(100, t) for t in range(4)] + [(102, t) for t in range(3)], [(101, t)
 AT_THE_LIMIT = [[(seed, t) for seed in (100, 101, 102) for t in range(2)] + [(103, 0)]]
 
 
-@pytest.mark.parametrize("script, episodes, lengths, scored, settings", [
-    (rldt_robomimic, EPISODES, LENGTHS, SOLVED, {}),
-    (rldt_furniture, EPISODES, LENGTHS, PAIRS, dict(diverges={104: 2})),
-    (rldt_robomimic, LONGER, [4, 20, 9], [(0, 1), (5,), (0, 0)], dict(stop=False)),
-    (rldt_furniture, LONGER, [4, 20, 9], [(0, 1), (5,), (0, 0)], dict(stop=False)),
-    (rldt_robomimic, AT_THE_LIMIT, [2] * 4, [(1,)] * 4, dict(stop=False)),
-    (rldt_furniture, AT_THE_LIMIT, [2] * 4, [(0, 1)] * 4, {}),
+@pytest.mark.parametrize("script, episodes, lengths, scored, stop", [
+    (rldt_robomimic, EPISODES, LENGTHS, SOLVED, True),
+    (rldt_furniture, EPISODES, LENGTHS, PAIRS, True),
+    (rldt_robomimic, LONGER, [4, 20, 9], [(0, 1), (5,), (0, 0)], False),
+    (rldt_furniture, LONGER, [4, 20, 9], [(0, 1), (5,), (0, 0)], False),
+    (rldt_robomimic, AT_THE_LIMIT, [2] * 4, [(1,)] * 4, False),
+    (rldt_furniture, AT_THE_LIMIT, [2] * 4, [(0, 1)] * 4, True),
 ])  # fmt: skip
-def test_rollout_of_scripted_episodes(script, episodes, lengths, scored, settings):
-    envs, most = scripted(script, len(episodes), lengths, scored, **settings), MOST[script]
+def test_rollout_of_scripted_episodes(script, episodes, lengths, scored, stop):
+    envs, most = scripted(script, len(episodes), lengths, scored, stop=stop), MOST[script]
     policy, rollout, result = roll_out(script, envs, len(episodes[0]) - 1)
     seen = rollout["state" if script is rldt_robomimic else "obs"]
     successes = []
@@ -159,17 +141,21 @@ def test_evaluation_draws_its_own_noise_anew_for_every_chunk(script):
 # ------------------------------------------------------------------------------- whole short runs
 @pytest.fixture(scope="module", params=["hopper", "state", "lamp"])
 def short_run(request, bases, tmp_path_factory):
-    """A complete run of a task, its environments where they are fakes, and the actor's step sizes."""
+    """A complete run of a task, its fake environments, seeds of its episodes, and actor step sizes."""
     task, rates, runs = request.param, [], tmp_path_factory.mktemp("short")
     script, handler = TASKS[task][0], signal.getsignal(signal.SIGINT)
     with pytest.MonkeyPatch.context() as patch:
-        fakes, update = use_fakes(patch, script), script.update_actor
+        fakes, begun = use_fakes(patch, script), []
+        update, reset = script.update_actor, VectorEnv.reset
         recorded = lambda *args: rates.append(args[3].param_groups[0]["lr"]) or update(*args)
         patch.setattr(script, "update_actor", recorded)
+        noted = lambda envs, seed: begun.append(range(seed, seed + envs.num_envs)) or reset(envs, seed)
+        patch.setattr(VectorEnv, "reset", noted)
         result = main(script, flags(task, bases[task], runs, actor_lr_end=0.5))
     signal.signal(signal.SIGINT, handler)
+    begun = fakes[0].begun if fakes else [begun[i] for i in (0, 1, 3, 2)]  # the last is an evaluation
     known = dict(task=task, script=script, path=only_run(runs), result=result)
-    return SimpleNamespace(**known, rates=rates, fakes=fakes[:1])
+    return SimpleNamespace(**known, rates=rates, fakes=fakes[:1], begun=begun[:5])
 
 
 def test_training_follows_its_schedules(short_run):
@@ -192,14 +178,13 @@ def test_training_follows_its_schedules(short_run):
                 assert short_run.result[column.replace("eval", name)] == float(row[column])
 
 
-@pytest.mark.parametrize("short_run", ["state", "lamp"], indirect=True)
 def test_training_runs_each_episode_once_and_none_of_an_evaluation(short_run):
-    (envs,) = short_run.fakes
-    base, *training, final = envs.begun[:5]
+    base, *training, final = short_run.begun
     assert sorted(base) == sorted(final)
     seeds = Counter(itertools.chain(*training))
     assert set(seeds.values()) == {1} and not seeds.keys() & {*base}
-    assert short_run.result["env_steps"] == sum(envs.steps[seed] for seed in seeds)
+    for envs in short_run.fakes:
+        assert short_run.result["env_steps"] == sum(envs.steps[seed] for seed in seeds)
 
 
 @pytest.mark.parametrize("short_run", ["state", "lamp"], indirect=True)
@@ -386,12 +371,6 @@ def test_the_task_decides_what_is_not_given(monkeypatch, script, names, flags, e
 def test_gradient_of_the_particles_needs_two_of_them(script):
     with pytest.raises(SystemExit, match="--q-gradient particles needs --n-particles"):
         main(script, ["--q-gradient=particles", "--n-particles=1"])
-
-
-@each_script
-def test_every_number_has_bounds(script):
-    for name, hint in get_type_hints(script.Args, include_extras=True).items():
-        assert bounds_of(hint) or type(getattr(script.Args, name)) not in (int, float), name
 
 
 @pytest.mark.parametrize("script, most", [(rldt_gym, 46), (rldt_robomimic, 52), (rldt_furniture, 50)])
