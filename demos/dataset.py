@@ -124,8 +124,7 @@ def load(source: str | Path) -> Demonstrations:
         packed, is_hdf5 = zipfile.is_zipfile(path), h5py.is_hdf5(path)
     if packed or is_hdf5:
         return load_d4rl(path) if is_hdf5 else load_dppo(path)
-    hint = "give a D4RL .hdf5, a DPPO .npz or a Minari dataset"
-    raise DatasetError(f"{path}: unknown format, damaged or truncated; {hint}")
+    raise DatasetError(f"{path}: unknown format or damaged; give D4RL .hdf5, DPPO .npz or Minari's")
 
 
 @dataclass

@@ -130,8 +130,7 @@ def make(args: Args) -> Path:
             data.attrs[key] = getattr(args, key)
         data.attrs.update(clone=str(args.clone or ""), clone_share=args.clone_share if clone else 0.0)
         data.attrs.update(backend="MuJoCo", attempts=attempts, total=sum(lengths))
-    low, high = wilson(len(lengths), attempts)
-    print(f"95 % interval {low:.0%} to {high:.0%}")
+    print("95 % interval {:.0%} to {:.0%}".format(*wilson(len(lengths), attempts)))
     return out
 
 

@@ -1,11 +1,10 @@
-"""Makes robomimic demonstrations with scripted experts, and renders their images.
+"""Makes robomimic demonstrations (Mandlekar et al. 2021) with scripted experts, and renders images.
 
     python -m demos.make_robomimic_demos --task square             # writes demos/square/low_dim.hdf5
     python -m demos.make_robomimic_demos --images-from demos/square/low_dim.hdf5      # and image.hdf5
 
 The experts read positions from the simulator and act through the same actions as a policy: per arm the
 gripper's displacement in units of 5 cm, its rotation in units of 0.5 rad, and -1 to open, 1 to close it.
-Files follow robomimic (Mandlekar et al. 2021).
 """
 
 import functools

@@ -102,13 +102,16 @@ def main(args: Args):
         raise SystemExit(f"No default target return for {args.env_id}; pass --target-return.")
     VectorEnv(args.env_id, 1).close()  # says what is wrong with it
     out = args.out or Path(__file__).parent / args.env_id / "demonstrator.safetensors"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"--out {out}: cannot be written ({error.strerror})") from error
     if out.is_dir():
         raise SystemExit(f"--out {out}: is a folder, not a file to write")
     model, sampled, mean = train(args, target)
     info = dict(env_id=args.env_id, algorithm="PPO", seed=args.seed, env_steps=model.num_timesteps)
     info["sampled_return"] = np.round(sampled, 1).tolist()
     info["mean_action_return"] = np.round(mean, 1).tolist()
-    out.parent.mkdir(parents=True, exist_ok=True)
     save_file(export(model), out, metadata={"demonstrator": json.dumps(info)})
     print(json.dumps(info), "->", out)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,21 +38,21 @@ def test_demonstrator_acts_as_the_policy_that_ppo_trained(args, tmp_path):
 
 
 def test_recording_reads_what_training_writes(args, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="short of 100000; nothing was written"):
+        main(dataclasses.replace(args, target_return=1e5))
+    assert not args.out.exists()
     main(args)
     assert '"env_steps": 256' in capsys.readouterr().out
     monkeypatch.setattr(dataset, "DEMOS", tmp_path)
     assert len(dataset.load(dataset.make(dataset.Args(steps=20, num_envs=2))).actions) == 20
 
 
-def test_training_that_falls_short_writes_nothing(args):
-    with pytest.raises(SystemExit, match="short of 100000; nothing was written"):
-        main(dataclasses.replace(args, target_return=1e5))
-    assert not args.out.exists()
-
-
-def test_training_without_a_target_or_ppo_says_what_is_missing(monkeypatch):
-    with pytest.raises(SystemExit, match="pass --target-return"):
-        main(Args(env_id="Ant-v4"))
+@pytest.mark.parametrize("changes, words", [
+    (dict(env_id="Ant-v4"), "pass --target-return"), (dict(target_return=np.nan), "--target-return nan"),
+    (dict(num_envs=0), "--num-envs 0: must lie in"), (dict(out=Path("/proc/x/y")), "cannot be written"),
+    (dict(out=Path("/tmp")), "is a folder"), (dict(), r"pip install -r baselines/requirements.txt"),
+])  # fmt: skip
+def test_what_keeps_it_from_training_is_said_first(monkeypatch, changes, words):
     monkeypatch.setitem(sys.modules, "stable_baselines3", None)
-    with pytest.raises(SystemExit, match=r"pip install -r baselines/requirements.txt"):
-        main(Args())
+    with pytest.raises(SystemExit, match=words):
+        main(Args(**changes))
