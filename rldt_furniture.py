@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.checkpoints import Ring
+from common.checkpoints import Ring, require_memory
 from common.flow import FlowPolicy, expected_target, fit, flow_matching_loss, interpolate
 from common.runs import Run, autocast, average_gradients, derive_seed, set_up
 from common.settings import Count, Seed, Share, Size, Threads, Weight, launch
@@ -128,6 +128,7 @@ TRANSPORT_SCALE = {"one_leg": 30.0, "lamp": 8.0}  # Lamp's particles are spread 
 CRITIC_WIDTH = {"laptop": 256, "paper": 512}
 SEGMENT = 16  # chunks of a replay segment (authors: the whole rollout)
 FRESH = 0.33  # least share of the segments that comes from the newest rollout (authors)
+PARTICLE = 24 * 2**10  # bytes that an actor step takes for each of its particles
 ACTOR_WARMUP = 32  # actor steps over which its step size rises linearly (paper)
 
 
@@ -248,6 +249,7 @@ class Replay(Ring):
 
 # -------------------------------------------------------------------- exploration and rollout
 def make_envs(args: TaskArgs, num_envs: int):
+    require_memory(num_envs * 8 * 2**20, "cpu", f"--num-envs {num_envs}")
     if args.backend == "isaac":
         return IsaacVectorEnv(num_envs, args.furniture, args.randomness, args.horizon)
     return FurnitureVectorEnv(num_envs, args.furniture, args.randomness, args.horizon, args.threads)
@@ -483,6 +485,7 @@ def main(args: Args) -> dict | None:
     args.transport_scale = args.transport_scale or TRANSPORT_SCALE[args.furniture]
     if args.evaluate:
         return evaluate_stored(args)
+    require_memory(PARTICLE * args.actor_batch * args.n_particles, args.device, "An actor step")
 
     task = f"{args.furniture}-{args.randomness}"
     envs = make_envs(args, args.num_envs)

@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.checkpoints import Ring
+from common.checkpoints import Ring, require_memory
 from common.flow import FlowPolicy, expected_target, fit, flow_matching_loss, interpolate
 from common.runs import Run, autocast, average, average_gradients, derive_seed, set_up
 from common.settings import Count, Seed, Share, Size, Threads, Weight, launch
@@ -115,6 +115,7 @@ FRESH = 0.33  # least share of the segments that comes from the newest rollout (
 REWARD_RATE = 0.01  # of the average of |reward|, by which rewards are divided (authors)
 WARMUP_LAMBDA = 0.95  # lambda before the actor starts, so that values reach their scale first
 WARMUP_FACTOR = 3  # on the critic's steps before the actor starts
+PARTICLE = 24 * 2**10  # bytes that an actor step takes for each of its particles
 ACTOR_WARMUP = 32  # actor steps over which its step size rises linearly (paper)
 
 
@@ -214,6 +215,7 @@ class Replay(Ring):
 
 # -------------------------------------------------------------------- exploration and rollout
 def make_envs(args: TaskArgs, num_envs: int) -> VectorEnv:
+    require_memory(num_envs * 2 * 2**20, "cpu", f"--num-envs {num_envs}")
     return VectorEnv(args.env_id, num_envs, args.threads)
 
 
@@ -424,6 +426,7 @@ def main(args: Args) -> dict | None:
         args.iterations = 25 if args.env_id == "Hopper-v4" else 85
     if args.evaluate:
         return evaluate_stored(args)
+    require_memory(PARTICLE * args.actor_batch * args.n_particles, args.device, "An actor step")
 
     envs = make_envs(args, args.num_envs)
     run = Run(args, f"{args.env_id}__{args.exp_name}__{args.seed}")

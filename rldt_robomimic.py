@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.checkpoints import Ring
+from common.checkpoints import Ring, require_memory
 from common.flow import FlowPolicy, expected_target, fit, flow_matching_loss, interpolate
 from common.runs import Run, autocast, average_gradients, derive_seed, set_up
 from common.settings import Choice, Count, Seed, Share, Size, Threads, Weight, launch
@@ -132,6 +132,7 @@ SHIFT = 4  # pixels by which images, where there are some, are shifted in traini
 SEGMENT = 16  # chunks of a replay segment (authors: the whole rollout, 200)
 FRESH = 0.33  # least share of the segments that comes from the newest rollout (authors)
 ENCODER_LR = 4e-5  # Adam step size of the critic's own encoder (paper)
+PARTICLE = 24 * 2**10  # bytes that an actor step takes for each of its particles
 ACTOR_WARMUP = 32  # actor steps over which its step size rises linearly (paper)
 
 
@@ -377,6 +378,7 @@ class Replay(Ring):
 # -------------------------------------------------------------------- exploration and rollout
 def make_envs(args: TaskArgs, policy: Policy) -> RobomimicVectorEnv:
     """Simulators whose images are rendered as the policy's demonstrations were."""
+    require_memory(args.num_envs * 2**29, "cpu", f"--num-envs {args.num_envs}")
     fast = policy.info.get("fast_render", True)
     limits = dict(stop_on_success=args.stop_on_success, horizon=args.horizon)
     images = args.obs == "image"
@@ -619,6 +621,7 @@ def main(args: Args) -> dict | None:
     resolve(args)
     if args.evaluate:
         return evaluate_stored(args)
+    require_memory(PARTICLE * args.actor_batch * args.n_particles, args.device, "An actor step")
 
     task = f"{args.task}-{args.obs}"
     run = Run(args, f"{task}__{args.exp_name}__{args.seed}")

@@ -18,7 +18,7 @@ Size = Annotated[int, 0, 10**6]
 Choice = Annotated[int, -1, 10**6]  # -1: the task's own
 Seed = Annotated[int, 0, 2**32 - 1]
 Threads = Annotated[int, 1, 1024]
-Weight = Annotated[float, 0, 1e9]
+Weight = Annotated[float, 0, 1e6]
 Share = Annotated[float, 0, 1]
 
 
@@ -101,7 +101,7 @@ def describe(cls, doc: str) -> str:
                 flag = setting[1].replace("_", "-")
                 hint, allowed = hints[setting[1]], ""
                 if bounds := bounds_of(hint):
-                    allowed = "[{:g}, {:.10g}] ".format(*bounds)
+                    allowed = f"[{bounds[0]:g}, {bounds[1]:.10g}] ".replace("000000]", "e6]")
                 if get_origin(hint) is Literal:
                     allowed = f"{{{', '.join(get_args(hint))}}} "
                 lines[flag] = f"  --{flag:<20} {setting[2]:<12} {allowed}{setting[3]}"

@@ -142,7 +142,7 @@ def test_a_preset_sets_the_defaults_and_flags_win():
 
 @pytest.mark.parametrize("name, fits, fails, bounds", [
     ("threads", 1, 0, "1 and"), ("seed", 0, -1, "0 and"), ("rate", 0.0, -0.1, "0 and"),
-    ("rate", 1e9, "inf", "0 and"), ("rate", 1.0, "nan", "0 and"), ("decay", 0.0, -0.1, "0 and 1"),
+    ("rate", 1e6, "inf", "0 and"), ("rate", 1.0, "nan", "0 and"), ("decay", 0.0, -0.1, "0 and 1"),
     ("decay", 1.0, 1.001, "0 and 1"),
 ])  # fmt: skip
 def test_values_out_of_bounds_stop_with_the_flag(name, fits, fails, bounds):
@@ -187,7 +187,7 @@ def test_help_prints_each_setting_below_its_section(capsys, flag):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "A toy."
     words = [line.split() for line in lines]
-    assert ["--wall-budget-s", "0.0", "[0,", "1000000000]", "seconds"] in words
+    assert ["--wall-budget-s", "0.0", "[0,", "1e6]", "seconds"] in words
     flags = [line[0] for line in words if line and line[0].startswith("--")]
     assert flags == [f"--{name.replace('_', '-')}" for name in vars(Args())]
     seed = words.index(["--seed", "1", "[0,", "4294967295]", "of", "the", "noise"])

@@ -59,7 +59,7 @@ LEAST = {
     "sizes": ["--segments=1", "--critic-batch=1", "--actor-batch=1", "--n-particles=1", "--rounds=1"],
     "counts": ["--critic-steps=1", "--actor-steps=0", "--buffer-iterations=1", "--warmup-iterations=0"],
     "rollouts": ["--num-envs=1", "--rollout-chunks=1", "--exploration-steps=0", "--eval-every=1"],
-    "most": ["--gamma=1", "--td-lambda=1", "--target-momentum=1", "--zero-fraction=1", "--alpha=1e9"],
+    "most": ["--gamma=1", "--td-lambda=1", "--target-momentum=1", "--zero-fraction=1", "--alpha=1e6"],
     "losses": ["--consistency-weight=0", "--constraint-weight=0", "--seed=4294967295"],
 }
 
