@@ -1,5 +1,6 @@
 import copy
 import csv
+import dataclasses
 import os
 import signal
 from pathlib import Path
@@ -15,7 +16,6 @@ from hypothesis import settings
 from safetensors.torch import load_file
 
 import rldt_gym
-from common.flow import FlowPolicy
 from common.settings import parse_args
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,7 +62,7 @@ def tiny_base(tmp_path_factory):
     """A small random Hopper policy, chunk 2 and K = 4, in a file."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        policy = FlowPolicy(11, 3, chunk=2, euler_steps=4, width=16, depth=3, time_dim=8)
+        policy = small_policy(rldt_gym, 11, 3)
     path = tmp_path_factory.mktemp("base") / "base.safetensors"
     policy.save(path, env_id="Hopper-v4")
     return path
@@ -99,14 +99,8 @@ def tiny_flags(tiny_base):
 def tiny_args(tiny_flags, tmp_path):
     """Makes the arguments of a tiny run below tmp_path; keywords change fields."""
 
-    def make(**changes):
-        args = parse(rldt_gym, [*tiny_flags, f"--runs={tmp_path / 'runs'}"])
-        for key, value in changes.items():
-            assert hasattr(args, key)
-            setattr(args, key, value)
-        return args
-
-    return make
+    args = parse(rldt_gym, [*tiny_flags, f"--runs={tmp_path / 'runs'}"])
+    return lambda **changes: dataclasses.replace(args, **changes)
 
 
 @pytest.fixture
@@ -162,11 +156,7 @@ def scripted_evaluations(monkeypatch):
             assert not getattr(rest[0], "closed", False)  # the environments of manipulation
             episodes_of.append(set(range(seed, seed + 2 * episodes)))  # environment i has seed + i
             policies.append(copy.deepcopy(policy))
-            value = next(scores)
-            return {
-                column: value, f"{column}_std": 0.5,
-                f"{column}_sampled": value - 1, f"{column}_sampled_std": 0.25,
-            }  # fmt: skip
+            return {column: next(scores)}
 
         monkeypatch.setattr(module, "evaluate", evaluate)
         if module is rldt_gym:

@@ -89,8 +89,10 @@ class FakeEnvs(Episodes):
 
     @property
     def obs(self):
-        pairs = zip(self.seed, self.t, strict=True)
-        return np.stack([self.observation(seed, t) for seed, t in pairs])
+        each = [self.observation(seed, t) for seed, t in zip(self.seed, self.t, strict=True)]
+        if isinstance(each[0], dict):
+            return {name: np.stack([obs[name] for obs in each]) for name in each[0]}
+        return np.stack(each)
 
     def reset(self, seeds):
         self.begun.append([])
@@ -136,11 +138,6 @@ class NamedEnvs(FakeEnvs):
             rng = np.random.default_rng([seed, t])
             obs["rgb"] = rng.integers(256, size=(3, 96, 96), dtype=np.uint8)
         return obs
-
-    @property
-    def obs(self):
-        each = [self.observation(seed, t) for seed, t in zip(self.seed, self.t, strict=True)]
-        return {name: np.stack([obs[name] for obs in each]) for name in each[0]}
 
 
 def fake_envs(script, *args, **kwargs):

@@ -171,17 +171,15 @@ def test_images_are_shifted_once_per_update(unshifted, own):
 def test_own_encoder_is_trained_by_the_critic_and_the_shared_one_by_the_actor(own):
     policy = seeing_policy()
     critic = seeing_critic(policy, own)
-    networks, names = (critic, policy), [name for name, _ in policy.named_parameters()]
-    before = [copied(network) for network in networks]
+    names, of_critic = ({name for name, _ in net.named_parameters()} for net in (policy, critic))
+    before, of_policy = copied(critic), copied(policy)
     update("update_critic", own, policy, critic)
-    assert changed(critic, before[0]) == {name for name, _ in critic.named_parameters()}
-    assert changed(policy, before[1]) == set()
+    assert (changed(critic, before), changed(policy, of_policy)) == (of_critic, set())
     assert all(parameter.grad is None for parameter in policy.parameters())
-    before = [copied(network) for network in networks]
+    before = copied(critic)
     update("update_actor", own, policy, critic)
-    assert changed(critic, before[0]) == set()
-    moved = names if not own else [name for name in names if "velocity" in name]
-    assert {*moved} <= changed(policy, before[1])
+    assert changed(critic, before) == set()
+    assert {name for name in names if "velocity" in name or not own} <= changed(policy, of_policy)
 
 
 # ------------------------------------------------------------------------------ replay and rollouts
@@ -228,8 +226,9 @@ def get_base(path, runs, **changes):
     ("image", "lift", "state"), ("image", "transport", "image"),
 ])  # fmt: skip
 def test_base_policy_that_does_not_fit_stops_in_one_line(bases, tmp_path, kind, task, obs):
-    message = rf"{kind}\.safetensors: not a policy for {task} with --obs {obs}"
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(
+        SystemExit, match=rf"{kind}\.safetensors: not a policy for {task} with --obs {obs}"
+    ):
         get_base(bases[kind], tmp_path, task=task, obs=obs)
 
 
