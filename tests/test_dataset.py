@@ -245,7 +245,9 @@ def test_flipped_bits_are_refused_in_one_line_or_do_no_harm(tmp_path, kind):
             faulthandler.cancel_dump_traceback_later()
     print(f"{kind}: {refused} of {FLIPS} refused")  # seen with pytest -s
     assert refused > FLIPS / 10
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 500_000  # kB
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory  # kB
+    assert used < 4.5e6  # HDF5 itself takes up to 4 GiB for a text whose length is damaged
+    assert str(DatasetError("two\nlines")) == "two lines"
 
 
 # -------------------------------------------------------------------------------------- Minari
