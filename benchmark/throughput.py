@@ -2,6 +2,7 @@
 
     python -m benchmark.throughput gym robomimic furniture
     python -m benchmark.throughput gym --no-envs --device cuda --methods rldt --extra="--no-bf16"
+    python -m benchmark.throughput steps --against 980ffc2    # the parts of an iteration, of two commits
 
 Rows of benchmark/results/throughput.csv of the same case, device and threads are replaced; others stay.
 
@@ -9,15 +10,21 @@ env        environment steps per second: of Gym per backend, of robomimic and fu
            environments. Chunks are random; furniture repeats those of the scripted assembler
 training   of a run's iterations after its first, without evaluations: rates of environment and gradient
            steps (calls of an optimiser's step), and the peak memory of the whole run
+steps      of Walker2d's default iteration: milliseconds of one call of each part, its matrix products in
+           GFLOP, and the share of what a product of 4096 x 1024 x 1024 reaches; both commits take turns
 """
 
 import importlib
+import inspect
 import itertools
 import json
 import multiprocessing
 import shlex
+import subprocess
+import sys
 import tempfile
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +46,7 @@ Rows = list[tuple]  # name, variant, task, value, unit
 
 @dataclass
 class Args:
-    families: tyro.conf.Positional[tuple[str, ...]]  # of: gym, robomimic, furniture
+    families: tyro.conf.Positional[tuple[str, ...]]  # of: gym, robomimic, furniture, steps
     envs: bool = True  # time the environments
     training: bool = True  # time runs
     methods: tuple[str, ...] = tuple(METHODS)  # that are trained on Gym
@@ -50,6 +57,7 @@ class Args:
     seconds: float = 10.0  # least time per measurement of the environments
     measured: int = 4  # training iterations that are measured
     extra: str = ""  # flags for the runs, as --extra="--no-bf16"
+    against: str = "HEAD"  # commit whose steps are timed beside those of the checkout
     out: Path = RESULTS / "throughput.csv"  # CSV to write
 
 
@@ -186,9 +194,89 @@ def runs(family: str, args: Args) -> list[tuple[str, str, str, str]]:
     return found
 
 
+def step_times(threads: int, seconds: float, device: str):
+    """Prints for each part of an iteration its calls, and milliseconds and GFLOP of one, as JSON."""
+    import copy
+    import json
+    import time
+
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import rldt_gym as script
+
+    torch.set_num_threads(threads)
+    args = script.Args(env_id="Walker2d-v4", device=device)
+    policy = script.FlowPolicy.load(script.dataset.DEMOS / args.env_id / "base.safetensors").to(device)
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    critic = script.Critic(policy.obs_dim, policy.action_size, True).to(device)
+    target = copy.deepcopy(critic).requires_grad_(False)
+    adam = lambda network: torch.optim.Adam(network.parameters(), 1e-5, fused=True)
+    actor_adam, critic_adam = adam(policy.velocity), adam(critic)
+    T, L, B = script.SEGMENT, args.segments, args.critic_batch
+    batch = {name: torch.rand(T, L, device=device) for name in ("reward", "terminated", "truncated")}
+    batch["next_obs"] = torch.randn(T, L, policy.obs_dim, device=device)
+    obs, action = torch.randn(B, policy.obs_dim), torch.randn(B, policy.action_size)
+    obs, action, y = obs.to(device), action.to(device), torch.randn(B, device=device)
+    a, b = torch.randn(4096, 1024, device=device), torch.randn(1024, 1024, device=device)
+    a, b = a.bfloat16(), b.bfloat16()
+    parts = {
+        "ceiling": lambda: a @ b,
+        "critic_target": lambda: script.critic_target(policy, target, batch, 1.0, 0.5, args),
+        "update_critic": lambda: script.update_critic(
+            critic, target, critic_adam, obs, action, y, args),
+        "update_actor": lambda: script.update_actor(
+            policy, reference, critic, actor_adam, obs[: args.actor_batch], args),
+    }  # fmt: skip
+    rounds = args.rounds
+    calls = dict(ceiling=0, critic_target=rounds, update_critic=rounds * args.critic_steps)
+    calls["update_actor"] = rounds * args.actor_steps
+    found = {}
+    for name, part in parts.items():
+        part()
+        with FlopCounterMode(display=False) as counter:
+            part()
+        times = []
+        while sum(times) < seconds:
+            start = time.perf_counter()
+            part()
+            if device != "cpu":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        median = sorted(times)[len(times) // 2]
+        found[name] = calls[name], 1e3 * median, counter.get_total_flops() / 1e9
+    print(json.dumps(found))
+
+
+def compare_steps(args: Args) -> Rows:
+    """Times the parts in this checkout and in that of another commit, five times in turns."""
+    code = f"{inspect.getsource(step_times)}\nstep_times({args.threads}, 1.0, {args.device!r})"
+    with tempfile.TemporaryDirectory() as folder:
+        other = Path(folder, "other")
+        subprocess.run(["git", "worktree", "add", "-q", "--detach", other, args.against], check=True)
+        places, found = {"checkout": Path.cwd(), args.against: other}, defaultdict(list)
+        for _, (variant, place) in itertools.product(range(5), places.items()):
+            out = subprocess.check_output([sys.executable, "-c", code], cwd=place)
+            found[variant].append(json.loads(out))
+        subprocess.run(["git", "worktree", "remove", "--force", other], check=True)
+    rows = []
+    for variant, tries in found.items():
+        total = 0.0
+        for name in tries[0]:
+            calls, milliseconds, gflop = np.median([tried[name] for tried in tries], 0)
+            ceiling = np.median([gflop / ms for _, ms, gflop in (tried["ceiling"] for tried in tries)])
+            rows.append(("steps", variant, name, milliseconds, "ms"))
+            rows.append(("steps", variant, name, gflop, "GFLOP"))
+            rows.append(("steps", variant, name, gflop / milliseconds / ceiling, "of ceiling"))
+            total += calls * milliseconds / 1e3
+        rows.append(("steps", variant, "iteration", total, "s"))
+    return rows
+
+
 def main(args: Args):
     torch.set_num_threads(args.threads)
     timed = {"gym": gym_envs, "robomimic": robomimic_envs, "furniture": furniture_envs}
+    timed["steps"] = compare_steps
     device = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "cpu"
     source = provenance() | dict(threads=args.threads, device=device, preset="laptop", args=args.extra)
     for family in args.families:

@@ -37,12 +37,16 @@ def parse_args(cls, presets: dict[str, dict], doc: str, argv: list[str] | None =
     args = tyro.cli(cls, args=argv, default=default)
     if first.resume:
         args = dataclasses.replace(default, resume=run, device=args.device, threads=args.threads)
-    for name, hint in get_type_hints(cls, include_extras=True).items():
-        value, bounds = getattr(args, name), bounds_of(hint)
-        if value is not None and bounds and not bounds[0] <= value <= bounds[1]:
-            flag, (low, high) = name.replace("_", "-"), bounds
-            raise SystemExit(f"--{flag} {value}: must lie between {low} and {high:.10g}")
+    check_bounds(args)
     return args
+
+
+def check_bounds(args):
+    """Raises SystemExit where a setting lies outside the bounds of its type."""
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        value, bounds, flag = getattr(args, name), bounds_of(hint), name.replace("_", "-")
+        if value is not None and bounds and not bounds[0] <= value <= bounds[1]:
+            raise SystemExit("--{} {}: must lie between {} and {:.10g}".format(flag, value, *bounds))
 
 
 def bounds_of(hint) -> tuple | None:

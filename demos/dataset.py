@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import tyro
 
-from common.settings import Count, Seed, Weight
+from common.settings import Count, Seed, Weight, check_bounds
 from demos import hdf5
 from demos.hdf5 import DatasetError, numbers, parsing, reading
 from demos.train_demonstrator import Demonstrator
@@ -140,7 +140,7 @@ class Args:
 @torch.no_grad()
 def make(args: Args) -> Path:
     """Lets the shipped demonstrator act and writes a D4RL-style .hdf5; returns its path."""
-    hdf5.check_bounds(args)
+    check_bounds(args)
     weights = DEMOS / args.env_id / "demonstrator.safetensors"
     if not weights.exists():
         hint = "give your own data with --dataset, or train one (python -m demos.train_demonstrator)"

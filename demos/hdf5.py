@@ -7,13 +7,11 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import get_type_hints
 
 import h5py
 import numpy as np
 
 from common.checkpoints import require_memory
-from common.settings import bounds_of
 
 PACKED = 1100  # gzip makes numbers at most 1032 times smaller
 SMALL = 2**26  # bytes that any file may claim
@@ -163,11 +161,3 @@ def replacing(path: Path) -> Iterator[h5py.File]:
     finally:
         if path.parent.is_dir():
             partial.unlink(missing_ok=True)
-
-
-def check_bounds(args):
-    """Raises SystemExit where a setting lies outside the bounds of its type."""
-    for name, hint in get_type_hints(type(args), include_extras=True).items():
-        value, bounds, flag = getattr(args, name), bounds_of(hint), name.replace("_", "-")
-        if value is not None and bounds and not bounds[0] <= value <= bounds[1]:
-            raise SystemExit("--{} {}: must lie in [{:.10g}, {:.10g}]".format(flag, value, *bounds))

@@ -19,11 +19,11 @@ import tyro
 from scipy.stats import binomtest
 
 from common.flow import FlowPolicy
-from common.settings import Count, Seed, Share, Weight
+from common.settings import Count, Seed, Share, Weight, check_bounds
 from demos.furniture_lamp import Lamp
 from demos.furniture_one_leg import OneLeg
 from demos.furniture_skills import OPEN, Arm
-from demos.hdf5 import check_bounds, replacing
+from demos.hdf5 import replacing
 from demos.make_robomimic_demos import record, write_arrays
 from envs.furniture_mujoco import FURNITURE, FurnitureEnv, PhysicsError
 

@@ -23,8 +23,8 @@ import tyro
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
-from common.settings import Count, Seed, Weight
-from demos.hdf5 import check_bounds, in_order, numbers, reading, replacing
+from common.settings import Count, Seed, Weight, check_bounds
+from demos.hdf5 import in_order, numbers, reading, replacing
 from demos.robomimic import read_metadata
 from envs.rendering import choose_renderer
 from envs.robomimic import MODEL_SEED, TASKS, control_step, make_robosuite, metadata, render_fast

@@ -17,8 +17,8 @@ import torch.nn as nn
 import tyro
 from safetensors.torch import load_file, save_file
 
-from common.settings import Count, Seed, Threads
-from demos.hdf5 import check_bounds, parsing
+from common.settings import Count, Seed, Threads, check_bounds
+from demos.hdf5 import parsing
 from envs.vector import VectorEnv
 
 TARGET_RETURN = {"Hopper-v4": 1422.0, "Walker2d-v4": 2852.0, "HalfCheetah-v4": 4770.0}  # D4RL medium-v2

@@ -1,6 +1,7 @@
 """common/flow.py: velocity network, flow matching, sampler, pretraining loop and policy."""
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -245,3 +246,23 @@ def test_damaged_policy_stops_with_its_name_in_one_line(tmp_path, damage):
     with pytest.raises(SystemExit, match=r"mine\.safetensors: not a policy") as stop:
         FlowPolicy.load(path)
     assert "\n" not in str(stop.value)
+
+
+def test_no_flipped_byte_of_a_policy_goes_unnoticed(tmp_path):
+    rng, path = random.Random(0), tmp_path / "policy.safetensors"
+    FlowPolicy(3, 2, chunk=2, euler_steps=4, width=8, depth=3, time_dim=4).save(path, env_id="Hopper-v4")
+    data = path.read_bytes()
+    for _ in range(100):
+        damaged = bytearray(data)
+        damaged[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(SystemExit, match=str(path)):
+            FlowPolicy.load(path)
+
+
+def test_a_policy_of_another_task_is_refused(tmp_path):
+    path = tmp_path / "policy.safetensors"
+    FlowPolicy(3, 2, chunk=2, euler_steps=4, width=8, depth=3, time_dim=4).save(path, env_id="Hopper-v4")
+    assert FlowPolicy.load(path, env_id="Hopper-v4", script="rldt_gym").info == {"env_id": "Hopper-v4"}
+    with pytest.raises(SystemExit, match="its env_id is Hopper-v4, not Walker2d-v4"):
+        FlowPolicy.load(path, env_id="Walker2d-v4")
