@@ -182,6 +182,18 @@ def test_own_encoder_is_trained_by_the_critic_and_the_shared_one_by_the_actor(ow
     assert {name for name in names if "velocity" in name or not own} <= changed(policy, of_policy)
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_actor_reference_and_critic_encode_images_themselves(unshifted, monkeypatch, own):
+    policy, reference, obs = seeing_policy(), seeing_policy(), observations(4)
+    critic, losses, seen = seeing_critic(policy, own), rldt_robomimic.actor_losses, []
+    recorded = lambda *args: seen.extend(args[3:6]) or losses(*args)
+    monkeypatch.setattr(rldt_robomimic, "actor_losses", recorded)
+    optimizer = torch.optim.SGD(policy.parameters(), 0.0)
+    update_actor(policy, reference, critic, optimizer, obs, arguments(rldt_robomimic))
+    expected = [policy.encode(obs), reference.encode(obs), critic.encode(obs, policy)]
+    torch.testing.assert_close([cond.detach() for cond in seen], [cond.detach() for cond in expected])
+
+
 # ------------------------------------------------------------------------------ replay and rollouts
 def test_replay_keeps_images_as_bytes_beside_their_states():
     args = arguments(rldt_robomimic, buffer_iterations=2, num_envs=2, encoder="own")
