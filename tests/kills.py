@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,12 +27,15 @@ WALL_COLUMNS = ("wall_s", "rollout_s", "critic_s", "actor_s", "update_s")
 COMMON = "--iterations 9 --eval-every 4 --final-eval-episodes 2 --eval-episodes 2 --threads 1 "
 ACTOR = COMMON + "--rounds 2 --segments 8 --critic-steps 2 --warmup-iterations 1 --actor-steps 1 "
 GYM = ACTOR + "--actor-batch 8 --num-envs 4 --rollout-chunks 12 --buffer-iterations 2"
-RUNS = {
-    "gym": f"rldt_gym.py {GYM} --dataset DATA",
-    "robomimic": f"rldt_robomimic.py --task lift {ACTOR} --num-envs 2 --rollout-chunks 6 --horizon 40",
-    "furniture": f"rldt_furniture.py {ACTOR} --num-envs 2 --horizon 24 --buffer-iterations 2",
-    "qam": f"-m baselines.qam {GYM}",
-    "dppo": f"-m baselines.dppo {COMMON} --num-envs 4 --rollout-chunks 12 --batch 16 --epochs 2",
+MANIPULATION = ACTOR + "--actor-batch 8 --num-envs 2"
+TWO = "-m torch.distributed.run --nproc-per-node=2 rldt_gym.py"
+RUNS = {  # kind -> script, flags
+    "gym": ("rldt_gym.py", f"{GYM} --dataset DATA"),
+    "robomimic": ("rldt_robomimic.py", f"{MANIPULATION} --task lift --rollout-chunks 6 --horizon 40"),
+    "furniture": ("rldt_furniture.py", f"{MANIPULATION} --horizon 24 --buffer-iterations 2"),
+    "qam": ("-m baselines.qam", GYM),
+    "dppo": ("-m baselines.dppo", f"{COMMON} --num-envs 4 --rollout-chunks 12 --batch 16 --epochs 2"),
+    "torchrun": (TWO, GYM),
 }
 
 
@@ -41,12 +45,12 @@ class Failure(Exception):
 
 def command(kind: str, folder: Path, data: Path) -> list[str]:
     """The command of a run below `folder`, which goes on where one was begun."""
-    words = RUNS[kind].replace("DATA", str(data)).split()
+    script, flags = RUNS[kind]
     begun = [path.parent for path in folder.glob("*/args.json")]
     if begun:
-        script = words[: 1 + (words[0] == "-m")]
-        return [sys.executable, *script, "--resume", str(begun[0])]
-    return [sys.executable, *words, "--runs", str(folder), "--device", "cpu"]
+        return [sys.executable, *script.split(), "--resume", str(begun[0])]
+    words = f"{script} {flags} --runs {folder} --device cpu".replace("DATA", str(data))
+    return [sys.executable, *words.split()]
 
 
 def phase(folder: Path) -> str:
@@ -71,6 +75,16 @@ def wait(process: subprocess.Popen, folder: Path, seconds: float, saving: bool) 
     while saving and process.poll() is None and not list(folder.glob("*/*.partial")):
         pass
     return process.poll() is not None
+
+
+def kill(process: subprocess.Popen, one: bool):
+    """SIGKILL to a process and its children, or to one of its children only."""
+    children = psutil.Process(process.pid).children()
+    if one and children:
+        random.choice(children).kill()
+    else:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def outcome(folder: Path) -> tuple[list, dict[str, bytes]]:
@@ -109,8 +123,7 @@ def kill_and_resume(kind: str, moments: int, parent: Path, data: Path, rng: rand
                 if process.returncode:
                     raise Failure(f"{kind}: {text.strip().splitlines()[-1]}")
                 break
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            kill(process, one=kind == "torchrun")
             phases[phase(folder)] += 1
         if outcome(folder) != expected:
             raise Failure(f"{kind}: {folder} differs from {whole}")
