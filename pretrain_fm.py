@@ -51,18 +51,17 @@ class Pretraining:
         if chosen["depth"] < 3 or chosen["depth"] % 2 == 0:
             raise SystemExit("--depth must be odd and at least 3: residual blocks have two layers")
         if chosen["time_dim"] < 4 or chosen["time_dim"] % 2:
-            raise SystemExit("--time-dim must be even and at least 4")
+            raise SystemExit("--time-dim must be even and at least 4: sines and cosines")
         return chosen
 
 
 @dataclass
 class Gym(Pretraining, rldt_gym.TaskArgs):
-    def run(self):
+    def run(self, seed: int):
         settings = self.settings(rldt_gym.PRETRAINING[self.preset])
         out = self.out or dataset.DEMOS / self.env_id / "base.safetensors"
         data = dataset.get(self.env_id, self.dataset, rldt_gym.make_envs(self, 1))
         policy = rldt_gym.pretrain(self, data, out.with_suffix(".unfinished"), **settings)
-        seed = derive_seed(self.seed, "evaluation")
         scores = rldt_gym.evaluate(policy, self, self.final_eval_episodes, seed)
         return policy, scores, out
 
@@ -72,7 +71,7 @@ class Robomimic(Pretraining, rldt_robomimic.TaskArgs):
     episodes: Size = 0  # demonstrations to clone; 0: all
     split: str | None = None  # clone those of mask/<split> in the file
 
-    def run(self):
+    def run(self, seed: int):
         chunk = dict(chunk=rldt_robomimic.TASKS[self.task].chunk)
         settings = self.settings(rldt_robomimic.PRETRAINING[self.preset][self.obs] | chunk)
         out = self.out or dataset.DEMOS / self.task / f"base_{self.obs}.safetensors"
@@ -80,7 +79,6 @@ class Robomimic(Pretraining, rldt_robomimic.TaskArgs):
         data = robomimic.get(self.task, self.obs, self.dataset, fast, self.episodes, self.split)
         policy = rldt_robomimic.pretrain(self, data, out.with_suffix(".unfinished"), **settings)
         envs = rldt_robomimic.make_envs(self, policy)
-        seed = derive_seed(self.seed, "evaluation")
         scores = rldt_robomimic.evaluate(policy, envs, self, self.final_eval_episodes, seed)
         envs.close()
         return policy, scores, out
@@ -90,14 +88,13 @@ class Robomimic(Pretraining, rldt_robomimic.TaskArgs):
 class Furniture(Pretraining, rldt_furniture.TaskArgs):
     episodes: Size = 0  # demonstrations to clone; 0: all
 
-    def run(self):
+    def run(self, seed: int):
         rldt_furniture.resolve(self)
         settings = self.settings(rldt_furniture.PRETRAINING[self.preset])
         out = self.out or dataset.DEMOS / self.furniture / f"base_{self.randomness}.safetensors"
         data = furniture.get(self.furniture, self.randomness, self.dataset, self.episodes)
         policy = rldt_furniture.pretrain(self, data, out.with_suffix(".unfinished"), **settings)
         envs = rldt_furniture.make_envs(self, self.num_envs)
-        seed = derive_seed(self.seed, "evaluation")
         scores = rldt_furniture.evaluate(policy, envs, self, self.final_eval_episodes, seed)
         envs.close()
         return policy, scores, out
@@ -108,7 +105,7 @@ FAMILIES = {"gym": Gym, "robomimic": Robomimic, "furniture": Furniture}
 
 def main(args: Pretraining):
     set_up(args)
-    policy, scores, out = args.run()
+    policy, scores, out = args.run(derive_seed(args.seed, "evaluation"))
     policy.save(out, **policy.info | scores)
     out.with_suffix(".unfinished").unlink(missing_ok=True)
     print(f"{out}: {scores}")

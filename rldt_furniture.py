@@ -128,7 +128,6 @@ TRANSPORT_SCALE = {"one_leg": 30.0, "lamp": 8.0}  # Lamp's particles are spread 
 CRITIC_WIDTH = {"laptop": 256, "paper": 512}
 SEGMENT = 16  # chunks of a replay segment (authors: the whole rollout)
 FRESH = 0.33  # least share of the segments that comes from the newest rollout (authors)
-PARTICLE = 24 * 2**10  # bytes that an actor step takes for each of its particles
 ACTOR_WARMUP = 32  # actor steps over which its step size rises linearly (paper)
 
 
@@ -196,8 +195,7 @@ def get_base(args: TaskArgs, run: Run, envs) -> FlowPolicy:
     shipped = dataset.DEMOS / args.furniture / f"base_{args.randomness}.safetensors"
     if run.rank == 0 and not kept.exists():
         if args.base:
-            names = dict(furniture=args.furniture, script="rldt_furniture")
-            policy = FlowPolicy.load(args.base, **names)
+            policy = FlowPolicy.load(args.base, furniture=args.furniture, script="rldt_furniture")
         elif shipped.exists() and not (args.pretrain or args.dataset):
             policy = FlowPolicy.load(shipped)
         else:
@@ -485,7 +483,7 @@ def main(args: Args) -> dict | None:
     args.transport_scale = args.transport_scale or TRANSPORT_SCALE[args.furniture]
     if args.evaluate:
         return evaluate_stored(args)
-    require_memory(PARTICLE * args.actor_batch * args.n_particles, args.device, "An actor step")
+    require_memory(24 * 2**10 * args.actor_batch * args.n_particles, args.device, "An actor step")
 
     task = f"{args.furniture}-{args.randomness}"
     envs = make_envs(args, args.num_envs)

@@ -115,7 +115,6 @@ FRESH = 0.33  # least share of the segments that comes from the newest rollout (
 REWARD_RATE = 0.01  # of the average of |reward|, by which rewards are divided (authors)
 WARMUP_LAMBDA = 0.95  # lambda before the actor starts, so that values reach their scale first
 WARMUP_FACTOR = 3  # on the critic's steps before the actor starts
-PARTICLE = 24 * 2**10  # bytes that an actor step takes for each of its particles
 ACTOR_WARMUP = 32  # actor steps over which its step size rises linearly (paper)
 
 
@@ -254,10 +253,7 @@ def collect(policy: FlowPolicy, envs: VectorEnv, rollout: dict, args: Args) -> t
 
 # ------------------------------------------------------------------------------------- critic
 def average_magnitude(state: dict, reward: torch.Tensor) -> float:
-    """The slow average of |reward| over rollouts with some, bias-corrected, kept in `state`.
-
-    Rewards are divided by it. It is 1 before the first rollout with a reward.
-    """
+    """What rewards are divided by: the slow average of |reward| over rollouts with some; else 1."""
     magnitude = average(reward.abs().mean()).item()
     if magnitude > 0:
         state["rewarded"] += 1
@@ -426,7 +422,7 @@ def main(args: Args) -> dict | None:
         args.iterations = 25 if args.env_id == "Hopper-v4" else 85
     if args.evaluate:
         return evaluate_stored(args)
-    require_memory(PARTICLE * args.actor_batch * args.n_particles, args.device, "An actor step")
+    require_memory(24 * 2**10 * args.actor_batch * args.n_particles, args.device, "An actor step")
 
     envs = make_envs(args, args.num_envs)
     run = Run(args, f"{args.env_id}__{args.exp_name}__{args.seed}")

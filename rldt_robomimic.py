@@ -132,7 +132,6 @@ SHIFT = 4  # pixels by which images, where there are some, are shifted in traini
 SEGMENT = 16  # chunks of a replay segment (authors: the whole rollout, 200)
 FRESH = 0.33  # least share of the segments that comes from the newest rollout (authors)
 ENCODER_LR = 4e-5  # Adam step size of the critic's own encoder (paper)
-PARTICLE = 24 * 2**10  # bytes that an actor step takes for each of its particles
 ACTOR_WARMUP = 32  # actor steps over which its step size rises linearly (paper)
 
 
@@ -316,8 +315,7 @@ def get_base(args: TaskArgs, run: Run) -> Policy:
     spec, images = TASKS[args.task], args.obs == "image"
     if run.rank == 0 and not kept.exists():
         if args.base:
-            names = dict(task=args.task, obs=args.obs, script="rldt_robomimic")
-            policy = Policy.load(args.base, **names)
+            policy = Policy.load(args.base, task=args.task, obs=args.obs, script="rldt_robomimic")
         elif shipped.exists() and not (args.pretrain or args.dataset):
             policy = Policy.load(shipped)
         else:
@@ -621,7 +619,7 @@ def main(args: Args) -> dict | None:
     resolve(args)
     if args.evaluate:
         return evaluate_stored(args)
-    require_memory(PARTICLE * args.actor_batch * args.n_particles, args.device, "An actor step")
+    require_memory(24 * 2**10 * args.actor_batch * args.n_particles, args.device, "An actor step")
 
     task = f"{args.task}-{args.obs}"
     run = Run(args, f"{task}__{args.exp_name}__{args.seed}")
