@@ -103,7 +103,7 @@ class Identity:
 @pytest.mark.parametrize("stop", [False, True])
 def test_evaluation_runs_every_state_from_zero_and_from_noise(monkeypatch, script, num_envs, stop):
     starts, most = {}, MOST[script]
-    succeeds = lambda seed, zero: seed % 3 == (0 if zero else 1)
+    succeeds = lambda seed, zero: seed % 3 == (0 if zero else 2)  # the last of all does
 
     def scores(seed, t, chunk):
         zero = not chunk.any()
