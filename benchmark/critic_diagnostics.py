@@ -23,6 +23,7 @@ import tyro
 
 import rldt_gym
 from benchmark.tools import RESULTS, markdown, replace_rows
+from common.checkpoints import identity, read_checked
 from common.flow import FlowPolicy
 from common.settings import read_args
 from envs.vector import VectorEnv
@@ -61,12 +62,14 @@ def load_run(path: Path, script=rldt_gym) -> Run:
     args = read_args(script.Args, path)
     args.device = "cpu"
     policy, base = (FlowPolicy.load(path / f"{name}.safetensors") for name in ("policy", "base"))
-    saved = torch.load(path / "checkpoint.pt", map_location="cpu", weights_only=True)
+    (checkpoint,) = path.glob("checkpoint0.*.pt")
+    saved = read_checked(checkpoint, identity(args), "cpu")
     sizes = policy.obs_dim, policy.action_size, args.critic_layer_norm
     critic, target = rldt_gym.Critic(*sizes), rldt_gym.Critic(*sizes)
     critic.load_state_dict(saved["critic"])
     target.load_state_dict(saved["target"])
-    rollouts = [torch.load(slot, map_location="cpu") for slot in path.glob("checkpoint.replay*")]
+    slots = path.glob("checkpoint0.replay*")
+    rollouts = [read_checked(slot, identity(args), "cpu")["newest"] for slot in slots]
     states = torch.cat([rollout["obs"].flatten(0, 1) for rollout in rollouts])
     scale = saved["state"]["reward_scale"]
     return Run(path.resolve().name, args, policy, base, critic, target, scale, states)

@@ -43,10 +43,11 @@ class Ring:
 
     def __init__(self, capacity: int, shapes: dict[str, tuple], device: str, dtypes=None):
         self.capacity, self.added, self.slots = capacity, 0, {}
-        require_memory(4 * capacity * sum(map(math.prod, shapes.values())), device, "The replay")
+        dtype = {name: (dtypes or {}).get(name, torch.float32) for name in shapes}
+        size = sum(math.prod(shape) * dtype[name].itemsize for name, shape in shapes.items())
+        require_memory(capacity * size, device, "The replay")
         for name, shape in shapes.items():
-            dtype = (dtypes or {}).get(name, torch.float32)
-            self.slots[name] = torch.zeros(capacity, *shape, dtype=dtype, device=device)
+            self.slots[name] = torch.zeros(capacity, *shape, dtype=dtype[name], device=device)
 
     def next(self) -> dict[str, torch.Tensor]:
         """The views of the slot to write now, the newest from here on."""
