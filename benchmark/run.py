@@ -4,7 +4,7 @@
     python -m benchmark.run gym                        # RLDT on Gym; also: robomimic, furniture
     python -m benchmark.run baselines                  # every method on Gym, for equal time
     python -m benchmark.run ablations                  # one setting of RLDT changed at a time
-    python -m benchmark.run search                     # settings of each baseline, on a seed of its own
+    python -m benchmark.run search                     # settings of each method, on seeds of their own
     python -m benchmark.run gym --address auto         # on a Ray cluster, this checkout on every node
 
 A row per run goes to benchmark/results/<experiment>.csv, its curve to curves.csv beside it. What the CSV
@@ -36,6 +36,7 @@ METHODS = {  # module and flags
     "fpo": ("baselines.fpo", "--form fpo"),
     "fpo++": ("baselines.fpo", "--form fpo++"),
     "best-of-n": ("baselines.best_of_n", ""),
+    "dsrl": ("baselines.dsrl", ""),
     "sac": ("baselines.sac", ""),
 }
 VARIANTS = {  # of RLDT; half a run each
@@ -43,33 +44,19 @@ VARIANTS = {  # of RLDT; half a run each
     "no-layernorm": "--no-critic-layer-norm", "P2": "--n-particles 2", "P8": "--n-particles 8",
     "P16": "--n-particles 16", "alpha1e-4": "--alpha 1e-4", "alpha0": "--alpha 0",
 }  # fmt: skip
-TRIES = {  # settings of each baseline, numbered from 1; the best become its preset by hand
+TRIES = {  # four settings of each method, numbered from 1; the best become its defaults by hand
+    "rldt": ("", "--actor-lr 2e-4", "--actor-batch 128", "--constraint-weight 0.1 --actor-lr 2e-4"),
     "qam": ("--inv-temp 2", "--inv-temp 5", "--inv-temp 15", "--inv-temp 5 --actor-lr 3e-4"),
-    "reinflow": (
-        "--actor-lr 1e-4 --clip 0.01 --batch 2500", "--actor-lr 3e-4 --clip 0.01 --batch 2500",
-        "--actor-lr 1e-4 --clip 0.02 --batch 2500",
-        "--actor-lr 1e-4 --clip 0.01 --batch 2500 --entropy-weight 0",
-    ),
+    "reinflow": ("", "--clone-weight 0", "--batch 1250", "--clip 0.02 --batch 2500"),
     "dppo": (
         "--actor-lr 1e-4 --clip 0.01 --batch 5000", "--actor-lr 3e-4 --clip 0.01 --batch 5000",
         "--actor-lr 3e-4 --clip 0.02 --batch 2500",
         "--actor-lr 3e-4 --clip 0.02 --batch 2500 --sigma 0.15",
     ),
-    "fpo++": (
-        "--actor-lr 1e-4 --clip 0.01 --batch 2500 --actor-lr-end 1",
-        "--actor-lr 3e-4 --clip 0.01 --batch 2500 --actor-lr-end 1",
-        "--actor-lr 3e-4 --clip 0.04 --batch 2500 --actor-lr-end 1",
-        "--actor-lr 3e-4 --clip 0.1 --batch 2500 --actor-lr-end 1",
-        "--actor-lr 2e-4 --clip 0.04 --batch 5000 --actor-lr-end 0.1",
-        "--actor-lr 1e-4 --clip 0.04 --batch 10000 --samples 16 --actor-lr-end 1",
-    ),
+    "fpo++": ("", "--actor-lr 1e-4", "--clip 0.01", "--actor-lr 1e-4 --clip 0.05"),
     "best-of-n": ("--candidates 4", "--candidates 8", "--candidates 2", "--candidates 16"),
-    "sac": (
-        "--lr 3e-4", "--lr 1e-4", "--lr 1e-4 --entropy-start 0.01",
-        "--lr 1e-4 --entropy-start 0.01 --gamma 0.98",
-        "--lr 3e-4 --entropy-start 0.01 --gradient-steps 1000 --critic-iterations 4",
-        "--lr 3e-4 --gradient-steps 1000 --critic-iterations 4 --batch 128",
-    ),
+    "dsrl": ("", "--bound 1", "--bound 2.5", "--actor-steps 32"),
+    "sac": ("", "--lr 1e-4", "--gradient-steps 100", "--entropy-start 0.01"),
 }  # fmt: skip
 SEARCH = {
     f"{method}#{number}": (METHODS[method][0], f"{METHODS[method][1]} {flags}".strip())
@@ -96,7 +83,7 @@ EXPERIMENTS = {
     "furniture": Experiment(FURNITURE, ("one_leg-low", "lamp-low"), (1, 2, 3)),
     "baselines": Experiment(METHODS, GYM, (1, 2, 3), timed=True),
     "ablations": Experiment(SHORT, ("Hopper-v4",), (1, 2, 3), curves=False),
-    "search": Experiment(SEARCH, ("Hopper-v4",), (11,), timed=True, curves=False),
+    "search": Experiment(SEARCH, ("Hopper-v4", "Walker2d-v4"), (11, 12), timed=True, curves=False),
 }
 SCORES = (  # rows of metrics.csv that have one of these go into curves.csv
     "eval_return", "eval_return_sampled", "train_success", "eval_success", "eval_success_sampled",

@@ -84,7 +84,7 @@ class Run:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         paths = [args.resume]
         if self.rank == 0 and not args.resume:
-            safe = re.sub(r"[^-.\w]", "_", name)
+            safe = re.sub(r"[^-+#.\w]", "_", name)
             prefix = f"{safe}__{time.strftime('%Y%m%d-%H%M%S')}__"
             try:
                 args.runs.mkdir(parents=True, exist_ok=True)
