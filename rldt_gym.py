@@ -55,7 +55,7 @@ class TaskArgs:
 
     # rollouts and evaluation
     num_envs: Count = 100  # parallel environments, per process under torchrun (paper: 100)
-    rollout_chunks: Count = 125  # chunks of actions per environment and iteration (paper: 500)
+    rollout_chunks: Count = 32  # chunks of actions per environment and iteration (paper: 500)
     zero_fraction: Share = 0.25  # share of environments and particles with x_0 = 0 (authors: 0)
     eval_every: Count = 6  # every n-th iteration evaluates and resets the environments (authors: 5)
     eval_episodes: Count = 20  # from x_0 = 0, and again from noise, during training (authors: 100)
@@ -68,7 +68,7 @@ class Args(TaskArgs):
 
     # exploration and replay
     exploration_steps: Size = 2  # noise |a - a_dagger_k|, k of this many last Euler steps (authors: 2)
-    buffer_iterations: Count = 10  # rollouts kept in the replay (paper: 20)
+    buffer_iterations: Count = 40  # rollouts kept in the replay (paper: 20)
     segments: Count = 128  # of SEGMENT chunks, drawn from the replay per round (authors: 100 of 500)
 
     # critic
@@ -84,7 +84,7 @@ class Args(TaskArgs):
 
     # actor
     actor_steps: Size = 8  # per round (authors: 2)
-    actor_batch: Count = 128  # states per actor step, n_particles particles in each (authors: 6250)
+    actor_batch: Count = 64  # states per actor step, n_particles particles in each (authors: 6250)
     n_particles: Count = 4  # P, particles per state (paper: 8, and 4 are enough)
     kernel: Literal["rbf", "delta"] = "rbf"  # of the field: rbf, or delta (RLDT-Delta)
     alpha: Weight = 1e-3  # temperature, the weight of the repulsion relative to |grad Q| (paper: 1e-3)
@@ -301,6 +301,12 @@ def update_critic(critic: Critic, target: Critic, optimizer, obs, action, y, arg
 
 
 # -------------------------------------------------------------------------------------- actor
+def start_noise(shape, args: TaskArgs) -> torch.Tensor:
+    """x_0 of particles, and of the constraint's paths: N(0, I), zero for a share `zero_fraction`."""
+    x0 = torch.randn(shape, device=args.device)
+    return x0 * (torch.rand(*shape[:-1], 1, device=args.device) >= args.zero_fraction)
+
+
 def actor_losses(velocity, reference, critic: Critic, obs, trajectory, args: Args, k=None):
     """The three losses of eq. (16) on states obs (B, obs_dim) with trajectories (K + 1, B, P, D).
 
@@ -313,7 +319,7 @@ def actor_losses(velocity, reference, critic: Critic, obs, trajectory, args: Arg
     x = trajectory.gather(0, k[None, ..., None].expand(1, -1, -1, D))[0]  # x_{t_k}, (B, P, D)
     t = k / K
     t_c = torch.randint(K, (B, P), device=device) / K
-    x_c = interpolate(action, torch.randn_like(action), t_c)
+    x_c = interpolate(action, start_noise(action.shape, args), t_c)
     with autocast(args):
         both = torch.stack([x, x_c]), torch.stack([t, t_c]), obs.expand(2, -1, -1, -1)
         v, v_c = velocity(*both)
@@ -351,9 +357,7 @@ def actor_losses(velocity, reference, critic: Critic, obs, trajectory, args: Arg
 
 def update_actor(policy: FlowPolicy, reference: FlowPolicy, critic: Critic, optimizer, obs, args: Args):
     """Samples P particles in each state of obs (B, obs_dim), then takes a step on eq. (16)."""
-    shape = len(obs), args.n_particles, policy.action_size
-    x0 = torch.randn(shape, device=obs.device)
-    x0 *= torch.rand(*shape[:2], 1, device=obs.device) >= args.zero_fraction
+    x0 = start_noise((len(obs), args.n_particles, policy.action_size), args)
     with torch.no_grad(), autocast(args):
         trajectory = policy.sample(obs[:, None].expand(-1, args.n_particles, -1), x0, trajectory=True)
     losses = actor_losses(policy.velocity, reference.velocity, critic, obs, trajectory, args)
@@ -419,7 +423,7 @@ def evaluate_stored(args: TaskArgs, policy_class=FlowPolicy, measure=evaluate) -
 def main(args: Args) -> dict | None:
     set_up(args)
     if args.iterations == 0 and args.wall_budget_s == 0:
-        args.iterations = 25 if args.env_id == "Hopper-v4" else 85
+        args.iterations = 24 if args.env_id == "Hopper-v4" else 78
     if args.evaluate:
         return evaluate_stored(args)
     require_memory(24 * 2**10 * args.actor_batch * args.n_particles, args.device, "An actor step")

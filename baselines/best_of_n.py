@@ -26,7 +26,7 @@ class Args(family.TaskArgs):
 
     # acting and replay
     candidates: Count = 4  # N, samples of the base from which the critic takes one (EMaQ: 5 to 100)
-    buffer_iterations: Count = 10  # rollouts kept in the replay (paper: 20)
+    buffer_iterations: Count = 40  # rollouts kept in the replay (paper: 20)
     segments: Count = 128  # of SEGMENT chunks, drawn from the replay per round (authors: 100 of 500)
     exploration_steps = 0  # no setting: the candidates are noise enough
 
@@ -98,7 +98,7 @@ def evaluate(policy: BestOfN, args: Args, episodes: int, seed: int) -> dict[str,
 def main(args: Args) -> dict | None:
     set_up(args)
     if args.iterations == 0 and args.wall_budget_s == 0:
-        args.iterations = 25 if args.env_id == "Hopper-v4" else 85
+        args.iterations = 24 if args.env_id == "Hopper-v4" else 78
     if args.evaluate:
         return family.evaluate_stored(args, BestOfN, evaluate)
 

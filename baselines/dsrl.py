@@ -31,7 +31,7 @@ class Args(family.TaskArgs):
     exp_name: str = "dsrl"  # name of the experiment, part of the run directory's name
 
     # replay
-    buffer_iterations: Count = 10  # rollouts kept in the replay (paper: 20)
+    buffer_iterations: Count = 40  # rollouts kept in the replay (paper: 20)
     segments: Count = 128  # of SEGMENT chunks, drawn from the replay per round (authors: 100 of 500)
     exploration_steps = 0  # no setting: the actor's own noise explores
 
@@ -176,7 +176,7 @@ def update_actor(policy: SteeredPolicy, noise_critic: family.Critic, optimizer, 
 def main(args: Args) -> dict | None:
     set_up(args)
     if args.iterations == 0 and args.wall_budget_s == 0:
-        args.iterations = 25 if args.env_id == "Hopper-v4" else 85
+        args.iterations = 24 if args.env_id == "Hopper-v4" else 78
     if args.evaluate:
         return family.evaluate_stored(args, SteeredPolicy)
 

@@ -29,7 +29,7 @@ class Args(family.TaskArgs):
 
     # exploration and replay
     exploration_steps: Size = 2  # noise |a - a_dagger_k|, k of this many last Euler steps (authors: 2)
-    buffer_iterations: Count = 10  # rollouts kept in the replay (paper: 20)
+    buffer_iterations: Count = 40  # rollouts kept in the replay (paper: 20)
     segments: Count = 128  # of SEGMENT chunks, drawn from the replay per round (authors: 100 of 500)
 
     # critic
@@ -152,7 +152,7 @@ def update_actor(policy, base, critic: family.Critic, optimizer, obs, args: Args
 def main(args: Args) -> dict | None:
     set_up(args)
     if args.iterations == 0 and args.wall_budget_s == 0:
-        args.iterations = 25 if args.env_id == "Hopper-v4" else 85
+        args.iterations = 24 if args.env_id == "Hopper-v4" else 78
     if args.evaluate:
         return family.evaluate_stored(args)
 
