@@ -348,7 +348,7 @@ FURNITURE = "horizon", "transport_scale", "backend"
 
 
 @pytest.mark.parametrize("script, names, flags, expected", [
-    (rldt_gym, GYM, "", (25,)), (rldt_gym, GYM, "--env-id=Walker2d-v4", (85,)),
+    (rldt_gym, GYM, "", (24,)), (rldt_gym, GYM, "--env-id=Walker2d-v4", (78,)),
     (rldt_gym, GYM, "--wall-budget-s=9", (0,)), (rldt_gym, GYM, "--iterations=3", (3,)),
     (rldt_robomimic, ROBOMIMIC, "--task=lift", (300, 40, 200, 2)),
     (rldt_robomimic, ROBOMIMIC, "--task=can", (300, 120, 400, 2)),
