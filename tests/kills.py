@@ -114,14 +114,15 @@ def kill_and_resume(kind: str, moments: int, parent: Path, data: Path, rng: rand
         folder.mkdir()
         ended, tries = False, 0
         while not ended:
-            process, tries = start(folder), tries + 1
+            process, began, tries = start(folder), time.monotonic(), tries + 1
             last = phases.total() == moments or tries == 8  # resumes may fall at one place for long
-            seconds = 600 if last else rng.uniform(0.3, 1) * duration
+            seconds = 600 if last else rng.uniform(0.2, 1) * duration
             ended = wait(process, folder, seconds, saving=not last and rng.random() < 0.3)
             if ended:
                 text = process.stderr.read()
                 if process.returncode:
                     raise Failure(f"{kind}: {text.strip().splitlines()[-1]}")
+                duration *= 1 if last else 0.9  # the machine is faster than at first
                 break
             kill(process, one=kind == "torchrun")
             phases[phase(folder)] += 1
