@@ -483,7 +483,8 @@ def main(args: Args) -> dict | None:
     args.transport_scale = args.transport_scale or TRANSPORT_SCALE[args.furniture]
     if args.evaluate:
         return evaluate_stored(args)
-    require_memory(24 * 2**10 * args.actor_batch * args.n_particles, args.device, "An actor step")
+    rows = max(args.segments * SEGMENT, args.critic_batch, args.actor_batch * args.n_particles)
+    require_memory(24 * 2**10 * rows, args.device, "A batch")
 
     task = f"{args.furniture}-{args.randomness}"
     envs = make_envs(args, args.num_envs)

@@ -214,7 +214,6 @@ class Replay(Ring):
 
 # -------------------------------------------------------------------- exploration and rollout
 def make_envs(args: TaskArgs, num_envs: int) -> VectorEnv:
-    require_memory(num_envs * 2 * 2**20, "cpu", f"--num-envs {num_envs}")
     return VectorEnv(args.env_id, num_envs, args.threads)
 
 
@@ -426,7 +425,10 @@ def main(args: Args) -> dict | None:
         args.iterations = 24 if args.env_id == "Hopper-v4" else 78
     if args.evaluate:
         return evaluate_stored(args)
-    require_memory(24 * 2**10 * args.actor_batch * args.n_particles, args.device, "An actor step")
+    rows = max(args.segments * SEGMENT, args.critic_batch, args.actor_batch * args.n_particles)
+    require_memory(24 * 2**10 * rows, args.device, "A batch")
+    copies = max(args.num_envs, 2 * args.eval_episodes, 2 * args.final_eval_episodes)
+    require_memory(2 * 2**20 * copies, "cpu", f"{copies} environments")
 
     envs = make_envs(args, args.num_envs)
     run = Run(args, f"{args.env_id}__{args.exp_name}__{args.seed}")

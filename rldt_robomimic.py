@@ -619,7 +619,8 @@ def main(args: Args) -> dict | None:
     resolve(args)
     if args.evaluate:
         return evaluate_stored(args)
-    require_memory(24 * 2**10 * args.actor_batch * args.n_particles, args.device, "An actor step")
+    rows = max(args.segments * SEGMENT, args.critic_batch, args.actor_batch * args.n_particles)
+    require_memory(24 * 2**10 * rows, args.device, "A batch")
 
     task = f"{args.task}-{args.obs}"
     run = Run(args, f"{task}__{args.exp_name}__{args.seed}")
