@@ -247,7 +247,7 @@ class Replay(Ring):
 
 # -------------------------------------------------------------------- exploration and rollout
 def make_envs(args: TaskArgs, num_envs: int):
-    require_memory(num_envs * 8 * 2**20, "cpu", f"--num-envs {num_envs}")
+    require_memory(num_envs * 8 * 2**20, "cpu", f"{num_envs} environments")
     if args.backend == "isaac":
         return IsaacVectorEnv(num_envs, args.furniture, args.randomness, args.horizon)
     return FurnitureVectorEnv(num_envs, args.furniture, args.randomness, args.horizon, args.threads)
@@ -415,8 +415,8 @@ def update_actor(policy: FlowPolicy, reference: FlowPolicy, critic: Critic, opti
     loss.backward()
     average_gradients(policy.velocity.parameters())
     optimizer.step()
-    norms = torch._foreach_norm([p.grad for p in policy.velocity.parameters()])
-    return metrics | {"diagnostics/actor_grad_norm": torch.stack(norms).norm()}
+    norm = nn.utils.get_total_norm([p.grad for p in policy.velocity.parameters()])
+    return metrics | {"diagnostics/actor_grad_norm": norm}
 
 
 # --------------------------------------------------------------------------------- evaluation

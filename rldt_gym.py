@@ -214,6 +214,7 @@ class Replay(Ring):
 
 # -------------------------------------------------------------------- exploration and rollout
 def make_envs(args: TaskArgs, num_envs: int) -> VectorEnv:
+    require_memory(num_envs * 2 * 2**20, "cpu", f"{num_envs} environments")
     return VectorEnv(args.env_id, num_envs, args.threads)
 
 
@@ -367,8 +368,8 @@ def update_actor(policy: FlowPolicy, reference: FlowPolicy, critic: Critic, opti
     loss.backward()
     average_gradients(policy.velocity.parameters())
     optimizer.step()
-    norms = torch._foreach_norm([p.grad for p in policy.velocity.parameters()])
-    return metrics | {"diagnostics/actor_grad_norm": torch.stack(norms).norm()}
+    norm = nn.utils.get_total_norm([p.grad for p in policy.velocity.parameters()])
+    return metrics | {"diagnostics/actor_grad_norm": norm}
 
 
 # --------------------------------------------------------------------------------- evaluation
@@ -427,8 +428,6 @@ def main(args: Args) -> dict | None:
         return evaluate_stored(args)
     rows = max(args.segments * SEGMENT, args.critic_batch, args.actor_batch * args.n_particles)
     require_memory(24 * 2**10 * rows, args.device, "A batch")
-    copies = max(args.num_envs, 2 * args.eval_episodes, 2 * args.final_eval_episodes)
-    require_memory(2 * 2**20 * copies, "cpu", f"{copies} environments")
 
     envs = make_envs(args, args.num_envs)
     run = Run(args, f"{args.env_id}__{args.exp_name}__{args.seed}")

@@ -376,7 +376,7 @@ class Replay(Ring):
 # -------------------------------------------------------------------- exploration and rollout
 def make_envs(args: TaskArgs, policy: Policy) -> RobomimicVectorEnv:
     """Simulators whose images are rendered as the policy's demonstrations were."""
-    require_memory(args.num_envs * 2**29, "cpu", f"--num-envs {args.num_envs}")
+    require_memory(args.num_envs * 2**29, "cpu", f"{args.num_envs} environments")
     fast = policy.info.get("fast_render", True)
     limits = dict(stop_on_success=args.stop_on_success, horizon=args.horizon)
     images = args.obs == "image"
@@ -557,8 +557,8 @@ def update_actor(policy: Policy, reference: Policy, critic: Critic, optimizer, o
     trained = [p for p in policy.parameters() if p.requires_grad]
     average_gradients(trained)
     optimizer.step()
-    norms = torch._foreach_norm([p.grad for p in trained])
-    return metrics | {"diagnostics/actor_grad_norm": torch.stack(norms).norm()}
+    norm = nn.utils.get_total_norm([p.grad for p in trained])
+    return metrics | {"diagnostics/actor_grad_norm": norm}
 
 
 # --------------------------------------------------------------------------------- evaluation
