@@ -39,7 +39,7 @@ from envs.interface import success_rate
 # ---------------------------------------------------------------------------------- arguments
 @dataclass
 class TaskArgs:
-    """Settings of every method on these tasks."""
+    """Settings of every method on these tasks; in comments, paper is its text, authors their code."""
 
     # the run
     furniture: Literal["one_leg", "lamp"] = "one_leg"  # a leg of a table, or a lamp's bulb and hood
@@ -206,7 +206,7 @@ def get_base(args: TaskArgs, run: Run, envs) -> FlowPolicy:
     run.barrier()
     policy = FlowPolicy.load(kept).to(args.device)
     if (policy.obs_dim, policy.action_dim) != (envs.obs_dim, envs.action_dim):
-        raise SystemExit(f"{args.base}: states or actions have other sizes than {args.furniture}'s.")
+        raise SystemExit(f"{args.base or kept}: states or actions have other sizes than the task's.")
     torch.manual_seed(args.seed)  # the networks to come are the same, wherever the base policy is from
     return policy
 
@@ -234,9 +234,8 @@ class Replay(Ring):
         weight = torch.zeros_like(valid)
         for kind in reached[valid > 0].unique():
             rows = valid * (reached == kind)
-            share = rows / rows.sum()
-            newest = rows[self.slot]
-            share[self.slot] += FRESH / (1 - FRESH) * newest / newest.sum().clamp_min(1)
+            share, newest = (1 - FRESH) * rows / rows.sum(), rows[self.slot]
+            share[self.slot] += FRESH * newest / newest.sum().clamp_min(1)
             weight += share / share.sum()
         chosen = torch.multinomial(weight.flatten(), segments, replacement=True)
         slot, start, env = torch.unravel_index(chosen, weight.shape)
@@ -367,7 +366,7 @@ def actor_losses(velocity, reference, critic: Critic, obs, trajectory, args: Arg
         v, v_c = velocity(*both)
         with torch.no_grad():
             v_ref = reference(x_c, t_c, state)
-    a_dagger = expected_target(x, t, v)  # eq. (8)
+    a_dagger = expected_target(x, t, v)  # eq. (8), x + (1 - t) v
 
     # transport: the expected targets move along the field, which grad Q at the particles makes
     query = a_dagger.detach()

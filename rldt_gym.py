@@ -30,7 +30,7 @@ from envs.vector import VectorEnv, record_video
 # ---------------------------------------------------------------------------------- arguments
 @dataclass
 class TaskArgs:
-    """Settings of every method on these tasks."""
+    """Settings of every method on these tasks; in comments, paper is its text, authors their code."""
 
     # the run
     env_id: str = "Hopper-v4"  # Gymnasium task with flat Box observations and actions
@@ -185,7 +185,7 @@ def get_base(args: TaskArgs, run: Run, envs: VectorEnv) -> FlowPolicy:
     run.barrier()
     policy = FlowPolicy.load(kept).to(args.device)
     if (policy.obs_dim, policy.action_dim) != (envs.obs_dim, envs.action_dim):
-        raise SystemExit(f"{args.base}: observations or actions have other sizes than {args.env_id}'s.")
+        raise SystemExit(f"{args.base or kept}: states or actions have other sizes than the task's.")
     torch.manual_seed(args.seed)  # the networks to come are the same, wherever the base policy is from
     return policy
 
@@ -325,7 +325,7 @@ def actor_losses(velocity, reference, critic: Critic, obs, trajectory, args: Arg
         v, v_c = velocity(*both)
         with torch.no_grad():
             v_ref = reference(x_c, t_c, obs)
-    a_dagger = expected_target(x, t, v)  # eq. (8)
+    a_dagger = expected_target(x, t, v)  # eq. (8), x + (1 - t) v
 
     # transport: the expected targets move along the field, which grad Q at the particles makes
     query = a_dagger.detach()

@@ -35,7 +35,7 @@ Obs = dict[str, torch.Tensor]
 # ---------------------------------------------------------------------------------- arguments
 @dataclass
 class TaskArgs:
-    """Settings of every method on these tasks."""
+    """Settings of every method on these tasks; in comments, paper is its text, authors their code."""
 
     # the run
     task: Literal["lift", "can", "square", "transport"] = "square"  # robomimic task
@@ -184,8 +184,8 @@ class Encoder(nn.Module):
     def forward(self, obs: Obs) -> torch.Tensor:
         """Observations (B, ...) -> (B, 128 * cameras + state_dim)."""
         features = []
-        for i, view in enumerate(obs["rgb"].split(3, dim=1)):
-            features.append(self.embeddings[i](self.vits[i](view), obs["state"]))
+        for vit, embed, view in zip(self.vits, self.embeddings, obs["rgb"].split(3, dim=1), strict=True):
+            features.append(embed(vit(view), obs["state"]))
         return torch.cat([*features, obs["state"]], -1).float()
 
 
@@ -285,8 +285,7 @@ def pretrain(args: TaskArgs, data: dict, checkpoint, epochs, batch, lr, head_ste
         cond = policy.encode(augment(take(obs, first[i])))
         return flow_matching_loss(policy.velocity, action[i], cond)  # eq. (2)
 
-    averaged = fit(policy, loss, max(1, epochs * len(train) // batch), lr, args, checkpoint)
-    policy = averaged
+    policy = fit(policy, loss, max(1, epochs * len(train) // batch), lr, args, checkpoint)
     if policy.cameras and head_steps:
         with torch.no_grad(), autocast(args):
             encode = lambda i: policy.encode(augment(take(obs, first[i]))).float()
@@ -328,7 +327,7 @@ def get_base(args: TaskArgs, run: Run) -> Policy:
     policy = Policy.load(kept).to(args.device)
     wanted = spec.state_dim(images), 7 * spec.robots, len(spec.cameras) * images
     if (policy.obs_dim, policy.action_dim, policy.cameras) != wanted:
-        raise SystemExit(f"{args.base}: not a policy for {args.task} with --obs {args.obs}.")
+        raise SystemExit(f"{args.base or kept}: not a policy for {args.task} with --obs {args.obs}.")
     if policy.cameras and args.encoder == "frozen":
         policy.encoder.requires_grad_(False)
     torch.manual_seed(args.seed)  # the networks to come are the same, wherever the base policy is from
@@ -360,9 +359,8 @@ class Replay(Ring):
         weight = torch.zeros_like(valid)
         for kind in succeeded[valid > 0].unique():  # equal shares of episodes that succeed and that fail
             rows = valid * (succeeded == kind)
-            share = rows / rows.sum()
-            newest = rows[self.slot]
-            share[self.slot] += FRESH / (1 - FRESH) * newest / newest.sum().clamp_min(1)
+            share, newest = (1 - FRESH) * rows / rows.sum(), rows[self.slot]
+            share[self.slot] += FRESH * newest / newest.sum().clamp_min(1)
             weight += share / share.sum()
         chosen = torch.multinomial(weight.flatten(), segments, replacement=True)
         slot, start, env = torch.unravel_index(chosen, weight.shape)
@@ -456,9 +454,8 @@ def critic_target(policy: Policy, target: Critic, batch: dict, args: Args) -> to
     """TD(lambda) targets (T, L); V(s') is the minimum of the targets at an action of the policy."""
     obs = augment({name: value.flatten(0, 1) for name, value in batch["next_obs"].items()})
     with autocast(args):
-        cond = policy.encode(obs)
-        features = cond if target.encoder is None else target.encode(obs, policy)
-        value = target(features, policy.sample(cond)).min(0).values.view_as(batch["reward"])
+        action = policy.sample(policy.encode(obs))
+        value = target(target.encode(obs, policy), action).min(0).values.view_as(batch["reward"])
     return td_lambda(batch["reward"], batch["terminated"], value, args.gamma, args.td_lambda)
 
 
@@ -502,7 +499,7 @@ def actor_losses(velocity, reference, critic, cond, cond_ref, cond_q, trajectory
         v, v_c = velocity(*both)
         with torch.no_grad():
             v_ref = reference(x_c, t_c, cond_ref)
-    a_dagger = expected_target(x, t, v)  # eq. (8)
+    a_dagger = expected_target(x, t, v)  # eq. (8), x + (1 - t) v
 
     # transport: the expected targets move along the field, which grad Q at the particles makes
     query = a_dagger.detach()
@@ -543,7 +540,7 @@ def update_actor(policy: Policy, reference: Policy, critic: Critic, optimizer, o
         cond = policy.encode(obs)  # once per state: Euler steps, particles and losses share it
         with torch.no_grad():
             cond_ref = reference.encode(obs)
-            cond_q = cond.detach() if critic.encoder is None else critic.encode(obs, policy)
+            cond_q = critic.encode(obs, policy)
             x0 = start_noise((len(cond), args.n_particles, policy.action_size), args)
             repeated = cond[:, None].expand(-1, args.n_particles, -1)
             trajectory = policy.sample(repeated, x0, trajectory=True)

@@ -281,7 +281,7 @@ def test_base_policy_is_given_shipped_or_made(tiny_args, monkeypatch, tmp_path, 
 def test_base_policy_of_another_task_stops(tiny_args, bases):
     with pytest.raises(SystemExit, match=r"base\.safetensors: its env_id is Hopper-v4, not HalfChee"):
         rldt_gym.main(tiny_args(env_id="HalfCheetah-v4"))
-    with pytest.raises(SystemExit, match=r"hopper\.safetensors: .* other sizes than HalfCheetah-v4's"):
+    with pytest.raises(SystemExit, match=r"hopper\.safetensors: .* other sizes than the task's"):
         rldt_gym.main(tiny_args(env_id="HalfCheetah-v4", base=bases["hopper"]))
 
 
