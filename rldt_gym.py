@@ -89,8 +89,8 @@ class Args(TaskArgs):
     kernel: Literal["rbf", "delta"] = "rbf"  # of the field: rbf, or delta (RLDT-Delta)
     alpha: Weight = 1e-3  # temperature, the weight of the repulsion relative to |grad Q| (paper: 1e-3)
     transport_loss: Literal["literal", "authors"] = "authors"  # eq. (13), or the authors' form of it
-    consistency_weight: Weight = 0.5  # of eq. (14) (paper: 0.5)
-    constraint_weight: Weight = 0.2  # of eq. (15) (paper: 0.2)
+    consistency_weight: Weight = 0.25  # of eq. (14) (paper: 0.5)
+    constraint_weight: Weight = 0.1  # of eq. (15) (paper: 0.2)
     reference_every: Size = 1  # iterations until the constraint's policy follows (authors: 1); 0: never
     actor_lr: Weight = 1e-4  # Adam step size (paper: 2e-5)
     actor_lr_end: Weight = 0.1  # factor on actor_lr, reached linearly at the end (authors: 1)
@@ -102,7 +102,7 @@ PRESETS = {
         eval_episodes=100, buffer_iterations=20, segments=3125, gamma=0.99, td_lambda=0.0,
         target_momentum=0.998, critic_steps=64, critic_batch=50_000, critic_lr=1e-3,
         critic_layer_norm=False, warmup_iterations=0, actor_steps=2, actor_batch=6250, n_particles=8,
-        actor_lr=2e-5, actor_lr_end=1.0,
+        consistency_weight=0.5, constraint_weight=0.2, actor_lr=2e-5, actor_lr_end=1.0,
     )
 }  # fmt: skip
 NETWORK = dict(chunk=4, euler_steps=8, width=512, depth=3, time_dim=16)  # paper
