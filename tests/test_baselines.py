@@ -46,10 +46,12 @@ def test_critic_and_rollouts_have_the_settings_of_rldt(name, preset):
     ours, theirs = (vars(arguments(module, preset=preset)) for module in (METHODS[name], rldt_gym))
     differ = {key for key in ours.keys() & theirs.keys() if ours[key] != theirs[key]}
     # with a warm-up, the first evaluation of the best of N is that of the base
-    allowed = {"exp_name", "warmup_iterations"}
-    if name == "dsrl":
-        allowed |= {"actor_steps", "actor_batch", "actor_lr"}  # its actor is a small network
-    assert differ <= allowed - ({"warmup_iterations"} if name == "qam" else set())
+    allowed = {
+        "qam": {"actor_batch"},  # one trajectory a state
+        "best_of_n": {"warmup_iterations"},
+        "dsrl": {"warmup_iterations", "actor_steps", "actor_batch", "actor_lr"},  # a small network
+    }
+    assert differ <= allowed[name] | {"exp_name"}
     shared = "critic_", "td_", "buffer_", "segment", "target_"
     critic = {key for key in theirs if key.startswith(shared)}
     assert len(critic) == 8 and critic <= ours.keys()
