@@ -89,8 +89,8 @@ class Args(TaskArgs):
     kernel: Literal["rbf", "delta"] = "rbf"  # of the field: rbf, or delta (RLDT-Delta)
     alpha: Weight = 1e-3  # temperature, the weight of the repulsion relative to |grad Q| (paper: 1e-3)
     transport_loss: Literal["literal", "authors"] = "authors"  # eq. (13), or the authors' form of it
-    consistency_weight: Weight = 0.25  # of eq. (14) (paper: 0.5)
-    constraint_weight: Weight = 0.1  # of eq. (15) (paper: 0.2)
+    consistency_weight: Weight = 0.35  # of eq. (14) (paper: 0.5)
+    constraint_weight: Weight = 0.15  # of eq. (15) (paper: 0.2)
     reference_every: Size = 1  # iterations until the constraint's policy follows (authors: 1); 0: never
     actor_lr: Weight = 1e-4  # Adam step size (paper: 2e-5)
     actor_lr_end: Weight = 0.1  # factor on actor_lr, reached linearly at the end (authors: 1)
