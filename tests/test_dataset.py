@@ -320,7 +320,7 @@ def test_recorded_demonstrations_follow_the_seed_and_leave_the_random_stream_of_
 
 @pytest.mark.parametrize("changes, words", [
     (dict(env_id="Ant-v4"), "No demonstrator for Ant-v4.*--dataset"), (dict(steps=0), "--steps 0: must"),
-    (dict(num_envs=-1), "--num-envs -1: must lie in"), (dict(noise=np.nan), "--noise nan"),
+    (dict(num_envs=-1), "--num-envs -1: must lie between"), (dict(noise=np.nan), "--noise nan"),
     (dict(seed=-1), "--seed -1"), (dict(steps=4), "a.hdf5: cannot be written .it is a folder"),
 ])  # fmt: skip
 def test_what_cannot_be_recorded_is_said_first(tmp_path, changes, words):
