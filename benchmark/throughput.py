@@ -206,20 +206,19 @@ def step_times(threads: int, seconds: float, device: str):
     import rldt_gym as script
 
     torch.set_num_threads(threads)
+    torch.set_default_device(device)
     args = script.Args(env_id="Walker2d-v4", device=device)
     policy = script.FlowPolicy.load(script.dataset.DEMOS / args.env_id / "base.safetensors").to(device)
     reference = copy.deepcopy(policy).requires_grad_(False)
-    critic = script.Critic(policy.obs_dim, policy.action_size, True).to(device)
+    critic = script.Critic(policy.obs_dim, policy.action_size, True)
     target = copy.deepcopy(critic).requires_grad_(False)
     adam = lambda network: torch.optim.Adam(network.parameters(), 1e-5, fused=True)
     actor_adam, critic_adam = adam(policy.velocity), adam(critic)
     T, L, B = script.SEGMENT, args.segments, args.critic_batch
-    batch = {name: torch.rand(T, L, device=device) for name in ("reward", "terminated", "truncated")}
-    batch["next_obs"] = torch.randn(T, L, policy.obs_dim, device=device)
-    obs, action = torch.randn(B, policy.obs_dim), torch.randn(B, policy.action_size)
-    obs, action, y = obs.to(device), action.to(device), torch.randn(B, device=device)
-    a, b = torch.randn(4096, 1024, device=device), torch.randn(1024, 1024, device=device)
-    a, b = a.bfloat16(), b.bfloat16()
+    batch = {name: torch.rand(T, L) for name in ("reward", "terminated", "truncated")}
+    batch["next_obs"] = torch.randn(T, L, policy.obs_dim)
+    obs, action, y = torch.randn(B, policy.obs_dim), torch.randn(B, policy.action_size), torch.randn(B)
+    a, b = torch.randn(4096, 1024).bfloat16(), torch.randn(1024, 1024).bfloat16()
     parts = {
         "ceiling": lambda: a @ b,
         "critic_target": lambda: script.critic_target(policy, target, batch, 1.0, 0.5, args),
@@ -228,9 +227,7 @@ def step_times(threads: int, seconds: float, device: str):
         "update_actor": lambda: script.update_actor(
             policy, reference, critic, actor_adam, obs[: args.actor_batch], args),
     }  # fmt: skip
-    rounds = args.rounds
-    calls = dict(ceiling=0, critic_target=rounds, update_critic=rounds * args.critic_steps)
-    calls["update_actor"] = rounds * args.actor_steps
+    calls = dict(ceiling=0, critic_target=1, update_critic=args.critic_steps, update_actor=args.actor_steps)
     found = {}
     for name, part in parts.items():
         part()
@@ -244,7 +241,7 @@ def step_times(threads: int, seconds: float, device: str):
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
         median = sorted(times)[len(times) // 2]
-        found[name] = calls[name], 1e3 * median, counter.get_total_flops() / 1e9
+        found[name] = args.rounds * calls[name], 1e3 * median, counter.get_total_flops() / 1e9
     print(json.dumps(found))
 
 
