@@ -48,11 +48,7 @@ TRIES = {  # four settings of each method, numbered from 1; the best become its 
     "rldt": ("", "--actor-lr 2e-4", "--actor-batch 128", "--constraint-weight 0.1 --actor-lr 2e-4"),
     "qam": ("--inv-temp 2", "--inv-temp 5", "--inv-temp 15", "--inv-temp 5 --actor-lr 3e-4"),
     "reinflow": ("", "--clone-weight 0", "--batch 1250", "--clip 0.02 --batch 2500"),
-    "dppo": (
-        "--actor-lr 1e-4 --clip 0.01 --batch 5000", "--actor-lr 3e-4 --clip 0.01 --batch 5000",
-        "--actor-lr 3e-4 --clip 0.02 --batch 2500",
-        "--actor-lr 3e-4 --clip 0.02 --batch 2500 --sigma 0.15",
-    ),
+    "dppo": ("", "--actor-lr 1e-4", "--clip 0.01 --batch 5000", "--sigma 0.15"),
     "fpo++": ("", "--actor-lr 1e-4", "--clip 0.01", "--actor-lr 1e-4 --clip 0.05"),
     "best-of-n": ("--candidates 4", "--candidates 8", "--candidates 2", "--candidates 16"),
     "dsrl": ("", "--bound 1", "--bound 2.5", "--actor-steps 32"),

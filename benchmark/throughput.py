@@ -227,7 +227,8 @@ def step_times(threads: int, seconds: float, device: str):
         "update_actor": lambda: script.update_actor(
             policy, reference, critic, actor_adam, obs[: args.actor_batch], args),
     }  # fmt: skip
-    calls = dict(ceiling=0, critic_target=1, update_critic=args.critic_steps, update_actor=args.actor_steps)
+    steps = dict(update_critic=args.critic_steps, update_actor=args.actor_steps)
+    calls = dict(ceiling=0, critic_target=1) | steps  # a round
     found = {}
     for name, part in parts.items():
         part()
