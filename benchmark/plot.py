@@ -377,7 +377,7 @@ def main(args: Args):
     if rows := tables["gym"]:
         plot_returns(plt, rows, curves, args.images / "returns.png")
         print(returns_table(rows, mean_std, []))
-    if rows := tables["ablations"]:
+    if rows := [row for row in tables["ablations"] if row["task"] == "Hopper-v4"]:
         plot_ablations(plt, rows, args.images / "ablations.png")
         print(returns_table(rows, mean_std, []))
     for table, suffix in {"robomimic": "", "furniture": "_furniture", "baselines": "_gym"}.items():
