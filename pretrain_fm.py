@@ -4,20 +4,18 @@
     python pretrain_fm.py robomimic --task square --obs state --out base.safetensors
     python pretrain_fm.py furniture --furniture one_leg --randomness low --out base.safetensors
 
-writes a file for --base, with its score. Settings that are not given are those of the script's
-PRETRAINING. Where it was stopped, it goes on when the same command is given again.
+writes a file for --base, with its score. Settings that are not given are the script's PRETRAINING.
 """
 
-import dataclasses
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import rldt_furniture  # first: it imports Isaac Gym, which must come before torch
 import rldt_gym
 import rldt_robomimic
-from common.runs import derive_seed, set_up
-from common.settings import Count, Size, Weight, launch
+from common.runs import derive_seed
+from common.settings import Count, Size, Weight, launch, set_up
 from demos import dataset, furniture, robomimic
 
 
@@ -43,7 +41,7 @@ class Pretraining:
 
     def settings(self, defaults: dict) -> dict:
         """The script's settings with those that were given."""
-        names = [field.name for field in dataclasses.fields(Pretraining) if field.name != "out"]
+        names = [field.name for field in fields(Pretraining) if field.name != "out"]
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         for name in given.keys() - defaults.keys():
             raise SystemExit(f"--{name.replace('_', '-')} is not a setting of this family")

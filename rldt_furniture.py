@@ -16,6 +16,7 @@ import copy
 import itertools
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -26,8 +27,8 @@ import torch.nn.functional as F
 
 from common.checkpoints import Ring, require_memory
 from common.flow import FlowPolicy, expected_target, fit, flow_matching_loss, interpolate
-from common.runs import Run, autocast, average_gradients, derive_seed, set_up
-from common.settings import Count, Seed, Share, Size, Threads, Weight, launch
+from common.runs import Run, autocast, average_gradients, derive_seed, evaluate_stored
+from common.settings import Count, Seed, Share, Size, Threads, Weight, launch, set_up
 from common.svgd import particle_gradient, transport_field
 from demos import furniture as dataset
 from demos.dataset import chunk_starts
@@ -100,7 +101,6 @@ class Args(TaskArgs):
     kernel: Literal["rbf", "delta"] = "rbf"  # of the transport field; delta: the paper's RLDT-Delta
     q_gradient: Literal["critic", "particles"] = "particles"  # grad Q (paper), or to particles of high Q
     alpha: Weight = 1e-3  # temperature, the weight of the repulsion relative to |grad Q| (paper: 1e-3)
-    transport_loss: Literal["literal", "authors"] = "authors"  # eq. (13), or weighted 1 / (1 - t)
     transport_scale: Weight = 0.0  # factor on grad Q (authors: 1); 0: the task's
     consistency_weight: Weight = 0.05  # of eq. (14) (paper: 0.5)
     constraint_weight: Weight = 0.2  # of eq. (15) (paper: 0.2)
@@ -175,39 +175,31 @@ def pretrain(args: TaskArgs, data: dict, checkpoint: Path, epochs: int, batch: i
     first = chunk_starts(data["episode_ends"], policy.chunk)  # (n,)
     obs = policy.normalize(data["state"][first])  # (n, obs_dim)
     action = policy.from_env(data["action"][first[:, None] + np.arange(policy.chunk)])  # (n, D)
-    held_out, train = torch.randperm(len(obs), device=args.device).tensor_split([len(obs) // 20])
 
     def loss():
-        i = train[torch.randint(len(train), (batch,), device=args.device)]
+        i = torch.randint(len(obs), (batch,), device=args.device)
         return flow_matching_loss(policy.velocity, action[i], obs[i])  # eq. (2)
 
-    averaged = fit(policy, loss, max(1, epochs * len(train) // batch), lr, args, checkpoint)
-    with torch.no_grad():
-        validation = flow_matching_loss(averaged.velocity, action[held_out], obs[held_out])
-    info = dict(furniture=args.furniture, randomness=args.randomness)
-    averaged.info = info | dict(validation_loss=validation.item())
+    averaged = fit(policy, loss, max(1, epochs * len(obs) // batch), lr, args, checkpoint)
+    averaged.info = dict(furniture=args.furniture, randomness=args.randomness)
     return averaged
 
 
 def get_base(args: TaskArgs, run: Run, envs) -> FlowPolicy:
     """The base policy: given, shipped, or pretrained here; the run keeps a copy of its own."""
-    kept = run.path / "base.safetensors"
     shipped = dataset.DEMOS / args.furniture / f"base_{args.randomness}.safetensors"
-    if run.rank == 0 and not kept.exists():
+
+    def make(checkpoint: Path) -> FlowPolicy:
         if args.base:
-            policy = FlowPolicy.load(args.base, furniture=args.furniture, script="rldt_furniture")
-        elif shipped.exists() and not (args.pretrain or args.dataset):
-            policy = FlowPolicy.load(shipped)
-        else:
-            data = dataset.get(args.furniture, args.randomness, args.dataset)
-            policy = pretrain(args, data, run.path / "pretraining.pt", **PRETRAINING[args.preset])
-        policy.save(kept, **policy.info)
-        (run.path / "pretraining.pt").unlink(missing_ok=True)
-    run.barrier()
-    policy = FlowPolicy.load(kept).to(args.device)
+            return FlowPolicy.load(args.base, furniture=args.furniture, script="rldt_furniture")
+        if shipped.exists() and not (args.pretrain or args.dataset):
+            return FlowPolicy.load(shipped)
+        data = dataset.get(args.furniture, args.randomness, args.dataset)
+        return pretrain(args, data, checkpoint, **PRETRAINING[args.preset])
+
+    policy = run.keep_base(make, FlowPolicy)
     if (policy.obs_dim, policy.action_dim) != (envs.obs_dim, envs.action_dim):
-        raise SystemExit(f"{args.base or kept}: states or actions have other sizes than the task's.")
-    torch.manual_seed(args.seed)  # the networks to come are the same, wherever the base policy is from
+        raise SystemExit(f"{args.base or shipped}: states or actions have other sizes than the task's.")
     return policy
 
 
@@ -379,11 +371,8 @@ def actor_losses(velocity, reference, critic: Critic, obs, trajectory, args: Arg
         grad_q = particle_gradient(q.detach().to(particles.dtype).view(B, P), particles.detach())
     grad_q = args.transport_scale * grad_q
     phi = transport_field(query, particles.detach(), grad_q, args.alpha, args.kernel)  # eq. (6)
-    if args.transport_loss == "literal":
-        transport = (a_dagger - (query + phi)).square().sum(-1).mean() / K  # eq. (13)
-    else:
-        # the authors' form of eq. (13): its gradient, divided by 2 (1 - t)^2
-        transport = -((v * phi).sum(-1) / (K * (1 - t))).mean()
+    # the authors' form of eq. (13): its gradient, divided by 2 (1 - t)^2
+    transport = -((v * phi).sum(-1) / (K * (1 - t))).mean()
 
     # consistency: every step of a trajectory points at the action that it ends in
     consistency = ((a_dagger - action).square().sum(-1) / (K * (1 - t)).square()).mean()  # eq. (14)
@@ -443,27 +432,6 @@ def summary(stages: np.ndarray, name: str, args: Args) -> dict[str, float]:
     return scores | {f"eval_stages{name}_std": float(stages.std())}
 
 
-def evaluate_alone(run: Run, policy, envs, args: TaskArgs, spent) -> dict:
-    """An iteration that only evaluates: its scores."""
-    if run.rank > 0:
-        return {}
-    final = run.progress["iteration"] == 0 or spent == 1
-    episodes = args.final_eval_episodes if final else args.eval_episodes
-    row = evaluate(policy, envs, args, episodes, derive_seed(args.seed, "evaluation"))
-    run.keep_best(row["eval_stages"])
-    return row
-
-
-def evaluate_stored(args: TaskArgs) -> dict[str, float]:
-    """The final evaluation of a run, once more."""
-    policy = FlowPolicy.load(args.evaluate / "policy.safetensors").to(args.device)
-    envs = make_envs(args, args.num_envs)
-    scores = evaluate(policy, envs, args, args.final_eval_episodes, derive_seed(args.seed, "evaluation"))
-    envs.close()
-    print(scores)
-    return scores
-
-
 # --------------------------------------------------------------------------------------- main
 def resolve(args: TaskArgs):
     """Fills in what depends on the machine and on the task."""
@@ -480,13 +448,14 @@ def main(args: Args) -> dict | None:
     if args.q_gradient == "particles" and args.n_particles < 2:
         raise SystemExit("--q-gradient particles needs --n-particles of at least 2, better 16.")
     args.transport_scale = args.transport_scale or TRANSPORT_SCALE[args.furniture]
+    envs = make_envs(args, args.num_envs)
+    measure = partial(evaluate, envs=envs, args=args)
     if args.evaluate:
-        return evaluate_stored(args)
+        return evaluate_stored(args, FlowPolicy, measure)
     rows = max(args.segments * SEGMENT, args.critic_batch, args.actor_batch * args.n_particles)
     require_memory(24 * 2**10 * rows, args.device, "A batch")
 
     task = f"{args.furniture}-{args.randomness}"
-    envs = make_envs(args, args.num_envs)
     run = Run(args, f"{task}__{args.exp_name}__{args.seed}")
     policy = get_base(args, run, envs)
     base, reference = (copy.deepcopy(policy).requires_grad_(False) for _ in range(2))
@@ -506,7 +475,7 @@ def main(args: Args) -> dict | None:
     for iteration, spent in run.iterations():  # spent: the share of the run's iterations or seconds
         row = {}
         if iteration % args.eval_every == 0 or spent == 1:
-            row = evaluate_alone(run, policy, envs, args, spent)
+            row = run.evaluate("eval_stages", measure)
         else:
             # 1. roll out with exploration
             with run.timer(row, "rollout_s"):
@@ -546,8 +515,6 @@ def main(args: Args) -> dict | None:
         run.log(row, state["env_steps"])
         run.save()
 
-    seed = derive_seed(args.seed, "evaluation of the best")
-    measure = lambda policy: evaluate(policy, envs, args, args.final_eval_episodes, seed)
     if args.capture_video and run.rank == 0:
         record_video(policy, args.furniture, args.randomness, run.path / "videos")
     result = run.finish("eval_stages", measure, task=task, env_steps=state["env_steps"])

@@ -10,6 +10,7 @@ import copy
 import itertools
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -20,8 +21,8 @@ import torch.nn.functional as F
 
 from common.checkpoints import Ring, require_memory
 from common.flow import FlowPolicy, expected_target, fit, flow_matching_loss, interpolate
-from common.runs import Run, autocast, average, average_gradients, derive_seed, set_up
-from common.settings import Count, Seed, Share, Size, Threads, Weight, launch
+from common.runs import Run, autocast, average, average_gradients, derive_seed, evaluate_stored
+from common.settings import Count, Seed, Share, Size, Threads, Weight, launch, set_up
 from common.svgd import transport_field
 from demos import dataset
 from envs.vector import VectorEnv, record_video
@@ -156,37 +157,31 @@ def pretrain(args: TaskArgs, data: dataset.Demonstrations, checkpoint: Path, epo
     first = dataset.chunk_starts(data.episode_ends, policy.chunk)  # (n,)
     obs = policy.normalize(data.observations[first])  # (n, obs_dim)
     action = policy.from_env(data.actions[first[:, None] + np.arange(policy.chunk)])  # (n, D)
-    held_out, train = torch.randperm(len(obs), device=args.device).tensor_split([len(obs) // 20])
 
     def loss():
-        i = train[torch.randint(len(train), (batch,), device=args.device)]
+        i = torch.randint(len(obs), (batch,), device=args.device)
         return flow_matching_loss(policy.velocity, action[i], obs[i])  # eq. (2)
 
-    averaged = fit(policy, loss, max(1, epochs * len(train) // batch), lr, args, checkpoint)
-    with torch.no_grad():
-        validation = flow_matching_loss(averaged.velocity, action[held_out], obs[held_out])
-    averaged.info = dict(env_id=args.env_id, validation_loss=validation.item())
+    averaged = fit(policy, loss, max(1, epochs * len(obs) // batch), lr, args, checkpoint)
+    averaged.info = dict(env_id=args.env_id)
     return averaged
 
 
 def get_base(args: TaskArgs, run: Run, envs: VectorEnv) -> FlowPolicy:
     """The base policy: given, shipped, or pretrained here; the run keeps a copy of its own."""
-    kept, shipped = run.path / "base.safetensors", dataset.DEMOS / args.env_id / "base.safetensors"
-    if run.rank == 0 and not kept.exists():
+    shipped = dataset.DEMOS / args.env_id / "base.safetensors"
+
+    def make(checkpoint: Path) -> FlowPolicy:
         if args.base:
-            policy = FlowPolicy.load(args.base, env_id=args.env_id, script="rldt_gym")
-        elif shipped.exists() and not (args.pretrain or args.dataset):
-            policy = FlowPolicy.load(shipped)
-        else:
-            data = dataset.get(args.env_id, args.dataset, envs)
-            policy = pretrain(args, data, run.path / "pretraining.pt", **PRETRAINING[args.preset])
-        policy.save(kept, **policy.info)
-        (run.path / "pretraining.pt").unlink(missing_ok=True)
-    run.barrier()
-    policy = FlowPolicy.load(kept).to(args.device)
+            return FlowPolicy.load(args.base, env_id=args.env_id, script="rldt_gym")
+        if shipped.exists() and not (args.pretrain or args.dataset):
+            return FlowPolicy.load(shipped)
+        data = dataset.get(args.env_id, args.dataset, envs)
+        return pretrain(args, data, checkpoint, **PRETRAINING[args.preset])
+
+    policy = run.keep_base(make, FlowPolicy)
     if (policy.obs_dim, policy.action_dim) != (envs.obs_dim, envs.action_dim):
-        raise SystemExit(f"{args.base or kept}: states or actions have other sizes than the task's.")
-    torch.manual_seed(args.seed)  # the networks to come are the same, wherever the base policy is from
+        raise SystemExit(f"{args.base or shipped}: states or actions have other sizes than the task's.")
     return policy
 
 
@@ -399,33 +394,14 @@ def evaluate(policy: FlowPolicy, args: Args, episodes: int, seed: int) -> dict[s
     return scores
 
 
-def evaluate_alone(run: Run, policy, envs: VectorEnv, args: TaskArgs, spent, measure=evaluate) -> dict:
-    """An iteration that only evaluates: its scores. Then all environments start anew."""
-    row, iteration = {}, run.progress["iteration"]
-    if run.rank == 0:
-        final = iteration == 0 or spent == 1
-        episodes = args.final_eval_episodes if final else args.eval_episodes
-        row = measure(policy, args, episodes, derive_seed(args.seed, "evaluation"))
-        run.keep_best(row["eval_return"])
-    envs.reset(derive_seed(args.seed, "rollouts", iteration, run.rank))
-    return row
-
-
-def evaluate_stored(args: TaskArgs, policy_class=FlowPolicy, measure=evaluate) -> dict[str, float]:
-    """The final evaluation of a run, once more."""
-    policy = policy_class.load(args.evaluate / "policy.safetensors").to(args.device)
-    scores = measure(policy, args, args.final_eval_episodes, derive_seed(args.seed, "evaluation"))
-    print(scores)
-    return scores
-
-
 # --------------------------------------------------------------------------------------- main
 def main(args: Args) -> dict | None:
     set_up(args)
     if args.iterations == 0 and args.wall_budget_s == 0:
         args.iterations = 24 if args.env_id == "Hopper-v4" else 78
+    measure = partial(evaluate, args=args)
     if args.evaluate:
-        return evaluate_stored(args)
+        return evaluate_stored(args, FlowPolicy, measure)
     rows = max(args.segments * SEGMENT, args.critic_batch, args.actor_batch * args.n_particles)
     require_memory(24 * 2**10 * rows, args.device, "A batch")
 
@@ -447,7 +423,8 @@ def main(args: Args) -> dict | None:
     for iteration, spent in run.iterations():  # spent: the share of the run's iterations or seconds
         row = {}
         if iteration % args.eval_every == 0 or spent == 1:
-            row = evaluate_alone(run, policy, envs, args, spent)
+            row = run.evaluate("eval_return", measure)
+            envs.reset(derive_seed(args.seed, "rollouts", iteration, run.rank))
         else:
             # 1. roll out with exploration
             with run.timer(row, "rollout_s"):
@@ -488,8 +465,6 @@ def main(args: Args) -> dict | None:
         run.save()
 
     envs.close()
-    seed = derive_seed(args.seed, "evaluation of the best")
-    measure = lambda policy: evaluate(policy, args, args.final_eval_episodes, seed)
     if args.capture_video and run.rank == 0:
         record_video(policy, args.env_id, run.path / "videos")
     return run.finish("eval_return", measure, task=args.env_id, env_steps=state["env_steps"])

@@ -10,6 +10,7 @@ import copy
 import itertools
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -20,8 +21,8 @@ import torch.nn.functional as F
 
 from common.checkpoints import Ring, require_memory
 from common.flow import FlowPolicy, expected_target, fit, flow_matching_loss, interpolate
-from common.runs import Run, autocast, average_gradients, derive_seed, set_up
-from common.settings import Choice, Count, Seed, Share, Size, Threads, Weight, launch
+from common.runs import Run, autocast, average_gradients, derive_seed, evaluate_stored
+from common.settings import Choice, Count, Seed, Share, Size, Threads, Weight, launch, set_up
 from common.svgd import particle_gradient, transport_field
 from demos import robomimic as dataset
 from demos.dataset import chunk_starts
@@ -58,12 +59,11 @@ class TaskArgs:
     base: Path | None = None  # base policy (.safetensors); default: the shipped one, or pretrained here
     pretrain: bool = False  # pretrain a base policy even where one is shipped
     dataset: Path | None = None  # to pretrain on: robomimic HDF5; default: a scripted expert's
-    encoder: Literal["frozen", "shared", "own"] = "frozen"  # of images; own: the critic trains another
+    encoder: Literal["frozen", "own"] = "frozen"  # of images; own: it learns, and the critic has another
 
     # rollouts and evaluation
     num_envs: Count = 4  # simulators, each a process of 0.5 to 1.2 GB (paper: 64)
     horizon: Size = 0  # time limit of an episode in environment steps; 0: the task's, 300 to 800
-    stop_on_success: bool = True  # success ends an episode; without: what follows is masked (authors)
     rollout_chunks: Size = 0  # chunks per environment and iteration (paper: 200); 0: the task's
     zero_fraction: Share = 0.25  # share of environments and particles with x_0 = 0 (authors: 0)
     eval_every: Count = 20  # every n-th iteration only evaluates (authors: 10)
@@ -98,7 +98,6 @@ class Args(TaskArgs):
     kernel: Literal["rbf", "delta"] = "rbf"  # of the transport field; delta: the paper's RLDT-Delta
     q_gradient: Literal["critic", "particles"] = "critic"  # of Q, or toward particles of a high Q (ours)
     alpha: Weight = 1e-3  # temperature, the weight of the repulsion relative to |grad Q| (paper: 1e-3)
-    transport_loss: Literal["literal", "authors"] = "authors"  # eq. (13), or the authors' form of it
     transport_scale: Weight = 30.0  # factor on grad Q: values are below 1, on Gym near 50 (authors: 1)
     consistency_weight: Weight = 0.05  # of eq. (14) (paper: 0.5)
     constraint_weight: Weight = 0.2  # of eq. (15) (paper: 0.2)
@@ -109,12 +108,11 @@ class Args(TaskArgs):
 
 PRESETS = {
     "paper": dict(
-        iterations=200, bf16=False, num_envs=64, stop_on_success=False, rollout_chunks=200,
-        zero_fraction=0.0, eval_every=10, eval_episodes=64, exploration_steps=2, buffer_iterations=10,
-        segments=804, encoder="own", gamma=0.999, target_momentum=0.995, rounds=16, critic_steps=32,
-        critic_batch=1024, critic_lr=1e-3, critic_layer_norm=False, warmup_iterations=2, actor_steps=2,
-        actor_batch=1024, n_particles=8, transport_scale=1.0, consistency_weight=0.5, reference_every=1,
-        actor_lr_end=1.0,
+        iterations=200, bf16=False, num_envs=64, rollout_chunks=200, zero_fraction=0.0, eval_every=10,
+        eval_episodes=64, exploration_steps=2, buffer_iterations=10, segments=804, encoder="own",
+        gamma=0.999, target_momentum=0.995, rounds=16, critic_steps=32, critic_batch=1024,
+        critic_lr=1e-3, critic_layer_norm=False, warmup_iterations=2, actor_steps=2, actor_batch=1024,
+        n_particles=8, transport_scale=1.0, consistency_weight=0.5, reference_every=1, actor_lr_end=1.0,
     )
 }  # fmt: skip
 STATE = dict(batch=256, head_steps=0, euler_steps=8, width=512, depth=3, time_dim=32)
@@ -137,55 +135,43 @@ ACTOR_WARMUP = 32  # actor steps over which its step size rises linearly (paper)
 
 # ----------------------------------------------------------------------------------- networks
 class ViT(nn.Module):
-    """Images of one camera -> features of patches that two convolutions embed (IBRL, Hu et al. 2023)."""
+    """Images of one camera, and the state -> features (IBRL, Hu et al. 2023).
 
-    def __init__(self, dim: int = 128, heads: int = 4, depth: int = 1):
+    Two convolutions embed patches, and a transformer layer relates them. The map of each channel is
+    projected beside the state, then channels are summed.
+    """
+
+    def __init__(self, state_dim: int, dim: int = 128, heads: int = 4):
         super().__init__()
         first, second = nn.Conv2d(3, dim, 8, stride=4), nn.Conv2d(dim, dim, 3, stride=2)
         self.patches = nn.Sequential(first, nn.ReLU(), second)
-        side = ((IMAGE_SIZE - 8) // 4 + 1 - 3) // 2 + 1  # 11
-        self.position = nn.Parameter(nn.init.trunc_normal_(torch.empty(side**2, dim), std=0.02))
+        patches = (((IMAGE_SIZE - 8) // 4 + 1 - 3) // 2 + 1) ** 2  # 121
+        self.position = nn.Parameter(nn.init.trunc_normal_(torch.empty(patches, dim), std=0.02))
         form = dict(dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
         layer = nn.TransformerEncoderLayer(dim, heads, 4 * dim, **form)
-        self.transformer = nn.TransformerEncoder(layer, depth, nn.LayerNorm(dim), False)
+        self.transformer = nn.TransformerEncoder(layer, 1, nn.LayerNorm(dim), False)
+        self.project = nn.Sequential(nn.Linear(patches + state_dim, dim), nn.LayerNorm(dim), nn.ReLU())
+        self.weight = nn.Parameter(torch.randn(dim, dim))
 
-    def forward(self, rgb: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, 3, 96, 96) -> (B, 121, dim)."""
+    def forward(self, rgb: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """uint8 (B, 3, 96, 96), (B, state_dim) -> (B, dim)."""
         x = (rgb.float() / 255 - 0.5).to(memory_format=torch.channels_last)
-        x = self.patches(x).flatten(2).transpose(1, 2)
-        return self.transformer(x + self.position)
-
-
-class SpatialEmbedding(nn.Module):
-    """Patches and state -> one vector: each channel's map is projected, then channels are summed."""
-
-    def __init__(self, patches: int, dim: int, state_dim: int, out: int):
-        super().__init__()
-        self.project = nn.Sequential(nn.Linear(patches + state_dim, out), nn.LayerNorm(out), nn.ReLU())
-        self.weight = nn.Parameter(torch.randn(dim, out))
-
-    def forward(self, x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """(B, patches, dim), (B, state_dim) -> (B, out)."""
-        x = x.transpose(1, 2)  # (B, dim, patches)
+        x = self.patches(x).flatten(2).transpose(1, 2)  # (B, 121, dim)
+        x = self.transformer(x + self.position).transpose(1, 2)  # (B, dim, 121)
         x = torch.cat([x, state[:, None].expand(-1, x.shape[1], -1).to(x.dtype)], -1)
         return (self.weight * self.project(x)).sum(1)
 
 
 class Encoder(nn.Module):
-    """A ViT and a spatial embedding per camera; features are those of the cameras, then the state."""
+    """Observations (B, ...) -> features of each camera, then the state: (B, 128 cameras + state_dim)."""
 
-    def __init__(self, cameras: int, state_dim: int, dim: int = 128):
+    def __init__(self, cameras: int, state_dim: int):
         super().__init__()
-        self.vits = nn.ModuleList(ViT(dim) for _ in range(cameras))
-        patches = len(self.vits[0].position)
-        embeddings = (SpatialEmbedding(patches, dim, state_dim, dim) for _ in range(cameras))
-        self.embeddings = nn.ModuleList(embeddings)
+        self.vits = nn.ModuleList(ViT(state_dim) for _ in range(cameras))
 
     def forward(self, obs: Obs) -> torch.Tensor:
-        """Observations (B, ...) -> (B, 128 * cameras + state_dim)."""
-        features = []
-        for vit, embed, view in zip(self.vits, self.embeddings, obs["rgb"].split(3, dim=1), strict=True):
-            features.append(embed(vit(view), obs["state"]))
+        views = zip(self.vits, obs["rgb"].split(3, dim=1), strict=True)
+        features = [vit(view, obs["state"]) for vit, view in views]
         return torch.cat([*features, obs["state"]], -1).float()
 
 
@@ -194,15 +180,15 @@ class Policy(FlowPolicy):
 
     def __init__(self, obs_dim, action_dim, chunk, euler_steps, cameras, **network):
         super().__init__(obs_dim, action_dim, chunk, euler_steps, 128 * cameras, **network)
-        self.config["cameras"], self.cameras = cameras, cameras
+        self.config["cameras"], self.cameras, self.frozen = cameras, cameras, False
         self.encoder = Encoder(cameras, obs_dim) if cameras else None
 
     def observe(self, raw: dict[str, np.ndarray]) -> Obs:
-        """Raw observations -> tensors on the device, the state normalised."""
+        """Raw observations -> what the networks see: the state normalised, frozen images as features."""
         obs = {"state": self.normalize(raw["state"])}
         if self.cameras:
             obs["rgb"] = torch.as_tensor(raw["rgb"], device=self.obs_min.device)
-        return obs
+        return {"state": self.encode(obs)} if self.frozen else obs
 
     def encode(self, obs: Obs) -> torch.Tensor:
         """Observations (B, ...) -> what the velocity is conditioned on, (B, cond_dim)."""
@@ -227,12 +213,9 @@ class Critic(nn.Module):
             self.weights.append(weight)
             self.biases.append(bias)
 
-    def encode(self, obs: Obs, policy: Policy) -> torch.Tensor:
-        """Observations (B, ...) -> (B, cond_dim), by its own encoder or, left as it is, the policy's."""
-        if self.encoder is not None:
-            return self.encoder(obs)
-        with torch.no_grad():
-            return policy.encode(obs)
+    def encode(self, obs: Obs) -> torch.Tensor:
+        """Observations (B, ...) -> what Q is conditioned on, (B, cond_dim)."""
+        return self.encoder(obs) if "rgb" in obs else obs["state"]
 
     def forward(self, cond: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         """cond (B, cond_dim), action (B, D) -> Q (2, B)."""
@@ -245,22 +228,24 @@ class Critic(nn.Module):
             return torch.baddbmm(bias, x.float(), weight)[..., 0]
 
 
-def random_shift(rgb: torch.Tensor, pixels: int) -> torch.Tensor:
-    """Shifts each image (B, C, H, W) by up to `pixels`, repeating its border (Kostrikov et al. 2020)."""
-    B, C, H, W = rgb.shape
-    dy, dx = torch.randint(-pixels, pixels + 1, (2, B, 1), device=rgb.device)
-    rows = (torch.arange(H, device=rgb.device) + dy).clamp(0, H - 1)  # (B, H)
-    columns = (torch.arange(W, device=rgb.device) + dx).clamp(0, W - 1)  # (B, W)
-    rgb = rgb.gather(2, rows[:, None, :, None].expand(-1, C, -1, W))
-    return rgb.gather(3, columns[:, None, None, :].expand(-1, C, H, -1))
-
-
 def augment(obs: Obs) -> Obs:
-    return obs | {"rgb": random_shift(obs["rgb"], SHIFT)} if "rgb" in obs else obs
+    """Shifts each image by up to SHIFT pixels, repeating its border (Kostrikov et al. 2020)."""
+    if "rgb" not in obs:
+        return obs
+    B, _, H, W = obs["rgb"].shape
+    padded = F.pad(obs["rgb"].float(), [SHIFT] * 4, mode="replicate")
+    shifted = padded.unfold(2, H, 1).unfold(3, W, 1)  # (B, C, 2 SHIFT + 1, 2 SHIFT + 1, H, W)
+    dy, dx = torch.randint(2 * SHIFT + 1, (2, B), device=padded.device)
+    return obs | {"rgb": shifted[torch.arange(B), :, dy, dx]}
 
 
 def take(obs: Obs, index) -> Obs:
     return {name: value[index] for name, value in obs.items()}
+
+
+def flat(obs: Obs) -> Obs:
+    """(T, L, ...) -> (T * L, ...)."""
+    return {name: value.flatten(0, 1) for name, value in obs.items()}
 
 
 # -------------------------------------------------------------------------------- base policy
@@ -278,76 +263,64 @@ def pretrain(args: TaskArgs, data: dict, checkpoint, epochs, batch, lr, head_ste
     action = policy.from_env(data["action"][first[:, None] + np.arange(policy.chunk)])  # (n, D)
     obs = policy.observe(data)  # of all steps
     first = torch.as_tensor(first, device=args.device)
-    held_out, train = torch.randperm(len(first), device=args.device).tensor_split([len(first) // 20])
 
     def loss():
-        i = train[torch.randint(len(train), (batch,), device=args.device)]
+        i = torch.randint(len(first), (batch,), device=args.device)
         cond = policy.encode(augment(take(obs, first[i])))
         return flow_matching_loss(policy.velocity, action[i], cond)  # eq. (2)
 
-    policy = fit(policy, loss, max(1, epochs * len(train) // batch), lr, args, checkpoint)
+    policy = fit(policy, loss, max(1, epochs * len(first) // batch), lr, args, checkpoint)
     if policy.cameras and head_steps:
+        encode = lambda i: policy.encode(augment(take(obs, i))).float()
         with torch.no_grad(), autocast(args):
-            encode = lambda i: policy.encode(augment(take(obs, first[i]))).float()
-            copies = [torch.cat([encode(i) for i in train.split(512)]) for _ in range(COPIES)]
-        cond, velocity = torch.stack(copies), policy.velocity  # (COPIES, n, cond_dim)
+            cond = torch.cat([encode(i) for i in first.repeat(COPIES).split(512)])  # (COPIES * n, .)
 
         def head_loss():
-            which = torch.randint(COPIES, (batch,), device=args.device)
-            i = torch.randint(len(train), (batch,), device=args.device)
-            return flow_matching_loss(velocity, action[train[i]], cond[which, i])  # eq. (2)
+            i = torch.randint(len(cond), (batch,), device=args.device)
+            return flow_matching_loss(policy.velocity, action[i % len(first)], cond[i])  # eq. (2)
 
-        policy.velocity = fit(velocity, head_loss, head_steps, lr, args)
-    held_out = held_out[:1024]
-    with torch.no_grad(), autocast(args):
-        cond = policy.encode(take(obs, first[held_out]))
-        validation = flow_matching_loss(policy.velocity, action[held_out], cond).item()
-    policy.info = dict(task=args.task, obs=args.obs, validation_loss=validation)
-    policy.info["fast_render"] = FAST_RENDER[args.preset]
+        policy.velocity = fit(policy.velocity, head_loss, head_steps, lr, args)
+    policy.info = dict(task=args.task, obs=args.obs, fast_render=FAST_RENDER[args.preset])
     return policy
 
 
 def get_base(args: TaskArgs, run: Run) -> Policy:
     """The base policy: given, shipped, or pretrained here; the run keeps a copy of its own."""
-    kept = run.path / "base.safetensors"
     shipped = dataset.DEMOS / args.task / f"base_{args.obs}.safetensors"
     spec, images = TASKS[args.task], args.obs == "image"
-    if run.rank == 0 and not kept.exists():
+
+    def make(checkpoint: Path) -> Policy:
         if args.base:
-            policy = Policy.load(args.base, task=args.task, obs=args.obs, script="rldt_robomimic")
-        elif shipped.exists() and not (args.pretrain or args.dataset):
-            policy = Policy.load(shipped)
-        else:
-            data = dataset.get(args.task, args.obs, args.dataset, FAST_RENDER[args.preset])
-            settings = PRETRAINING[args.preset][args.obs] | dict(chunk=spec.chunk)
-            policy = pretrain(args, data, run.path / "pretraining.pt", **settings)
-        policy.save(kept, **policy.info)
-        (run.path / "pretraining.pt").unlink(missing_ok=True)
-    run.barrier()
-    policy = Policy.load(kept).to(args.device)
+            return Policy.load(args.base, task=args.task, obs=args.obs, script="rldt_robomimic")
+        if shipped.exists() and not (args.pretrain or args.dataset):
+            return Policy.load(shipped)
+        data = dataset.get(args.task, args.obs, args.dataset, FAST_RENDER[args.preset])
+        settings = PRETRAINING[args.preset][args.obs] | dict(chunk=spec.chunk)
+        return pretrain(args, data, checkpoint, **settings)
+
+    policy = run.keep_base(make, Policy)
     wanted = spec.state_dim(images), 7 * spec.robots, len(spec.cameras) * images
     if (policy.obs_dim, policy.action_dim, policy.cameras) != wanted:
-        raise SystemExit(f"{args.base or kept}: not a policy for {args.task} with --obs {args.obs}.")
-    if policy.cameras and args.encoder == "frozen":
-        policy.encoder.requires_grad_(False)
-    torch.manual_seed(args.seed)  # the networks to come are the same, wherever the base policy is from
+        raise SystemExit(f"{args.base or shipped}: not a policy for {args.task} with --obs {args.obs}.")
+    policy.frozen = args.encoder == "frozen"
+    if policy.cameras:
+        policy.encoder.requires_grad_(not policy.frozen)
     return policy
 
 
 # ------------------------------------------------------------------------------------- replay
 class Replay(Ring):
-    """The last `buffer_iterations` rollouts, (rollout_chunks, num_envs, ...) each; row t is chunk t.
+    """The last rollouts, (rollout_chunks, num_envs, ...) each; row t is chunk t.
 
-    Observations have one row more, for where the rollout ends. `valid` is 1 until the task is solved;
-    `succeeded` is whether the episode solves it in the end.
+    Observations have a row more, where the rollout ends. `succeeded`: whether the episode does later.
     """
 
     def __init__(self, args: Args, policy: Policy):
-        T, N, frozen = args.rollout_chunks, args.num_envs, args.encoder == "frozen"
-        shapes = {name: (T, N) for name in ("reward", "terminated", "valid", "succeeded")}
+        T, N = args.rollout_chunks, args.num_envs
+        shapes = {name: (T, N) for name in ("reward", "terminated", "succeeded")}
         shapes["action"] = T, N, policy.action_size
-        shapes["state"] = T + 1, N, policy.cond_dim if frozen else policy.obs_dim
-        if policy.cameras and not frozen:
+        shapes["state"] = T + 1, N, policy.cond_dim if policy.frozen else policy.obs_dim
+        if policy.cameras and not policy.frozen:
             shapes["rgb"] = T + 1, N, 3 * policy.cameras, IMAGE_SIZE, IMAGE_SIZE
         super().__init__(args.buffer_iterations, shapes, args.device, {"rgb": torch.uint8})
 
@@ -355,10 +328,10 @@ class Replay(Ring):
         """Segments (SEGMENT, segments, ...): half of episodes that succeed, some of the last rollout."""
         T = self.slots["reward"].shape[1]
         length = min(SEGMENT, T)
-        valid, succeeded = (self.slots[name][:, : T - length + 1] for name in ("valid", "succeeded"))
-        weight = torch.zeros_like(valid)
-        for kind in succeeded[valid > 0].unique():  # equal shares of episodes that succeed and that fail
-            rows = valid * (succeeded == kind)
+        succeeded = self.slots["succeeded"][: self.filled, : T - length + 1]
+        weight = torch.zeros_like(succeeded)
+        for kind in succeeded.unique():  # equal shares of episodes that succeed and that fail
+            rows = (succeeded == kind).float()
             share, newest = (1 - FRESH) * rows / rows.sum(), rows[self.slot]
             share[self.slot] += FRESH * newest / newest.sum().clamp_min(1)
             weight += share / share.sum()
@@ -366,25 +339,17 @@ class Replay(Ring):
         slot, start, env = torch.unravel_index(chosen, weight.shape)
         t = start + torch.arange(length, device=start.device)[:, None]  # (length, segments)
         batch = {name: value[slot, t, env] for name, value in self.slots.items()}
-        names = [name for name in ("state", "rgb") if name in batch]
-        batch["next_obs"] = {name: self.slots[name][slot, t + 1, env] for name in names}
-        return batch | {"obs": {name: batch.pop(name) for name in names}}
+        obs = {name: batch.pop(name) for name in ("state", "rgb") if name in batch}
+        next_obs = {name: self.slots[name][slot, t + 1, env] for name in obs}
+        return batch | {"obs": obs, "next_obs": next_obs}
 
 
 # -------------------------------------------------------------------- exploration and rollout
 def make_envs(args: TaskArgs, policy: Policy) -> RobomimicVectorEnv:
     """Simulators whose images are rendered as the policy's demonstrations were."""
     require_memory(args.num_envs * 2**29, "cpu", f"{args.num_envs} environments")
-    fast = policy.info.get("fast_render", True)
-    limits = dict(stop_on_success=args.stop_on_success, horizon=args.horizon)
-    images = args.obs == "image"
-    return RobomimicVectorEnv(args.num_envs, task=args.task, images=images, fast_render=fast, **limits)
-
-
-def observe(policy: Policy, raw: dict[str, np.ndarray], args: Args) -> Obs:
-    """What the networks see: states and images, or with a frozen encoder the features of both."""
-    obs = policy.observe(raw)
-    return {"state": policy.encode(obs)} if args.encoder == "frozen" else obs
+    options = dict(images=args.obs == "image", fast_render=policy.info.get("fast_render", True))
+    return RobomimicVectorEnv(args.num_envs, task=args.task, horizon=args.horizon, **options)
 
 
 def explore(trajectory: torch.Tensor, args: Args) -> torch.Tensor:
@@ -402,30 +367,24 @@ def explore(trajectory: torch.Tensor, args: Args) -> torch.Tensor:
 
 @torch.no_grad()
 def collect(policy: Policy, envs: RobomimicVectorEnv, rollout: dict, seed: int, args: Args):
-    """Fills a rollout with exploration, from new episodes of `seed` on.
-
-    Returns environment steps, and for each episode that ended whether it succeeded.
-    """
+    """Fills a rollout from new episodes of `seed` on; returns steps, and success of ended episodes."""
     steps, successes, device = 0, [], args.device
-    solved = np.zeros(args.num_envs)  # whether the running episodes succeeded before
     envs.reset(seed)
     for t in range(args.rollout_chunks):
         x0 = torch.randn(args.num_envs, policy.action_size, device=device)
         x0[: round(args.zero_fraction * args.num_envs)] = 0
         with autocast(args):
-            obs = observe(policy, envs.obs, args)
+            obs = policy.observe(envs.obs)
             action = explore(policy.sample(policy.encode(obs), x0, trajectory=True), args)
         step = envs.step(policy.to_env(action))
         ended = step.terminated | step.truncated  # a time limit is a failure
-        row = dict(action=action, reward=step.score - solved, terminated=ended | (step.score > 0),
-                   valid=1 - solved, succeeded=step.score)  # fmt: skip
+        row = dict(action=action, reward=step.score, terminated=ended, succeeded=step.score)
         for name, value in (obs | row).items():
             rollout[name][t] = torch.as_tensor(value, device=device)
-        solved = np.where(ended, 0, step.score)
         successes.extend(step.score[ended])
         steps += int(step.length.sum())
     with autocast(args):
-        obs = observe(policy, envs.obs, args)
+        obs = policy.observe(envs.obs)
     for name, value in obs.items():
         rollout[name][-1] = value
     succeeded, terminated = rollout["succeeded"], rollout["terminated"] > 0
@@ -452,17 +411,17 @@ def td_lambda(reward, terminated, next_value, gamma: float, lam: float) -> torch
 @torch.no_grad()
 def critic_target(policy: Policy, target: Critic, batch: dict, args: Args) -> torch.Tensor:
     """TD(lambda) targets (T, L); V(s') is the minimum of the targets at an action of the policy."""
-    obs = augment({name: value.flatten(0, 1) for name, value in batch["next_obs"].items()})
+    obs = augment(flat(batch["next_obs"]))
     with autocast(args):
         action = policy.sample(policy.encode(obs))
-        value = target(target.encode(obs, policy), action).min(0).values.view_as(batch["reward"])
+        value = target(target.encode(obs), action).min(0).values.view_as(batch["reward"])
     return td_lambda(batch["reward"], batch["terminated"], value, args.gamma, args.td_lambda)
 
 
-def update_critic(critic: Critic, target: Critic, policy: Policy, optimizer, obs, action, y, args):
+def update_critic(critic: Critic, target: Critic, optimizer, obs: Obs, action, y, args: Args) -> dict:
     """One step on obs (B, ...), action (B, D) and targets y (B,); the target networks follow."""
     with autocast(args):
-        q = critic(critic.encode(augment(obs), policy), action)  # (2, B)
+        q = critic(critic.encode(augment(obs)), action)  # (2, B)
     loss = (q - y).square().mean(1).sum()
     optimizer.zero_grad()
     loss.backward()
@@ -512,11 +471,8 @@ def actor_losses(velocity, reference, critic, cond, cond_ref, cond_q, trajectory
         grad_q = particle_gradient(q.detach().to(particles.dtype).view(B, P), particles.detach())
     grad_q = args.transport_scale * grad_q
     phi = transport_field(query, particles.detach(), grad_q, args.alpha, args.kernel)  # eq. (6)
-    if args.transport_loss == "literal":
-        transport = (a_dagger - (query + phi)).square().sum(-1).mean() / K  # eq. (13)
-    else:
-        # the authors' form of eq. (13): its gradient, divided by 2 (1 - t)^2
-        transport = -((v * phi).sum(-1) / (K * (1 - t))).mean()
+    # the authors' form of eq. (13): its gradient, divided by 2 (1 - t)^2
+    transport = -((v * phi).sum(-1) / (K * (1 - t))).mean()
 
     # consistency: every step of a trajectory points at the action that it ends in
     consistency = ((a_dagger - action).square().sum(-1) / (K * (1 - t)).square()).mean()  # eq. (14)
@@ -540,12 +496,12 @@ def update_actor(policy: Policy, reference: Policy, critic: Critic, optimizer, o
         cond = policy.encode(obs)  # once per state: Euler steps, particles and losses share it
         with torch.no_grad():
             cond_ref = reference.encode(obs)
-            cond_q = critic.encode(obs, policy)
+            cond_q = critic.encode(obs)
             x0 = start_noise((len(cond), args.n_particles, policy.action_size), args)
             repeated = cond[:, None].expand(-1, args.n_particles, -1)
             trajectory = policy.sample(repeated, x0, trajectory=True)
-    conds = cond, cond_ref, cond_q
-    losses = actor_losses(policy.velocity, reference.velocity, critic, *conds, trajectory, args)
+    rows = cond, cond_ref, cond_q, trajectory
+    losses = actor_losses(policy.velocity, reference.velocity, critic, *rows, args)
     transport, consistency, constraint, metrics = losses
     loss = transport + args.consistency_weight * consistency  # eq. (16)
     loss += args.constraint_weight * constraint
@@ -577,27 +533,6 @@ def evaluate(policy: Policy, envs: RobomimicVectorEnv, args: Args, episodes: int
     return success_rate(success[:episodes], "eval_success") | sampled
 
 
-def evaluate_alone(run: Run, policy, envs, args: TaskArgs, spent) -> dict:
-    """An iteration that only evaluates: its scores."""
-    if run.rank > 0:
-        return {}
-    final = run.progress["iteration"] == 0 or spent == 1
-    episodes = args.final_eval_episodes if final else args.eval_episodes
-    row = evaluate(policy, envs, args, episodes, derive_seed(args.seed, "evaluation"))
-    run.keep_best(row["eval_success"])
-    return row
-
-
-def evaluate_stored(args: TaskArgs) -> dict[str, float]:
-    """The final evaluation of a run, once more."""
-    policy = Policy.load(args.evaluate / "policy.safetensors").to(args.device)
-    envs = make_envs(args, policy)
-    scores = evaluate(policy, envs, args, args.final_eval_episodes, derive_seed(args.seed, "evaluation"))
-    envs.close()
-    print(scores)
-    return scores
-
-
 # --------------------------------------------------------------------------------------- main
 def resolve(args: Args):
     """Fills in what depends on the task."""
@@ -615,7 +550,8 @@ def main(args: Args) -> dict | None:
     set_up(args)
     resolve(args)
     if args.evaluate:
-        return evaluate_stored(args)
+        measure = lambda policy, **of: evaluate(policy, make_envs(args, policy), args, **of)
+        return evaluate_stored(args, Policy, measure)
     rows = max(args.segments * SEGMENT, args.critic_batch, args.actor_batch * args.n_particles)
     require_memory(24 * 2**10 * rows, args.device, "A batch")
 
@@ -633,6 +569,7 @@ def main(args: Args) -> dict | None:
         groups.append({"params": own.parameters(), "lr": ENCODER_LR})
     critic_optimizer = torch.optim.Adam(groups, args.critic_lr, fused=True)
     envs, replay = make_envs(args, policy), Replay(args, policy)
+    measure = partial(evaluate, envs=envs, args=args)
     state = dict(env_steps=0, trained=0, actor_steps=0)
     run.checkpoints(
         state, policy, reference=reference, critic=critic, target=target, replay=replay,
@@ -642,7 +579,7 @@ def main(args: Args) -> dict | None:
     for iteration, spent in run.iterations():  # spent: the share of the run's iterations or seconds
         row = {}
         if iteration % args.eval_every == 0 or spent == 1:
-            row = evaluate_alone(run, policy, envs, args, spent)
+            row = run.evaluate("eval_success", measure)
         else:
             # 1. roll out with exploration
             with run.timer(row, "rollout_s"):
@@ -656,13 +593,12 @@ def main(args: Args) -> dict | None:
                 # 2. the critic: TD(lambda) targets of some segments, then steps on minibatches of them
                 with run.timer(row, "critic_s"):
                     batch = replay.draw(args.segments)
-                    y = critic_target(policy, target, batch, args)
-                    valid = batch["valid"] > 0  # without --stop-on-success, episodes go on after it
-                    obs, action, y = take(batch["obs"], valid), batch["action"][valid], y[valid]
+                    y = critic_target(policy, target, batch, args).flatten()
+                    obs, action = flat(batch["obs"]), batch["action"].flatten(0, 1)
                     for _ in range(args.critic_steps):
                         i = torch.randint(len(y), (args.critic_batch,), device=args.device)
                         rows = take(obs, i), action[i], y[i]
-                        run.add(update_critic(critic, target, policy, critic_optimizer, *rows, args))
+                        run.add(update_critic(critic, target, critic_optimizer, *rows, args))
                 # 3. the actor: particles in some of the same states follow the transport field
                 with run.timer(row, "actor_s"):
                     warm = state["trained"] < args.warmup_iterations
@@ -676,16 +612,13 @@ def main(args: Args) -> dict | None:
                         run.add(update_actor(policy, reference, critic, actor_optimizer, rows, args))
             # 4. the reference of the constraint follows, or stays the base
             state["trained"] += 1
-            with torch.no_grad():
-                cond = policy.encode(take(obs, slice(256)))
+            cond = policy.encode(take(obs, slice(256)))
             run.add({"diagnostics/base_distance": policy.distance(base, cond)})
             if args.reference_every and state["trained"] % args.reference_every == 0:
                 reference.load_state_dict(policy.state_dict())
         run.log(row, state["env_steps"])
         run.save()
 
-    seed = derive_seed(args.seed, "evaluation of the best")
-    measure = lambda policy: evaluate(policy, envs, args, args.final_eval_episodes, seed)
     result = run.finish("eval_success", measure, task=task, env_steps=state["env_steps"])
     if args.capture_video and run.rank == 0:
         record_video(policy, envs, run.path / "videos")

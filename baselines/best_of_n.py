@@ -7,14 +7,15 @@ Rollouts, replay and critic are RLDT's; there is no actor to update. docs/baseli
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 import rldt_gym as family
 from common.flow import sample
-from common.runs import Run, derive_seed, set_up
-from common.settings import Count, Share, Size, Weight, launch
+from common.runs import Run, derive_seed, evaluate_stored
+from common.settings import Count, Share, Size, Weight, launch, set_up
 
 
 # ---------------------------------------------------------------------------------- arguments
@@ -99,8 +100,9 @@ def main(args: Args) -> dict | None:
     set_up(args)
     if args.iterations == 0 and args.wall_budget_s == 0:
         args.iterations = 24 if args.env_id == "Hopper-v4" else 78
+    measure = partial(evaluate, args=args)
     if args.evaluate:
-        return family.evaluate_stored(args, BestOfN, evaluate)
+        return evaluate_stored(args, BestOfN, measure)
 
     envs = family.make_envs(args, args.num_envs)
     run = Run(args, f"{args.env_id}__{args.exp_name}__{args.seed}")
@@ -116,7 +118,8 @@ def main(args: Args) -> dict | None:
         row, warm = {}, state["trained"] < args.warmup_iterations
         policy.candidates.fill_(1 if warm else args.candidates)  # the base, until the critic knows it
         if iteration % args.eval_every == 0 or spent == 1:
-            row = family.evaluate_alone(run, policy, envs, args, spent, evaluate)
+            row = run.evaluate("eval_return", measure)
+            envs.reset(derive_seed(args.seed, "rollouts", iteration, run.rank))
         else:
             # 1. roll out the best of N candidates
             with run.timer(row, "rollout_s"):
@@ -143,8 +146,6 @@ def main(args: Args) -> dict | None:
         run.save()
 
     envs.close()
-    seed = derive_seed(args.seed, "evaluation of the best")
-    measure = lambda policy: evaluate(policy, args, args.final_eval_episodes, seed)
     if args.capture_video and run.rank == 0:
         family.record_video(policy, args.env_id, run.path / "videos")
     return run.finish("eval_return", measure, task=args.env_id, env_steps=state["env_steps"])

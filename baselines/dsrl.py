@@ -12,6 +12,7 @@ noise follows it. Of the two evaluations, that from x_0 = 0 starts the flow from
 import copy
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,8 +20,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import rldt_gym as family
-from common.runs import Run, autocast, average_gradients, derive_seed, set_up
-from common.settings import Count, Share, Size, Weight, launch
+from common.runs import Run, autocast, average_gradients, derive_seed, evaluate_stored
+from common.settings import Count, Share, Size, Weight, launch, set_up
 
 
 # ---------------------------------------------------------------------------------- arguments
@@ -177,8 +178,9 @@ def main(args: Args) -> dict | None:
     set_up(args)
     if args.iterations == 0 and args.wall_budget_s == 0:
         args.iterations = 24 if args.env_id == "Hopper-v4" else 78
+    measure = partial(family.evaluate, args=args)
     if args.evaluate:
-        return family.evaluate_stored(args, SteeredPolicy)
+        return evaluate_stored(args, SteeredPolicy, measure)
 
     envs = family.make_envs(args, args.num_envs)
     run = Run(args, f"{args.env_id}__{args.exp_name}__{args.seed}")
@@ -202,7 +204,8 @@ def main(args: Args) -> dict | None:
         row, warm = {}, state["trained"] < args.warmup_iterations
         policy.steered.fill_(not warm)  # the base acts until its critics know it
         if iteration % args.eval_every == 0 or spent == 1:
-            row = family.evaluate_alone(run, policy, envs, args, spent, family.evaluate)
+            row = run.evaluate("eval_return", measure)
+            envs.reset(derive_seed(args.seed, "rollouts", iteration, run.rank))
         else:
             # 1. roll out from the actor's noise
             with run.timer(row, "rollout_s"):
@@ -238,8 +241,6 @@ def main(args: Args) -> dict | None:
         run.save()
 
     envs.close()
-    seed = derive_seed(args.seed, "evaluation of the best")
-    measure = lambda policy: family.evaluate(policy, args, args.final_eval_episodes, seed)
     if args.capture_video and run.rank == 0:
         family.record_video(policy, args.env_id, run.path / "videos")
     return run.finish("eval_return", measure, task=args.env_id, env_steps=state["env_steps"])

@@ -8,6 +8,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +17,8 @@ import torch.nn as nn
 
 import rldt_gym as family
 from common.flow import FlowPolicy, ResidualBlock
-from common.runs import Run, average, average_gradients, derive_seed, set_up
-from common.settings import Count, Share, Size, Weight
+from common.runs import Run, average, average_gradients, derive_seed, evaluate_stored
+from common.settings import Count, Share, Size, Weight, set_up
 
 
 # ---------------------------------------------------------------------------------- arguments
@@ -199,8 +200,9 @@ def main(args: PPOArgs, method: Method) -> dict | None:
     set_up(args)
     if args.iterations == 0 and args.wall_budget_s == 0:
         args.iterations = 31 if args.env_id == "Hopper-v4" else 106
+    measure = partial(evaluate, args=args)
     if args.evaluate:
-        return family.evaluate_stored(args, method.policy_class, evaluate)
+        return evaluate_stored(args, method.policy_class, measure)
 
     envs = family.make_envs(args, args.num_envs)
     run = Run(args, f"{args.env_id}__{args.exp_name}__{args.seed}")
@@ -220,7 +222,8 @@ def main(args: PPOArgs, method: Method) -> dict | None:
     for iteration, spent in run.iterations():
         row = {}
         if iteration % args.eval_every == 0 or spent == 1:
-            row = family.evaluate_alone(run, policy, envs, args, spent, evaluate)
+            row = run.evaluate("eval_return", measure)
+            envs.reset(derive_seed(args.seed, "rollouts", iteration, run.rank))
             reward_scale.carry.zero_()
         else:
             # 1. roll out
@@ -260,8 +263,6 @@ def main(args: PPOArgs, method: Method) -> dict | None:
         run.save()
 
     envs.close()
-    seed = derive_seed(args.seed, "evaluation of the best")
-    measure = lambda policy: evaluate(policy, args, args.final_eval_episodes, seed)
     if args.capture_video and run.rank == 0:
         family.record_video(policy, args.env_id, run.path / "videos")
     return run.finish("eval_return", measure, task=args.env_id, env_steps=state["env_steps"])

@@ -10,6 +10,7 @@ maximum likelihood. Networks and update are Stable-Baselines3's; rollouts, repla
 import copy
 from collections import namedtuple
 from dataclasses import dataclass
+from functools import partial
 
 import gymnasium as gym
 import numpy as np
@@ -18,8 +19,8 @@ import torch.nn as nn
 from tqdm import tqdm
 
 import rldt_gym as family
-from common.runs import Run, derive_seed, set_up
-from common.settings import Count, Share, Size, Weight, launch
+from common.runs import Run, derive_seed, evaluate_stored
+from common.settings import Count, Share, Size, Weight, launch, set_up
 from demos import dataset
 
 
@@ -121,17 +122,19 @@ def clone(policy: GaussianPolicy, data: dataset.Demonstrations, epochs: int, bat
 
 def get_base(args: Args, run: Run, envs, actor: nn.Module) -> GaussianPolicy:
     """The actor as it starts: given, or cloned here; the run keeps a copy of its own."""
-    kept = run.path / "base.safetensors"
     policy = GaussianPolicy(envs.obs_dim, envs.action_dim, actor).to(args.device)
-    if kept.exists() or args.base:
-        given = GaussianPolicy.load(kept if kept.exists() else args.base)
-        if given.config != policy.config:
-            raise SystemExit(f"{args.base}: has other sizes than {args.env_id}.")
-        policy.load_state_dict(given.state_dict())
-    else:
+
+    def make(checkpoint) -> GaussianPolicy:
+        if args.base:
+            return GaussianPolicy.load(args.base)
+        policy.info = dict(env_id=args.env_id)
         clone(policy, dataset.get(args.env_id, args.dataset, envs), **CLONING)
-    if not kept.exists():
-        policy.save(kept, env_id=args.env_id)
+        return policy
+
+    given = run.keep_base(make, GaussianPolicy)
+    if given.config != policy.config:
+        raise SystemExit(f"{args.base}: has other sizes than {args.env_id}.")
+    policy.load_state_dict(given.state_dict())
     return policy
 
 
@@ -174,8 +177,9 @@ def main(args: Args) -> dict | None:
     set_up(args)
     if args.iterations == 0 and args.wall_budget_s == 0:
         args.iterations = 105 if args.env_id == "Hopper-v4" else 355
+    measure = partial(family.evaluate, args=args)
     if args.evaluate:
-        return family.evaluate_stored(args, GaussianPolicy)
+        return evaluate_stored(args, GaussianPolicy, measure)
 
     run = Run(args, f"{args.env_id}__{args.exp_name}__{args.seed}")
     if run.world > 1:
@@ -194,7 +198,8 @@ def main(args: Args) -> dict | None:
     for iteration, spent in run.iterations():
         row = {}
         if iteration % args.eval_every == 0 or spent == 1:
-            row = family.evaluate_alone(run, policy, envs, args, spent)
+            row = run.evaluate("eval_return", measure)
+            envs.reset(derive_seed(args.seed, "rollouts", iteration, run.rank))
         else:
             with run.timer(row, "rollout_s"):
                 steps, returns = family.collect(policy, envs, replay.next(), args)
@@ -210,8 +215,6 @@ def main(args: Args) -> dict | None:
         run.save()
 
     envs.close()
-    seed = derive_seed(args.seed, "evaluation of the best")
-    measure = lambda policy: family.evaluate(policy, args, args.final_eval_episodes, seed)
     if args.capture_video:
         family.record_video(policy, args.env_id, run.path / "videos")
     return run.finish("eval_return", measure, task=args.env_id, env_steps=state["env_steps"])

@@ -95,7 +95,7 @@ def robomimic_envs(args: Args) -> Rows:
     rows = []
     for kind in ("state", "image"):
         for n in args.numbers:
-            envs = RobomimicVectorEnv(n, task="square", images=kind == "image", stop_on_success=False)
+            envs = RobomimicVectorEnv(n, task="square", images=kind == "image")
             value = rate(envs, random_chunks(envs, 10), args.seconds)
             rows.append(("env", f"{kind} {n}", "square", value, "env steps/s"))
     return rows

@@ -5,6 +5,10 @@ import io
 import json
 import math
 import os
+import shlex
+import subprocess
+import time
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -27,6 +31,11 @@ def write_atomically(path: Path, write):
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
         raise SystemExit(f"Cannot write {path} ({error}). The last good file is kept.") from error
+
+
+def write_json(path: Path, content: dict):
+    text = json.dumps(content, indent=2, default=str)
+    write_atomically(path, lambda p: p.write_text(text))
 
 
 def require_memory(size: float, device: str, what: str):
@@ -66,6 +75,16 @@ def identity(args) -> dict[str, str]:
     settings = {key: str(value) for key, value in vars(args).items() if key not in PLACE}
     processes = os.environ.get("WORLD_SIZE", "1")
     return settings | dict(script=script_of(type(args)), processes=processes, format=FORMAT)
+
+
+def provenance() -> dict:
+    """What a result was made with: commit, date and versions."""
+    folder = shlex.quote(str(Path(__file__).parent))
+    command = f"git -C {folder} describe --always --dirty --exclude='*'"
+    status, commit = subprocess.getstatusoutput(command)
+    versions = {name: version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
+    today = time.strftime("%Y-%m-%d")
+    return dict(commit="unknown" if status else commit, date=today, versions=versions)
 
 
 def write_checked(path: Path, content: dict):

@@ -69,8 +69,7 @@ class VelocityMLP(nn.Module):
         """x (..., D), t (...) or one number for all, cond (..., cond_dim) -> velocity (..., D)."""
         dtype = self.trunk[0].weight.dtype
         time = self.time_mlp(time_embedding(t, self.time_dim).to(dtype)).expand(*x.shape[:-1], -1)
-        inputs = torch.cat([x.to(dtype), time, self.cond_mlp(cond.to(dtype))], -1)
-        return self.trunk(inputs).to(x.dtype)
+        return self.trunk(torch.cat([x.to(dtype), time, self.cond_mlp(cond.to(dtype))], -1)).to(x.dtype)
 
 
 def interpolate(action: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

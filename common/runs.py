@@ -3,18 +3,14 @@
 import contextlib
 import copy
 import csv
-import importlib.util
 import json
 import math
 import os
 import re
-import shlex
 import signal
-import subprocess
 import tempfile
 import time
 from collections import defaultdict
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -23,33 +19,11 @@ import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common.checkpoints import identity, load_parts, save_parts, write_atomically
+from common.checkpoints import identity, load_parts, provenance, save_parts, write_atomically, write_json
 from common.settings import script_of
 
 
 # --------------------------------------------------------------------------------- processes
-def set_up(args):
-    """Chooses the device and the threads, seeds torch, and under torchrun joins the other processes."""
-    world, device = int(os.environ.get("WORLD_SIZE", 1)), args.device
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise SystemExit(f"--device {device}: must be auto, cpu, cuda or cuda with a number, as cuda:0")
-    if args.track and not importlib.util.find_spec("wandb"):
-        raise SystemExit("--track needs Weights & Biases: pip install wandb")
-    if device == "auto" or (device.startswith("cuda") and world > 1):  # under torchrun a GPU each
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda"):
-        number = torch.device(device).index or 0
-        if number >= torch.cuda.device_count():
-            raise SystemExit(f"--device {device}: this torch sees no such device; use --device cpu.")
-        torch.cuda.set_device(number)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    args.device = device
-    torch.set_num_threads(args.threads)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    torch.manual_seed(args.seed)
-
-
 def derive_seed(seed: int, *purpose) -> int:
     """A seed below 2^30 for a purpose, words and numbers; those of others are unrelated to it."""
     entropy = [seed, *repr(purpose).encode()]
@@ -75,6 +49,15 @@ def average_gradients(parameters):
         average(p.grad)
 
 
+def evaluate_stored(args, policy_class, measure) -> dict:
+    """The final evaluation of the run --evaluate, once more: measure(policy, episodes=, seed=)."""
+    policy = policy_class.load(args.evaluate / "policy.safetensors").to(args.device)
+    final = dict(episodes=args.final_eval_episodes, seed=derive_seed(args.seed, "evaluation"))
+    scores = measure(policy, **final)
+    print(scores)
+    return scores
+
+
 # --------------------------------------------------------------------------------------- run
 class Run:
     """A run directory and what is written to it; columns that begin with `eval_` are shown and drawn."""
@@ -84,15 +67,13 @@ class Run:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         paths = [args.resume]
         if self.rank == 0 and not args.resume:
-            safe = re.sub(r"[^-+#.\w]", "_", name)
-            prefix = f"{safe}__{time.strftime('%Y%m%d-%H%M%S')}__"
+            prefix = re.sub(r"[^-+#.\w]", "_", name) + time.strftime("__%Y%m%d-%H%M%S__")
             try:
                 args.runs.mkdir(parents=True, exist_ok=True)
                 paths = [Path(tempfile.mkdtemp(prefix=prefix, dir=args.runs))]  # nobody else's
             except OSError as error:
                 raise SystemExit(f"--runs {args.runs}: cannot be written ({error})") from error
-            text = json.dumps(vars(args) | dict(script=script_of(type(args))), indent=2, default=str)
-            write_atomically(paths[0] / "args.json", lambda p: p.write_text(text))
+            write_json(paths[0] / "args.json", vars(args) | dict(script=script_of(type(args))))
         if self.world > 1:
             dist.broadcast_object_list(paths)
         self.path = paths[0]
@@ -103,6 +84,18 @@ class Run:
         """Ctrl-C: the iteration is finished and saved; a second one stops at once."""
         self.interrupted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def keep_base(self, make, policy_class):
+        """The base policy, of which the run has a copy; the first process makes it, make(checkpoint)."""
+        kept, checkpoint = self.path / "base.safetensors", self.path / "pretraining.pt"
+        if self.rank == 0 and not kept.exists():
+            made = make(checkpoint)
+            made.save(kept, **made.info)
+            checkpoint.unlink(missing_ok=True)
+        self.barrier()
+        base = policy_class.load(kept).to(self.args.device)
+        torch.manual_seed(self.args.seed)  # networks to come are the same, wherever the base is from
+        return base
 
     def barrier(self):
         if self.world > 1:
@@ -200,11 +193,17 @@ class Run:
         if self.interrupted:
             raise SystemExit(f"Stopped and saved. Continue with --resume {self.path}")
 
-    def keep_best(self, score: float):
-        """Keeps a copy of the policy where it scores higher than before."""
-        if score > self.progress["best"]:
-            self.progress["best"] = float(score)
+    def evaluate(self, score: str, measure) -> dict:
+        """Scores by measure(policy, episodes=, seed=), in the first process; the best policy is kept."""
+        if self.rank > 0:
+            return {}
+        args, last = self.args, self.progress["iteration"] == 0 or self.spent == 1
+        episodes = args.final_eval_episodes if last else args.eval_episodes
+        row = measure(self.policy, episodes=episodes, seed=derive_seed(args.seed, "evaluation"))
+        if row[score] > self.progress["best"]:
+            self.progress["best"] = float(row[score])
             self.best_policy.load_state_dict(self.policy.state_dict())
+        return row
 
     def finish(self, score: str, measure, **results) -> dict | None:
         """Writes policy, curve.png and result.json, whose contents it returns, in the first process.
@@ -221,18 +220,14 @@ class Run:
         self.policy.save(self.path / "policy.safetensors", **info)
         if self.progress["best"] > final[score]:
             self.best_policy.save(self.path / "best_policy.safetensors", **info)
-            best = max(final, measure(self.best_policy), key=lambda scores: scores[score])
+            episodes, seed = self.args.final_eval_episodes, derive_seed(self.args.seed, "best")
+            again = measure(self.best_policy, episodes=episodes, seed=seed)
+            best = max(final, again, key=lambda scores: scores[score])
         for name, scores in ("base", rows[0]), ("final", final), ("best", best):
             results |= {key.replace("eval", name): float(scores[key]) for key in final}
-        folder = shlex.quote(str(Path(__file__).parent))
-        command = f"git -C {folder} describe --always --dirty --exclude='*'"
-        status, commit = subprocess.getstatusoutput(command)
-        results |= dict(commit="unknown" if status else commit, date=time.strftime("%Y-%m-%d"))
-        results["versions"] = {name: version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
+        results |= provenance() | dict(wall_s=self.progress["wall_s"])
         results["args"] = json.loads((self.path / "args.json").read_text())
-        results["wall_s"] = self.progress["wall_s"]
-        text = json.dumps(results, indent=2)
-        write_atomically(self.path / "result.json", lambda p: p.write_text(text))
+        write_json(self.path / "result.json", results)
         for key in [key for key in final if not key.endswith(("_std", "_low", "_high"))]:
             points = [(row["env_steps"], row[key]) for row in rows if key in row]
             plt.plot(*zip(*points, strict=True), "o-", label=key)

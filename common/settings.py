@@ -1,8 +1,10 @@
 """Settings of a script: a dataclass with one line a field, from flags, presets and stored runs."""
 
 import dataclasses
+import importlib.util
 import inspect
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import torch
+import torch.distributed as dist
 import tyro
 
 # The types of settings, with the least and the largest value.
@@ -77,6 +80,28 @@ def read_args(cls, run: Path):
         return tyro.cli(cls, args=flags, config=(tyro.conf.FlagConversionOff,), console_outputs=False)
     except SystemExit as error:
         raise SystemExit(f"{run}/args.json: not the settings of {script}") from error
+
+
+def set_up(args):
+    """Chooses the device and the threads, seeds torch, and under torchrun joins the other processes."""
+    world, device = int(os.environ.get("WORLD_SIZE", 1)), args.device
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise SystemExit(f"--device {device}: must be auto, cpu, cuda or cuda with a number, as cuda:0")
+    if args.track and not importlib.util.find_spec("wandb"):
+        raise SystemExit("--track needs Weights & Biases: pip install wandb")
+    if device == "auto" or (device.startswith("cuda") and world > 1):  # under torchrun a GPU each
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda"):
+        number = torch.device(device).index or 0
+        if number >= torch.cuda.device_count():
+            raise SystemExit(f"--device {device}: this torch sees no such device; use --device cpu.")
+        torch.cuda.set_device(number)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    args.device = device
+    torch.set_num_threads(args.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.manual_seed(args.seed)
 
 
 def launch(main: Callable, cls, presets: dict[str, dict], doc: str):

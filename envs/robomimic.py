@@ -196,7 +196,6 @@ class RobomimicEnv:
     task: str
     images: bool
     fast_render: bool = True
-    stop_on_success: bool = True  # success ends an episode
     horizon: int | None = None  # time limit in environment steps; default: the task's
     renders: bool = False  # `render` works also without images
 
@@ -223,23 +222,22 @@ class RobomimicEnv:
             result["rgb"] = np.concatenate(views)
         return result
 
-    def step(self, actions: np.ndarray) -> tuple[dict, float, bool, bool, bool, int]:
-        """Returns observation, sum of rewards, terminated, truncated, success and steps of a chunk."""
-        total, success = 0.0, False
+    def step(self, actions: np.ndarray) -> tuple[dict, bool, bool, int]:
+        """Returns observation, whether success or the time limit ended the episode, and steps taken."""
+        success = False
         for i, action in enumerate(actions):
             self.t += 1
             last = i == len(actions) - 1 or self.t == self.horizon
             reward = control_step(self.env.env, action, observe=last)
-            total, success = total + reward, success or reward > 0
-            if last or (success and self.stop_on_success):
+            success = reward > 0
+            if last or success:
                 break
-        terminated = success and self.stop_on_success
         if self.env.env.sim.data._data.warning.number[BAD_STATE:].any():  # MuJoCo has then reset itself
             raise FloatingPointError("the simulation diverged")
         if last:  # a terminal observation is never looked at, so it needs no image
             self.obs = self.read(self.env.get_observation(self.env.env._get_observations()))
-        truncated = not terminated and self.t >= self.horizon
-        return self.obs, total, terminated, truncated, success, i + 1
+        truncated = not success and self.t >= self.horizon
+        return self.obs, success, truncated, i + 1
 
     def render(self, size: int) -> np.ndarray:
         """The task's first camera, (size, size, 3) uint8."""
@@ -335,9 +333,9 @@ class RobomimicVectorEnv(Episodes):
     def run_chunks(self, indices: np.ndarray, chunks: np.ndarray):
         chunks = np.clip(chunks, -1, 1).astype(np.float32)
         results = self.call("step", dict(zip(indices, chunks, strict=True)))
-        for i, (obs, reward, terminated, truncated, success, length) in results.items():
+        for i, (obs, success, truncated, length) in results.items():
             self.write(i, obs)
-            yield reward, terminated, truncated, length, max(self.score[i], success)
+            yield float(success), success, truncated, length, float(success)
 
     def render(self) -> np.ndarray:
         """The first environment's picture."""
