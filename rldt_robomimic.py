@@ -236,7 +236,7 @@ def augment(obs: Obs) -> Obs:
     padded = F.pad(obs["rgb"].float(), [SHIFT] * 4, mode="replicate")
     shifted = padded.unfold(2, H, 1).unfold(3, W, 1)  # (B, C, 2 SHIFT + 1, 2 SHIFT + 1, H, W)
     dy, dx = torch.randint(2 * SHIFT + 1, (2, B), device=padded.device)
-    return obs | {"rgb": shifted[torch.arange(B), :, dy, dx]}
+    return obs | {"rgb": shifted[torch.arange(B, device=dy.device), :, dy, dx]}
 
 
 def take(obs: Obs, index) -> Obs:
@@ -612,7 +612,7 @@ def main(args: Args) -> dict | None:
                         run.add(update_actor(policy, reference, critic, actor_optimizer, rows, args))
             # 4. the reference of the constraint follows, or stays the base
             state["trained"] += 1
-            cond = policy.encode(take(obs, slice(256)))
+            cond = policy.encode(take(obs, slice(256))).detach()
             run.add({"diagnostics/base_distance": policy.distance(base, cond)})
             if args.reference_every and state["trained"] % args.reference_every == 0:
                 reference.load_state_dict(policy.state_dict())

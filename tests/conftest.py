@@ -151,16 +151,13 @@ def scripted_evaluations(monkeypatch):
     def replace(module, scores, column="eval_return"):
         episodes_of, policies, scores = [], [], iter(scores)
 
-        def evaluate(policy, *rest):
-            *_, episodes, seed = rest
-            assert not getattr(rest[0], "closed", False)  # the environments of manipulation
+        def evaluate(policy, args, episodes, seed, envs=None):
+            assert not getattr(envs, "closed", False)  # the environments of manipulation
             episodes_of.append(set(range(seed, seed + 2 * episodes)))  # environment i has seed + i
             policies.append(copy.deepcopy(policy))
             return {column: next(scores)}
 
         monkeypatch.setattr(module, "evaluate", evaluate)
-        if module is rldt_gym:
-            monkeypatch.setattr(module.evaluate_alone, "__defaults__", (evaluate,))
         return episodes_of, policies
 
     return replace

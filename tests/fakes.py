@@ -152,12 +152,11 @@ def scripted(script, num_envs, lengths, scored, **kwargs):
     return fake_envs(script, num_envs, lambda seed: lengths[seed - 100], scores, **kwargs)
 
 
-def roll_out(script, envs, rows, **changes):
+def roll_out(script, envs, rows, frozen=False, **changes):
     """Fills a rollout from fake environments: gives the policy, the rollout and what collect returns."""
-    own = dict(encoder="own") if script is rldt_robomimic else {}
-    fixed = dict(num_envs=envs.num_envs, buffer_iterations=1) | own
-    args = arguments(script, **fixed | changes)
+    args = arguments(script, num_envs=envs.num_envs, buffer_iterations=1, **changes)
     policy = small_policy(script, cameras=int(getattr(envs, "images", False)))
+    policy.frozen = frozen  # its encoder of images
     replay = new_replay(script, args, policy, rows)
     for value in replay.slots.values():
         value.fill_(77)  # as if left from an older rollout

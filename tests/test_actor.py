@@ -18,7 +18,7 @@ K, B, P, D, OBS = 8, 3, 4, 2, 5
 class QuadraticCritic:
     """Q = -|a - 1|^2 and its half, so that the mean's gradient is 1.5 (1 - a)."""
 
-    def encode(self, obs, policy):
+    def encode(self, obs):
         return obs["state"]
 
     def __call__(self, obs, action):
@@ -48,19 +48,18 @@ def gradients(velocity, scalar, weights=None):
     return torch.autograd.grad(scalar, list(velocity.parameters()), weights, retain_graph=True)
 
 
-@pytest.mark.parametrize("script, q_gradient", [
-    (rldt_gym, None), (rldt_robomimic, "critic"), (rldt_robomimic, "particles"),
-    (rldt_furniture, "critic"), (rldt_furniture, "particles"),
+@pytest.mark.parametrize("script, form, q_gradient", [
+    (rldt_gym, "literal", None), (rldt_gym, "authors", None), (rldt_robomimic, "authors", "critic"),
+    (rldt_robomimic, "authors", "particles"), (rldt_furniture, "authors", "critic"),
+    (rldt_furniture, "authors", "particles"),
 ])  # fmt: skip
 @pytest.mark.parametrize("kernel", ["rbf", "delta"])
-@pytest.mark.parametrize("form", ["literal", "authors"])
 def test_gradient_of_the_transport_loss_is_the_weighted_field_times_the_jacobian(
-    script, q_gradient, kernel, form
+    script, form, q_gradient, kernel
 ):
-    sparse = dict(q_gradient=q_gradient, transport_scale=10.0) if q_gradient else {}
-    velocity, states, trajectory, x, t, (transport, *_) = losses(
-        script, kernel=kernel, transport_loss=form, **sparse
-    )
+    sparse = dict(q_gradient=q_gradient, transport_scale=10.0)
+    choices = sparse if q_gradient else dict(transport_loss=form)
+    velocity, states, trajectory, x, t, (transport, *_) = losses(script, kernel=kernel, **choices)
     query = expected_target(x, t, velocity(x, t, states)).detach()
     particles = query if kernel == "delta" else trajectory[-1]
     grad_q = 1.5 * (1 - particles)
@@ -137,6 +136,7 @@ def test_update_actor_steps_along_the_weighted_sum_of_the_losses(monkeypatch, sc
 
     def recorded(velocity, theirs, critic, *rest):
         trajectory = rest[-2]
+        assert not trajectory.requires_grad
         starts["particles"] = trajectory[0]
 
         def at(x, t, cond):

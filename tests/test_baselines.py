@@ -308,7 +308,7 @@ LEARNING = {
     "reinflow": (reinflow, PPO | dict(value_lr=3e-3, clone_weight=0)),
     "dppo": (dppo, PPO | dict(batch=640)),
     "diffusion": (dppo, PPO | dict(batch=640, form="diffusion")),
-    "fpo": (fpo, PPO | dict(form="fpo")), "fpo++": (fpo, PPO),
+    "fpo": (fpo, PPO | dict(form="fpo", clip=0.05)), "fpo++": (fpo, PPO),
     "qam": (qam, VALUES | dict(actor_batch=64, actor_lr=3e-3, actor_lr_end=1.0, inv_temp=30.0)),
     "best_of_n": (best_of_n, VALUES | dict(candidates=16)),
     "dsrl": (dsrl, VALUES | dict(noise_steps=16, actor_steps=16, actor_batch=64, actor_lr=3e-3)),

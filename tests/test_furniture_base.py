@@ -6,40 +6,22 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from fakes import same
+from fakes import arguments, same, small_policy
 
 import rldt_furniture
 import rldt_gym
-from common.flow import FlowPolicy
+from common.runs import Run
 from demos import furniture as dataset
 from demos import make_furniture_demos
 from demos.dataset import Demonstrations
 
 DIMS = {"one_leg": 58, "lamp": 44}
 STAGES = {"one_leg": 1, "lamp": 2}
-SETTINGS = dict(
-    epochs=1, batch=8, lr=1e-3, spread=1.0, start=None, chunk=4, euler_steps=4, width=16, depth=3,
-    time_dim=8,
-)  # of a small and short pretraining
-
-
-def arguments(**changes):
-    """Arguments of the functions below main()."""
-    values = dict(device="cpu", bf16=False, horizon=20, backend="mujoco", q_gradient="critic",
-                  transport_scale=30.0)  # fmt: skip
-    return rldt_furniture.Args(**values | changes)
-
-
-def small_policy(obs_dim=4, action_dim=2, chunk=2):
-    return FlowPolicy(obs_dim, action_dim, chunk, 4, width=16, depth=3, time_dim=8)
+SETTINGS = dict(epochs=1, batch=8, lr=1e-3, spread=1.0, start=None)  # of a small, short pretraining
+SETTINGS |= dict(chunk=4, euler_steps=4, width=16, depth=3, time_dim=8)
 
 
 # -------------------------------------------------------------------------------- base policies
-def directory(path):
-    """As much of a Run as get_base needs."""
-    return types.SimpleNamespace(path=path, rank=0, barrier=lambda: None)
-
-
 def demonstrations(obs_dim=44, lengths=(3, 17, 20)):
     """Episodes whose first state and action are the step number, whose second action is the episode."""
     ends = np.cumsum(lengths)
@@ -50,38 +32,36 @@ def demonstrations(obs_dim=44, lengths=(3, 17, 20)):
 
 
 def pretrain(data, checkpoint=None, **changes):
-    args = arguments(furniture="lamp")
     torch.manual_seed(3)
-    return rldt_furniture.pretrain(args, data, checkpoint, **SETTINGS | changes)
+    return rldt_furniture.pretrain(arguments(rldt_furniture), data, checkpoint, **SETTINGS | changes)
 
 
 @pytest.mark.parametrize("changes, source", [
     (dict(), "shipped"), (dict(pretrain=True), "made"), (dict(base="own"), "own"),
     (dict(dataset="mine.hdf5"), "made"),
 ])  # fmt: skip
-def test_base_policy_is_given_shipped_or_made_and_kept(monkeypatch, tmp_path, changes, source):
+def test_base_policy_is_given_shipped_or_made(monkeypatch, tmp_path, changes, source):
     monkeypatch.setattr(dataset, "DEMOS", tmp_path / "demos")
     monkeypatch.setattr(dataset, "get", lambda *task: demonstrations(58))
     monkeypatch.setitem(rldt_furniture.PRETRAINING, "laptop", SETTINGS)
-    policies = {name: small_policy(58, 10, chunk=4) for name in ("own", "shipped")}
+    policies = {name: small_policy(rldt_furniture, 58, 10, 4) for name in ("own", "shipped")}
     policies["own"].save(tmp_path / "own")
     policies["shipped"].save(tmp_path / "demos/one_leg/base_med.safetensors")
-    args = arguments(randomness="med", **changes)
+    task = dict(furniture="one_leg", randomness="med")
+    args = arguments(rldt_furniture, runs=tmp_path / "runs", **task | changes)
     args.base = args.base and tmp_path / args.base
     envs = types.SimpleNamespace(obs_dim=58, action_dim=10)
-    policy = rldt_furniture.get_base(args, directory(tmp_path), envs)
+    policy = rldt_furniture.get_base(args, Run(args, "base"), envs)
     for name, other in policies.items():
         assert same(policy, other.state_dict()) == (name == source)
-    args.base = tmp_path / "gone"  # as on --resume
-    assert same(rldt_furniture.get_base(args, directory(tmp_path), envs), policy.state_dict())
 
 
 def test_base_policy_of_another_task_stops(tmp_path):
-    path = tmp_path / "lamp.safetensors"
-    small_policy(44, 10, chunk=4).save(path)
-    envs = types.SimpleNamespace(obs_dim=58, action_dim=10)
+    path, envs = tmp_path / "lamp.safetensors", types.SimpleNamespace(obs_dim=58, action_dim=10)
+    small_policy(rldt_furniture, 44, 10, 4).save(path)
+    args = arguments(rldt_furniture, furniture="one_leg", base=path, runs=tmp_path)
     with pytest.raises(SystemExit, match=r"lamp\.safetensors: states or actions have other"):
-        rldt_furniture.get_base(arguments(base=path), directory(tmp_path), envs)
+        rldt_furniture.get_base(args, Run(args, "base"), envs)
 
 
 @pytest.mark.parametrize("spread", [0.0, 1.0])
@@ -95,7 +75,7 @@ def test_pretraining_is_that_of_rldt_gym_with_other_limits(spread):
     expected = rldt_gym.pretrain(rldt_gym.Args(device="cpu", bf16=False), other, None, **settings)
     policy = pretrain(data, spread=spread, epochs=60)
     assert same(policy, expected.state_dict())
-    assert policy.info["validation_loss"] == expected.info["validation_loss"]
+    assert policy.info == dict(furniture="lamp", randomness="low")
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.5])

@@ -22,7 +22,6 @@ def test_policy_that_is_written_knows_its_scores_and_is_the_base_of_a_run(tmp_pa
     run("gym", f"--dataset={data}", f"--out={out}", f"--device={DEVICE}", *TINY.split())
     policy, left = FlowPolicy.load(out), {path.name for path in tmp_path.iterdir()}
     assert (policy.chunk, policy.config["width"], policy.info["env_id"]) == (2, 16, "Hopper-v4")
-    assert policy.info["validation_loss"] > 0
     assert left == {data.name, out.name}
     flags = *tiny_flags, f"--base={out}", "--seed=0", "--iterations=1", f"--runs={tmp_path / 'runs'}"
     assert rldt_gym.main(parse(rldt_gym, flags))["base_return"] == policy.info["eval_return"]

@@ -19,16 +19,18 @@ import rldt_robomimic
 from common.runs import Run
 from demos import make_robomimic_demos
 from demos.dataset import Demonstrations
-from rldt_robomimic import Encoder, Policy, critic_target, random_shift, update_actor, update_critic
+from rldt_robomimic import Encoder, Policy, augment, critic_target, update_actor, update_critic
 
 SIZES = dict(chunk=4, euler_steps=4, width=16, depth=3, time_dim=8)
 
 
-def seeing_policy(cameras=1):
-    return small_policy(rldt_robomimic, cameras=cameras)
+def seeing_policy(own=True):
+    policy = small_policy(rldt_robomimic, cameras=1)
+    policy.encoder.requires_grad_(own)
+    return policy
 
 
-def seeing_critic(policy, own):
+def seeing_critic(policy, own=True):
     encoder = Encoder(policy.cameras, policy.obs_dim) if own else None
     return small_critic(rldt_robomimic, policy, encoder=encoder)
 
@@ -49,36 +51,30 @@ def changed(module, before):
 
 @pytest.fixture
 def unshifted(monkeypatch):
-    """Images are not shifted; the list holds how many would have been, and by how much."""
+    """Images are not shifted; the list holds how many would have been."""
     seen = []
-    monkeypatch.setattr(rldt_robomimic, "random_shift", lambda rgb, n: seen.append((len(rgb), n)) or rgb)
+    monkeypatch.setattr(rldt_robomimic, "augment", lambda obs: seen.append(len(obs["rgb"])) or obs)
     return seen
 
 
 # ------------------------------------------------------------------------------------ networks
-def test_spatial_embedding_weights_the_channels_of_projected_maps():
-    embedding = rldt_robomimic.SpatialEmbedding(patches=5, dim=3, state_dim=2, out=4).double()
-    x, state = torch.randn(2, 5, 3, dtype=torch.float64), torch.randn(2, 2, dtype=torch.float64)
-    linear, norm, _ = embedding.project
-    for b in range(2):
-        expected = torch.zeros(4, dtype=torch.float64)
-        for channel in range(3):
-            projected = linear.weight @ torch.cat([x[b, :, channel], state[b]]) + linear.bias
-            normed = F.layer_norm(projected, (4,), norm.weight, norm.bias)
-            expected += embedding.weight[channel] * normed.clamp_min(0)
-        torch.testing.assert_close(embedding(x, state)[b], expected)
-
-
-def test_patches_are_two_convolutions_of_the_scaled_image_and_a_position_each():
-    vit = rldt_robomimic.ViT(dim=8, heads=2).double()
+def test_features_are_a_weighted_sum_of_projected_maps_of_patches_with_a_position_each():
+    vit = rldt_robomimic.ViT(state_dim=2, dim=8, heads=2)
+    torch.nn.init.normal_(vit.project[1].weight)
+    torch.nn.init.normal_(vit.project[1].bias)
+    exact = copy.deepcopy(vit).double()  # images are scaled in single precision, so not by itself
+    (first, _, second), (linear, norm, _) = exact.patches, exact.project
     vit.transformer = torch.nn.Identity()
-    rgb = torch.randint(256, (1, 3, 96, 96), dtype=torch.uint8)
-    first, _, second = vit.patches.double()
+    rgb, state = torch.randint(256, (2, 3, 96, 96), dtype=torch.uint8), torch.randn(2, 2)
     x = F.conv2d(rgb.double() / 255 - 0.5, first.weight, first.bias, stride=4).clamp_min(0)
     x = F.conv2d(x, second.weight, second.bias, stride=2)
-    vit.float()  # images are scaled in single precision
-    expected = torch.stack([x[0, :, i // 11, i % 11] for i in range(121)]).float() + vit.position
-    torch.testing.assert_close(vit(rgb)[0], expected, rtol=1e-4, atol=1e-5)
+    expected = torch.zeros(2, 8, dtype=torch.float64)
+    for b, channel in itertools.product(range(2), range(8)):
+        patches = torch.stack([x[b, channel, i // 11, i % 11] for i in range(121)])
+        each = torch.cat([patches + exact.position[:, channel], state[b].double()])
+        normed = F.layer_norm(linear.weight @ each + linear.bias, (8,), norm.weight, norm.bias)
+        expected[b] += exact.weight[channel] * normed.clamp_min(0)
+    torch.testing.assert_close(vit(rgb, state), expected.float(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("cameras", [1, 2])
@@ -101,33 +97,36 @@ def test_encoder_sees_every_camera_and_proprioception(cameras):
 
 
 # --------------------------------------------------------------------------------- augmentation
-def test_random_shift_moves_each_image_by_its_own_shift_and_repeats_its_border():
-    rgb, found = torch.arange(60 * 2 * 7 * 9).view(60, 2, 7, 9), set()  # a pixel is known by its value
-    shifted = random_shift(rgb, 2)
+def test_augmentation_moves_each_image_by_its_own_shift_and_repeats_its_border():
+    rgb, found = torch.arange(200 * 2 * 7 * 9).view(200, 2, 7, 9), set()  # a value is of one pixel
+    obs = dict(state=torch.randn(200, 4), rgb=rgb)
+    shifted = augment(obs)
+    assert shifted["state"] is obs["state"] and obs["rgb"] is rgb
+    assert augment({"state": obs["state"]}) == {"state": obs["state"]}
     y, x = torch.meshgrid(torch.arange(7), torch.arange(9), indexing="ij")
-    for before, after in zip(rgb, shifted, strict=True):
+    for before, after in zip(rgb.float(), shifted["rgb"], strict=True):
         shifts = []
-        for dy, dx in itertools.product(range(-2, 3), repeat=2):
+        for dy, dx in itertools.product(range(-5, 6), repeat=2):
             if torch.equal(before[:, (y + dy).clamp(0, 6), (x + dx).clamp(0, 8)], after):
                 shifts.append((dy, dx))
         assert len(shifts) == 1
         found.update(shifts)
-    assert len(found) > 15  # of 25, in 60 images
-    assert {dy for dy, _ in found} == {dx for _, dx in found} == {-2, -1, 0, 1, 2}
+    assert len(found) > 60  # of 81, in 200 images
+    assert {dy for dy, _ in found} == {dx for _, dx in found} == {*range(-4, 5)}
 
 
 # -------------------------------------------------------------------------------------- critic
-def next_batch(T, L):
+def next_batch(next_obs):
     """A batch of critic_target, in which one chunk succeeds."""
-    batch = {"reward": torch.zeros(T, L), "terminated": torch.zeros(T, L)}
+    shape = next_obs["state"].shape[:2]
+    batch = {"reward": torch.zeros(shape), "terminated": torch.zeros(shape)}
     batch["reward"][1, 0] = batch["terminated"][1, 0] = 1
-    return batch | {"next_obs": observations(T, L)}
+    return batch | {"next_obs": next_obs}
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_critic_target_encodes_what_each_of_the_networks_sees(unshifted, own):
+def test_critic_target_encodes_what_each_of_the_networks_sees(unshifted):
     args, policy = arguments(rldt_robomimic, td_lambda=0.4, gamma=0.9), seeing_policy()
-    target, batch = seeing_critic(policy, own), next_batch(2, 2)
+    target, batch = seeing_critic(policy), next_batch(observations(2, 2))
     target.biases[-1].data.fill_(0.5)  # values inside [0, 1]
     torch.manual_seed(1)
     y = critic_target(policy, target, batch, args)
@@ -135,72 +134,71 @@ def test_critic_target_encodes_what_each_of_the_networks_sees(unshifted, own):
     noise, value = torch.randn(4, policy.action_size).view(2, 2, -1), torch.empty(2, 2)
     for t, column in itertools.product(range(2), range(2)):
         following = {name: rows[t, column][None] for name, rows in batch["next_obs"].items()}
-        cond = policy.encode(following)
-        action = policy.sample(cond, noise[t, column][None])
-        value[t, column] = target(target.encoder(following) if own else cond, action).min()
+        action = policy.sample(policy.encoder(following), noise[t, column][None])
+        value[t, column] = target(target.encoder(following), action).min()
     expected = rldt_robomimic.td_lambda(batch["reward"], batch["terminated"], value, 0.9, 0.4)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
     assert not y.requires_grad
 
 
 # ----------------------------------------------------------------------- the encoder in updates
-def update(function, own, policy=None, critic=None):
-    """One update on random images: 6 of critic_target, 5 of update_critic, 4 of update_actor."""
-    args, policy = arguments(rldt_robomimic, n_particles=3), policy or seeing_policy()
-    critic = critic or seeing_critic(policy, own)
+def update(function, policy, critic):
+    """One update on images or their features: 6 of critic_target, 5 or 4 of the other two."""
+    args, own = arguments(rldt_robomimic, n_particles=3), critic.encoder is not None
     target, reference = (copy.deepcopy(net).requires_grad_(False) for net in (critic, policy))
+    obs = observations(dict(critic_target=6, update_critic=5, update_actor=4)[function])
+    obs = obs if own else {"state": policy.encoder(obs)}
     if function == "critic_target":
-        critic_target(policy, target, next_batch(3, 2), args)
+        batch = next_batch({name: value.unflatten(0, (3, 2)) for name, value in obs.items()})
+        critic_target(policy, target, batch, args)
     elif function == "update_critic":
         optimizer, batch = torch.optim.SGD(critic.parameters(), 0.1), (torch.randn(5, 4), torch.rand(5))
-        update_critic(critic, target, policy, optimizer, observations(5), *batch, args)
+        update_critic(critic, target, optimizer, obs, *batch, args)
     else:
         optimizer = torch.optim.SGD(policy.parameters(), 0.1)
-        update_actor(policy, reference, critic, optimizer, observations(4), args)
+        update_actor(policy, reference, critic, optimizer, obs, args)
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_images_are_shifted_once_per_update(unshifted, own):
+def test_images_are_shifted_once_per_update(unshifted):
+    policy = seeing_policy()
     for function, states in ("critic_target", 6), ("update_critic", 5), ("update_actor", 4):
         unshifted.clear()
-        update(function, own)
-        assert unshifted == [(states, 4)]
+        update(function, policy, seeing_critic(policy))
+        assert unshifted == [states]
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_own_encoder_is_trained_by_the_critic_and_the_shared_one_by_the_actor(own):
-    policy = seeing_policy()
+def test_critic_and_actor_train_an_encoder_each_or_none(own):
+    policy = seeing_policy(own)
     critic = seeing_critic(policy, own)
     names, of_critic = ({name for name, _ in net.named_parameters()} for net in (policy, critic))
     before, of_policy = copied(critic), copied(policy)
-    update("update_critic", own, policy, critic)
+    update("update_critic", policy, critic)
     assert (changed(critic, before), changed(policy, of_policy)) == (of_critic, set())
     assert all(parameter.grad is None for parameter in policy.parameters())
     before = copied(critic)
-    update("update_actor", own, policy, critic)
+    update("update_actor", policy, critic)
     assert changed(critic, before) == set()
-    assert {name for name in names if "velocity" in name or not own} <= changed(policy, of_policy)
+    assert changed(policy, of_policy) == {name for name in names if "velocity" in name or own}
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_actor_reference_and_critic_encode_images_themselves(unshifted, monkeypatch, own):
+def test_actor_reference_and_critic_encode_images_themselves(unshifted, monkeypatch):
     policy, reference, obs = seeing_policy(), seeing_policy(), observations(4)
-    critic, losses, seen = seeing_critic(policy, own), rldt_robomimic.actor_losses, []
+    critic, losses, seen = seeing_critic(policy), rldt_robomimic.actor_losses, []
     recorded = lambda *args: seen.extend(args[3:6]) or losses(*args)
     monkeypatch.setattr(rldt_robomimic, "actor_losses", recorded)
     optimizer = torch.optim.SGD(policy.parameters(), 0.0)
     update_actor(policy, reference, critic, optimizer, obs, arguments(rldt_robomimic))
-    expected = [policy.encode(obs), reference.encode(obs), critic.encode(obs, policy)]
+    expected = [network.encoder(obs) for network in (policy, reference, critic)]
     torch.testing.assert_close([cond.detach() for cond in seen], [cond.detach() for cond in expected])
 
 
 # ------------------------------------------------------------------------------ replay and rollouts
 def test_replay_keeps_images_as_bytes_beside_their_states():
-    args = arguments(rldt_robomimic, buffer_iterations=2, num_envs=2, encoder="own")
+    args = arguments(rldt_robomimic, buffer_iterations=2, num_envs=2)
     replay = new_replay(rldt_robomimic, args, seeing_policy(), 5)
     assert replay.slots["rgb"].dtype == torch.uint8
     slot = replay.next()
-    slot["valid"].fill_(1)
     slot["state"].copy_(torch.arange(6)[:, None, None].expand(6, 2, 4))  # the time
     slot["rgb"].copy_(slot["state"][..., :1, None, None].expand(-1, -1, 3, 96, 96))
     batch = replay.draw(3)
@@ -210,17 +208,17 @@ def test_replay_keeps_images_as_bytes_beside_their_states():
         assert (obs["rgb"] == obs["state"][..., :1, None, None]).all()
 
 
-@pytest.mark.parametrize("encoder", ["frozen", "shared", "own"])
-def test_replay_holds_images_or_with_a_frozen_encoder_features(encoder):
+@pytest.mark.parametrize("frozen", [False, True])
+def test_replay_holds_images_or_with_a_frozen_encoder_features(frozen):
     envs = scripted(rldt_robomimic, 2, [2, 9, 9], [()] * 3, images=True)
-    policy, slot, _ = roll_out(rldt_robomimic, envs, 4, encoder=encoder)
-    assert ("rgb" in slot) == (encoder != "frozen")
+    policy, slot, _ = roll_out(rldt_robomimic, envs, 4, frozen)
+    assert ("rgb" in slot) == (not frozen)
     for column, rows in enumerate([[(100, 0), (100, 1), (102, 0)], [(101, t) for t in range(5)]]):
         for row, episode in enumerate(rows):
-            raw = {name: value[None] for name, value in envs.observation(*episode).items()}
-            obs = policy.observe(raw)
-            if encoder == "frozen":
-                expected = policy.encode(obs)[0].detach()
+            raw = envs.observation(*episode)
+            obs = {"state": policy.normalize(raw["state"])[None], "rgb": torch.tensor(raw["rgb"])[None]}
+            if frozen:
+                expected = policy.encoder(obs)[0].detach()
                 torch.testing.assert_close(slot["state"][row, column], expected, rtol=1e-3, atol=1e-4)
             else:
                 assert torch.equal(slot["state"][row, column], obs["state"][0])
@@ -247,11 +245,14 @@ def test_base_policy_that_does_not_fit_stops_in_one_line(bases, tmp_path, kind, 
 @pytest.mark.parametrize("task", ["lift", "square", "transport"])
 @pytest.mark.parametrize("obs", ["state", "image"])
 def test_shipped_base_policy_fits_its_task_and_is_kept_by_the_run(tmp_path, task, obs):
-    policy = get_base(None, tmp_path, task=task, obs=obs)
-    assert policy.chunk == rldt_robomimic.TASKS[task].chunk
-    assert all(not p.requires_grad for p in policy.encoder.parameters()) if policy.cameras else True
-    assert same(Policy.load(only_run(tmp_path) / "base.safetensors"), policy.state_dict())
-    assert policy.info["validation_loss"] > 0
+    for encoder in "frozen", "own":
+        policy = get_base(None, tmp_path / encoder, task=task, obs=obs, encoder=encoder)
+        assert (policy.chunk, policy.info["task"]) == (rldt_robomimic.TASKS[task].chunk, task)
+        learns = [p.requires_grad for name, p in policy.named_parameters() if "encoder" in name]
+        assert {*learns} == ({encoder == "own"} if obs == "image" else set())
+        assert policy.frozen == (encoder == "frozen")
+        kept = Policy.load(only_run(tmp_path / encoder) / "base.safetensors")
+        assert same(kept, policy.state_dict())
 
 
 @pytest.mark.parametrize("obs", ["state", "image"])
@@ -310,7 +311,7 @@ def test_pretraining_on_states_is_that_of_rldt_gym_with_limits_that_include_zero
     expected = rldt_gym.pretrain(args, other, None, epochs=60, batch=8, lr=1e-3, **SIZES)
     policy = pretrain(data, epochs=60)
     assert same(policy, expected.state_dict())
-    assert policy.info["validation_loss"] == expected.info["validation_loss"]
+    assert policy.info == dict(task="lift", obs="state", fast_render=True)
 
 
 def test_a_base_policy_is_made_with_a_checkpoint_that_is_gone_afterwards(monkeypatch, tmp_path):
@@ -331,19 +332,23 @@ def test_pretraining_on_images_trains_the_encoder_on_shifted_images(unshifted):
     first = copied(Policy(9, 7, cameras=1, **SIZES))
     policy = pretrain(demonstrations((8, 30), images=True))
     assert {name for name, _ in policy.named_parameters()} <= changed(policy, first)
-    assert {pixels for _, pixels in unshifted} == {4}
+    assert {*unshifted} == {8}  # of each batch
 
 
 def test_head_steps_pretrain_the_velocity_network_alone(monkeypatch):
     monkeypatch.setattr(rldt_robomimic, "COPIES", 3)
-    data = demonstrations((30, 30), images=True)
+    loss, seen, data = rldt_robomimic.flow_matching_loss, [], demonstrations((30, 30), images=True)
+    monkeypatch.setattr(rldt_robomimic, "flow_matching_loss", lambda *x: seen.append(x[1:]) or loss(*x))
     first, more = (pretrain(data, head_steps=steps).state_dict() for steps in (0, 300))
+    action, cond = (torch.cat(rows) for rows in zip(*seen[-300:], strict=True))
+    torch.testing.assert_close(cond[:, 128], action[:, 0])  # the step number
+    assert 2 * 54 < len(cond.unique(dim=0)) <= 3 * 54  # chunks, of which some are shifted alike
     for name, value in more.items():
         assert torch.equal(value, first[name]) != name.startswith("velocity."), name
 
 
 # ---------------------------------------------------------------------- whole runs with images
-@pytest.mark.parametrize("encoder", ["frozen", "shared", "own"])
+@pytest.mark.parametrize("encoder", ["frozen", "own"])
 def test_run_with_images_trains_the_encoders_that_it_should(monkeypatch, bases, tmp_path, encoder):
     fakes = use_fakes(monkeypatch, rldt_robomimic)
     changes = dict(encoder=encoder, iterations=3, warmup_iterations=0, segments=3, rounds=1)
@@ -355,13 +360,15 @@ def test_run_with_images_trains_the_encoders_that_it_should(monkeypatch, bases, 
     base = Policy.load(run / "base.safetensors").state_dict()
     differ = [key for key, value in saved["policy"].items() if not torch.equal(value, base[key])]
     moved = {key.split(".")[0] for key in differ}
-    assert moved == ({"velocity"} if encoder == "frozen" else {"velocity", "encoder"})
+    assert moved == ({"velocity", "encoder"} if own else {"velocity"})
     steps = [group["lr"] for group in saved["critic_optimizer"]["param_groups"]]
     assert steps == [5e-4, 4e-5][: 1 + own]
     assert ("encoder.vits.0.position" in saved["critic"]) == own
-    assert ("rgb" in slot) == (encoder != "frozen")
-    assert slot["state"].shape == (14, 2, 9 + 128 * (encoder == "frozen"))
+    assert ("rgb" in slot) == own
+    assert slot["state"].shape == (14, 2, 9 + 128 * (not own))
     assert all(envs.closed for envs in fakes)
+    scores = main(rldt_robomimic, ["--evaluate", run])
+    assert scores == {name: result[name.replace("eval", "final")] for name in scores}
 
 
 # ---------------------------------------------------------------------- whole runs on robosuite

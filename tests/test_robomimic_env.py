@@ -36,9 +36,9 @@ def shared_env():
     """Environments without images, each built once."""
     built = {}
 
-    def get(task="lift", stop_on_success=True, horizon=300, copy=0):
+    def get(task="lift", horizon=300, copy=0):
         env = built.setdefault((task, copy), RobomimicEnv(task, images=False))
-        env.stop_on_success, env.horizon = stop_on_success, horizon
+        env.horizon = horizon
         return env
 
     yield get
@@ -207,39 +207,27 @@ def test_observations_are_dppos(shared_env, image_env, task, images):
             assert obs["rgb"].dtype == np.uint8 and obs["rgb"].std() > 10
 
 
-def test_reward_of_a_chunk_is_the_sum_of_its_steps(shared_env, demonstration):
-    env, rewards = start(shared_env(stop_on_success=False), demonstration), demonstration[3]
-    actions = demonstration[2][: len(rewards) // 4 * 4].reshape(-1, 4, 7)
-    expected = rewards[: 4 * len(actions)].reshape(-1, 4)
-    assert expected.sum() > 1
-    for chunk, part in zip(actions, expected, strict=True):
-        assert env.step(chunk)[1:] == (part.sum(), False, False, part.any(), 4)
-
-
 @pytest.mark.parametrize("before", [0, 1, 3])
-def test_success_ends_a_chunk_at_once_where_it_ends_the_episode(shared_env, demonstration, before):
-    env, (_, _, actions, rewards) = start(shared_env(stop_on_success=True), demonstration), demonstration
+def test_success_ends_chunk_and_episode_at_once(shared_env, demonstration, before):
+    env, (_, _, actions, rewards) = start(shared_env(), demonstration), demonstration
     solved = int(np.argmax(rewards > 0))
     for action in actions[: solved - before]:
-        assert env.step(action[None])[1:] == (0, False, False, False, 1)
-    assert env.step(actions[solved - before :][:4])[1:] == (1, True, False, True, before + 1)
+        assert env.step(action[None])[1:] == (False, False, 1)
+    assert env.step(actions[solved - before :][:4])[1:] == (True, False, before + 1)
     assert env.t == solved + 1
 
 
-@pytest.mark.parametrize("stop_on_success", [False, True])
-def test_success_at_the_time_limit_ends_the_episode_as_such(shared_env, demonstration, stop_on_success):
+def test_success_at_the_time_limit_ends_the_episode_as_such(shared_env, demonstration):
     solved = int(np.argmax(demonstration[3] > 0))
-    env = start(shared_env(stop_on_success=stop_on_success, horizon=solved + 1), demonstration)
-    *_, terminated, truncated, success, length = env.step(demonstration[2][: solved + 3])
-    assert (terminated, truncated) == (stop_on_success, not stop_on_success)
-    assert (success, length) == (True, solved + 1)
+    env = start(shared_env(horizon=solved + 1), demonstration)
+    assert env.step(demonstration[2][: solved + 3])[1:] == (True, False, solved + 1)
 
 
 def test_truncation_comes_exactly_at_the_time_limit(shared_env):
     env = shared_env(horizon=10)
     env.reset(1)
-    results = [env.step(chunk)[3:] for chunk in random_chunks("lift", 3)]
-    assert results == [(False, False, 4), (False, False, 4), (True, False, 2)]
+    results = [env.step(chunk)[1:] for chunk in random_chunks("lift", 3)]
+    assert results == [(False, False, 4), (False, False, 4), (False, True, 2)]
 
 
 def test_a_seed_gives_the_same_episode_in_another_environment_after_other_episodes(shared_env):
@@ -304,7 +292,7 @@ class NoSimulator(RobomimicEnv):
         seed, t = self.obs["state"][:2]
         over = t == seed % 10
         success = bool(over and seed > 100)
-        return self.obs, float(success), success, bool(over and not success), success, 4
+        return self.obs, success, bool(over and not success), 4
 
 
 @pytest.fixture
@@ -334,7 +322,7 @@ def test_vector_env_runs_the_episodes_of_single_environments(vector_env, shared_
     step = vector_env.step(np.stack([chunks[0]] * 2))
     kept = step.next_obs["state"].copy()
     np.testing.assert_array_equal(kept, [alone[3][1], alone[4][1]])
-    assert (step.reward.tolist(), step.score.tolist(), step.length.tolist()) == ([0, 0], [0, 0], [4, 4])
+    assert (step.score.tolist(), step.length.tolist()) == ([0, 0], [4, 4])
     broken = np.full_like(chunks[1], np.nan)  # of the one that waits: never looked at
     last = vector_env.step(np.stack([chunks[1], broken]), np.array([True, False]))
     np.testing.assert_array_equal(last.next_obs["state"], [alone[3][2], alone[4][1]])
@@ -349,10 +337,12 @@ def test_episodes_take_the_seeds_in_order_and_without_one_an_environment_stays_i
     while (envs.episode >= 0).any():
         step = envs.step(CHUNKS)
         seen.append([envs.episode.tolist(), step.next_obs["state"][:, :2].tolist(), step.score.tolist()])
+        seen[-1] += [step.terminated.tolist(), step.truncated.tolist()]
+        assert step.reward.tolist() == step.score.tolist()
     assert seen == [
-        [[2, 1], [[1, 1], [103, 1]], [0, 0]],
-        [[2, 1], [[2, 1], [103, 2]], [0, 0]],
-        [[-1, -1], [[2, 2], [103, 3]], [0, 1]],
+        [[2, 1], [[1, 1], [103, 1]], [0, 0], [False, False], [True, False]],
+        [[2, 1], [[2, 1], [103, 2]], [0, 0], [False, False], [False, False]],
+        [[-1, -1], [[2, 2], [103, 3]], [0, 1], [False, True], [True, False]],
     ]
     envs.reset(iter([2]))  # fewer seeds than environments
     assert envs.episode.tolist() == [0, -1]
@@ -415,7 +405,7 @@ def test_a_worker_that_raises_or_is_slow_is_an_error(without_simulators, fault, 
 
 def test_numbers_that_are_not_finite_end_the_run(without_simulators, shared_env):
     broken = {"state": np.full(19, np.nan, np.float32)}
-    envs = without_simulators(step=lambda self, actions: (broken, 0.0, False, False, False, 4))
+    envs = without_simulators(step=lambda self, actions: (broken, False, False, 4))
     envs.reset(15)
     for chunks, fault in (CHUNKS + np.nan, "The policy .*action"), (CHUNKS, "The sim.* 0 .*observation"):
         with pytest.raises(SystemExit, match=f"^{fault}"):

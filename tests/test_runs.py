@@ -20,23 +20,19 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 from conftest import metrics
+from fakes import same, small_policy
 from hypothesis import given
 from hypothesis import strategies as st
 from pickle_bomb import LOADED, Bomb
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import rldt_gym
 from common import checkpoints, runs
-from common.checkpoints import (
-    Ring,
-    load_parts,
-    read_checked,
-    save_parts,
-    write_atomically,
-    write_checked,
-)
+from common.checkpoints import Ring, load_parts, read_checked, save_parts, write_atomically
+from common.flow import FlowPolicy
 from common.runs import Run, derive_seed
-from common.settings import Seed, Share, Size, Threads, Weight, launch, parse_args
+from common.settings import Count, Seed, Share, Size, Threads, Weight, launch, parse_args, set_up
 
 
 @dataclass
@@ -58,6 +54,8 @@ class Args:
     data: str | None = None  # where from
     rate: Weight = 0.1  # step size
     decay: Share = 0.5  # of something
+    eval_episodes: Count = 2  # of an evaluation
+    final_eval_episodes: Count = 5  # of the first and the last one
 
 
 PRESETS = {"large": dict(iterations=70, rate=0.2, bf16=False)}
@@ -76,14 +74,14 @@ class Toy(torch.nn.Linear):
         save_file(self.state_dict(), path)
 
 
-def score(policy):
+def score(policy, episodes, seed):
     """Best at iteration 3: the bias starts below 0.5 and moves on to 1."""
     return {"eval_score": -(policy.bias - 0.5).square().item()}
 
 
 def train(args, during=lambda iteration, row: None):
     """A script in miniature: iterations 0, 3, 6 and the last evaluate, the others train on a ring."""
-    runs.set_up(args)
+    set_up(args)
     run = Run(args, "toy")
     policy = Toy(3, 1)
     optimizer = torch.optim.Adam(policy.parameters(), args.rate)
@@ -92,8 +90,7 @@ def train(args, during=lambda iteration, row: None):
     for iteration, spent in run.iterations():
         row = {}
         if iteration % 3 == 0 or spent == 1:
-            row |= score(policy)
-            run.keep_best(row["eval_score"])
+            row |= run.evaluate("eval_score", score)
         else:
             ring.next()["x"].normal_()
             state["env_steps"] += 4
@@ -201,12 +198,12 @@ def test_set_up_takes_device_threads_and_seed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     for device, message in ("cuda:1", "torch sees no such device"), ("foo", "must be auto, cpu"):
         with pytest.raises(SystemExit, match=f"--device {device}:.*{message}"):
-            runs.set_up(Args(device=device))
+            set_up(Args(device=device))
     with pytest.raises(SystemExit, match="--track needs"):
-        runs.set_up(Args(track=True))
+        set_up(Args(track=True))
     args, draws = Args(device="auto", threads=2), []
     for args.seed in 1, 1, 2:
-        runs.set_up(args)
+        set_up(args)
         draws.append(torch.rand(3).tolist())
     assert (args.device, torch.get_num_threads()) == ("cpu", 2)
     assert draws[0] == draws[1] != draws[2]
@@ -223,10 +220,10 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch, device, alone, togethe
     monkeypatch.setattr(torch, "manual_seed", lambda seed: None)  # which would start CUDA
     monkeypatch.setattr(runs.dist, "init_process_group", backends.append)
     args = [Args(device=device), Args(device=device)]
-    runs.set_up(args[0])
+    set_up(args[0])
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    runs.set_up(args[1])
+    set_up(args[1])
     assert [a.device for a in args] == [alone, together]
     assert backends == ["gloo" if device == "cpu" else "nccl"]
 
@@ -380,7 +377,7 @@ def test_a_damaged_or_missing_file_cannot_be_resumed_and_says_so(tmp_path, whole
 
 def test_no_flipped_byte_goes_unnoticed(tmp_path):
     rng, file = random.Random(0), tmp_path / "c.pt"
-    write_checked(file, dict(belongs_to=OWNER, x=torch.arange(9.0)))
+    checkpoints.write_checked(file, dict(belongs_to=OWNER, x=torch.arange(9.0)))
     data = file.read_bytes()
     assert read_checked(file, OWNER, "cpu")["x"].tolist() == [*range(9)]
     for _ in range(100):
@@ -430,6 +427,18 @@ def test_runs_never_share_a_directory_and_keep_their_arguments(args):
         assert path.parent == args.runs
         assert path.name.startswith("toy__1__")
         assert json.loads((path / "args.json").read_text())["runs"] == str(args.runs)
+
+
+def test_the_base_policy_is_made_once_and_networks_to_come_are_the_same(args):
+    run, policy, made, drawn = Run(args, "toy"), small_policy(rldt_gym), [], []
+    policy.info = dict(task="toy")
+    make = lambda checkpoint: made.append(checkpoint.touch()) or policy
+    for _ in range(2):
+        kept = run.keep_base(make, FlowPolicy)
+        drawn.append(torch.rand(3).tolist())
+        assert same(kept, policy.state_dict()) and kept.info == policy.info
+    assert len(made) == 1 and drawn[0] == drawn[1]
+    assert {path.name for path in run.path.iterdir()} == {"args.json", "base.safetensors"}
 
 
 def budgets(args, seconds):
@@ -484,29 +493,30 @@ def test_a_number_that_is_not_finite_stops_with_its_name(args, only_run, whole, 
 
 
 # --------------------------------------------------------------------------- results
-def script_scores(args, scores, measured):
-    """A run whose evaluations give these scores, and its best policy `measured` when measured again."""
-    policies, scores = [], iter(scores)
-    run = Run(args, "toy")
-    policy = Toy(1, 1)
+def script_scores(args, scores):
+    """A run whose evaluations give these scores; also weight, episodes and seed of each of them."""
+    measured, scores = [], iter(scores)
+    run, policy = Run(args, "toy"), Toy(1, 1)
     run.checkpoints(dict(env_steps=0), policy)
+
+    def measure(policy, episodes, seed):
+        measured.append((policy.weight.item(), episodes, seed))
+        score = next(scores)
+        return {"eval_score": score, "eval_other": -score}
+
     for iteration, _ in run.iterations():
         torch.nn.init.constant_(policy.weight, iteration)
-        score = next(scores)
-        run.keep_best(score)
-        run.log({"eval_score": score, "eval_other": -score}, iteration)
-
-    def measure(policy):
-        policies.append(policy.weight.item())
-        return {"eval_score": measured, "eval_other": -measured}
-
-    return run.path, policies, run.finish("eval_score", measure, task="toy")
+        run.log(run.evaluate("eval_score", measure), iteration)
+    return run.path, measured, run.finish("eval_score", measure, task="toy")
 
 
 def test_the_best_policy_is_kept_and_measured_again(args):
     args.iterations = 3
-    run, measured, result = script_scores(args, [1.0, 9.0, 9.0, 5.0], 8.0)
-    assert measured == [1.0]  # the first of the best
+    run, measured, result = script_scores(args, [1.0, 9.0, 9.0, 5.0, 8.0])
+    weights, episodes, seeds = zip(*measured, strict=True)
+    assert weights == (0, 1, 2, 3, 1)  # again the first of the best
+    assert episodes == (5, 2, 2, 5, 5)
+    assert len({*seeds[:4]}) == 1 and seeds[4] != seeds[0]
     for name, score in ("base", 1.0), ("final", 5.0), ("best", 8.0):
         assert (result[f"{name}_score"], result[f"{name}_other"]) == (score, -score)
     assert load_file(run / "best_policy.safetensors")["weight"].item() == 1
@@ -520,11 +530,11 @@ def test_the_best_policy_is_kept_and_measured_again(args):
 
 def test_the_last_policy_is_the_best_where_none_does_better(args):
     args.iterations = 2
-    run, measured, result = script_scores(args, [1.0, 4.0, 4.0], 8.0)
-    assert measured == [] and result["best_score"] == result["final_score"] == 4
+    run, _, result = script_scores(args, [1.0, 4.0, 4.0])  # it is not measured again
+    assert result["best_score"] == result["final_score"] == 4
     assert not (run / "best_policy.safetensors").exists()
-    _, measured, result = script_scores(args, [1.0, 9.0, 5.0], 4.5)  # it was luck
-    assert measured == [1.0] and result["best_score"] == 5
+    _, measured, result = script_scores(args, [1.0, 9.0, 5.0, 4.5])  # it was luck
+    assert measured[3][0] == 1 and result["best_score"] == 5
 
 
 # ------------------------------------------------------------------------- interrupted, continued
