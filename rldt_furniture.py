@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from common.checkpoints import Ring, require_memory
 from common.flow import FlowPolicy, expected_target, fit, flow_matching_loss, interpolate
 from common.runs import Run, autocast, average_gradients, derive_seed, evaluate_stored
-from common.settings import Count, Seed, Share, Size, Threads, Weight, launch, set_up
+from common.settings import Count, Seed, Several, Share, Size, Threads, Weight, launch, set_up
 from common.svgd import particle_gradient, transport_field
 from demos import furniture as dataset
-from demos.dataset import chunk_starts
+from demos.dataset import as_rollouts, chunk_rows, chunk_starts
 from envs.furniture_isaac import IsaacVectorEnv, isaac_missing
 from envs.furniture_mujoco import FURNITURE, FurnitureVectorEnv, record_video
 from envs.interface import success_rate
@@ -80,7 +80,9 @@ class Args(TaskArgs):
 
     # exploration and replay
     exploration_steps: Size = 0  # noise |a - a_dagger_k|, k of this many last Euler steps (authors: 2)
+    best_of: Count = 16  # samples; half of the environments act on their best quarter (authors: 1)
     buffer_iterations: Count = 60  # rollouts kept in the replay (authors: 20)
+    demos: bool = True  # demonstrations are in the replay, as episodes that reach all (authors: not)
     segments: Count = 128  # of SEGMENT chunks, drawn from the replay per round
 
     # critic
@@ -90,6 +92,7 @@ class Args(TaskArgs):
     rounds: Count = 8  # per iteration: draw segments, critic steps, actor steps (authors: 16)
     critic_steps: Count = 128  # per round (paper: 128, of larger batches)
     critic_batch: Count = 256  # chunks per critic step (authors: all that were drawn)
+    critics: Several = 4  # Q networks; targets take the minimum of a random two (paper: 2)
     critic_lr: Weight = 5e-4  # Adam step size (paper: 5e-4)
     critic_layer_norm: bool = True  # without: no LayerNorm, and weights from N(0, 0.1^2) (authors)
     warmup_iterations: Size = 22  # training iterations before the actor starts (paper: 2)
@@ -101,9 +104,10 @@ class Args(TaskArgs):
     kernel: Literal["rbf", "delta"] = "rbf"  # of the transport field; delta: the paper's RLDT-Delta
     q_gradient: Literal["critic", "particles"] = "particles"  # grad Q (paper), or to particles of high Q
     alpha: Weight = 1e-3  # temperature, the weight of the repulsion relative to |grad Q| (paper: 1e-3)
-    transport_scale: Weight = 0.0  # factor on grad Q (authors: 1); 0: the task's
+    transport_scale: Weight = 30.0  # factor on grad Q (authors: 1); 8 for the lamp
     consistency_weight: Weight = 0.05  # of eq. (14) (paper: 0.5)
     constraint_weight: Weight = 0.2  # of eq. (15) (paper: 0.2)
+    bc_weight: Weight = 0.1  # of eq. (2) on chunks that led to a further pair (paper: 0)
     reference_every: Size = 0  # iterations until the constraint's policy follows (authors: 1); 0: never
     actor_lr: Weight = 2e-4  # Adam step size (paper: 2e-5)
     actor_lr_end: Weight = 0.3  # factor on actor_lr, reached linearly at the end (authors: 1)
@@ -112,11 +116,13 @@ class Args(TaskArgs):
 PRESETS = {
     "paper": dict(
         iterations=250, bf16=False, num_envs=1000, zero_fraction=0.0, eval_every=10, eval_episodes=500,
-        final_eval_episodes=500, exploration_steps=2, buffer_iterations=20, segments=3125, gamma=0.995,
-        target_momentum=0.998, rounds=16, critic_batch=8192, critic_layer_norm=False,
-        warmup_iterations=2, actor_steps=2, actor_batch=6250, n_particles=8, q_gradient="critic",
-        transport_scale=1.0, consistency_weight=0.5, reference_every=1, actor_lr=2e-5, actor_lr_end=1.0,
-    )
+        final_eval_episodes=500, exploration_steps=2, best_of=1, buffer_iterations=20, demos=False,
+        segments=3125, gamma=0.995, target_momentum=0.998, rounds=16, critic_batch=8192, critics=2,
+        critic_layer_norm=False, warmup_iterations=2, actor_steps=2, actor_batch=6250, n_particles=8,
+        q_gradient="critic", transport_scale=1.0, consistency_weight=0.5, bc_weight=0.0,
+        reference_every=1, actor_lr=2e-5, actor_lr_end=1.0,
+    ),
+    "lamp": dict(transport_scale=8.0),  # its particles are spread more widely
 }  # fmt: skip
 PRETRAINING = {  # of a base policy that is made here; pretrain_fm.py has these as flags
     "laptop": dict(epochs=200, batch=256, lr=1e-3, spread=1.0, start=None, chunk=8, euler_steps=8,
@@ -124,23 +130,23 @@ PRETRAINING = {  # of a base policy that is made here; pretrain_fm.py has these 
     "paper": dict(epochs=8000, batch=256, lr=1e-4, spread=0.0, start=None, chunk=8, euler_steps=32,
                   width=1024, depth=7, time_dim=32, layer_norm=True, cond_mlp=[512, 64]),
 }  # fmt: skip
-TRANSPORT_SCALE = {"one_leg": 30.0, "lamp": 8.0}  # Lamp's particles are spread more widely
 CRITIC_WIDTH = {"laptop": 256, "paper": 512}
 SEGMENT = 16  # chunks of a replay segment (authors: the whole rollout)
 FRESH = 0.33  # least share of the segments that comes from the newest rollout (authors)
+BC_BATCH = 256  # chunks on which eq. (2) goes on, an actor step
 ACTOR_WARMUP = 32  # actor steps over which its step size rises linearly (paper)
 
 
 # ----------------------------------------------------------------------------------- networks
 class Critic(nn.Module):
-    """Two Q networks on (observation, action chunk), evaluated as one batched product."""
+    """Q networks on (observation, action chunk), evaluated as one batched product."""
 
-    def __init__(self, obs_dim: int, action_size: int, layer_norm: bool, width: int, depth: int = 3):
+    def __init__(self, obs_dim, action_size, layer_norm, networks=2, width=256, depth=3):
         super().__init__()
         self.layer_norm = layer_norm
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for n_in, n_out in itertools.pairwise([obs_dim + action_size] + [width] * depth + [1]):
-            weight, bias = torch.empty(2, n_in, n_out), torch.zeros(2, 1, n_out)
+            weight, bias = torch.empty(networks, n_in, n_out), torch.zeros(networks, 1, n_out)
             if layer_norm:
                 bound = 1 / math.sqrt(n_in)  # torch's default
                 weight.uniform_(-bound, bound)
@@ -151,8 +157,8 @@ class Critic(nn.Module):
             self.biases.append(bias)
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        """obs (B, obs_dim), action (B, D) -> Q (2, B)."""
-        x = torch.cat([obs, action], -1).expand(2, -1, -1)
+        """obs (B, obs_dim), action (B, D) -> Q (networks, B)."""
+        x = torch.cat([obs, action], -1).expand(len(self.biases[0]), -1, -1)
         *hidden, (weight, bias) = zip(self.weights, self.biases, strict=True)
         for w, b in hidden:
             x = torch.baddbmm(b, x, w)
@@ -208,7 +214,8 @@ class Replay(Ring):
     """The last rollouts, (chunks of an episode, num_envs, ...) each; row t is chunk t.
 
     Observations have one row more, for where the rollout ends. `valid` is 1 while something is left to
-    assemble; `reached` is the number of pairs that the episode comes to in the end.
+    assemble; `reached` is the number of pairs that the episode comes to in the end. Demonstrations
+    follow the rollouts in the same layout.
     """
 
     def __init__(self, args: Args, policy: FlowPolicy):
@@ -217,6 +224,9 @@ class Replay(Ring):
         shapes["action"] = T, N, policy.action_size
         shapes["obs"] = T + 1, N, policy.obs_dim + 1
         super().__init__(args.buffer_iterations, shapes, args.device)
+        if args.demos:
+            shown = demonstrations(policy, T, N, args)
+            self.slots = {name: torch.cat([value, shown[name]]) for name, value in self.slots.items()}
 
     def draw(self, segments: int) -> dict[str, torch.Tensor]:
         """Segments (SEGMENT, segments, ...): as many of each `reached`, some of the newest rollout."""
@@ -234,6 +244,21 @@ class Replay(Ring):
         t = start + torch.arange(length, device=start.device)[:, None]  # (length, segments)
         batch = {name: value[slot, t, env] for name, value in self.slots.items()}
         return batch | {"next_obs": self.slots["obs"][slot, t + 1, env]}
+
+
+def demonstrations(policy: FlowPolicy, T: int, N: int, args: Args) -> dict[str, torch.Tensor]:
+    """Demonstrations as rollouts (., T, N, ...): each from every step of its first chunk on."""
+    data, most = dataset.get(args.furniture, args.randomness, args.dataset), stages_of(args)
+    first, end = chunk_rows(data["episode_ends"], policy.chunk)  # (n,)
+    steps = np.minimum(first[:, None] + np.arange(policy.chunk), end[:, None] - 1)  # (n, chunk)
+    last, stage = first + policy.chunk >= end, data["stage"][first]
+    after = np.where(last, most, np.roll(stage, -1))
+    share = torch.as_tensor(stage / most, device=args.device)
+    obs = torch.cat([policy.normalize(data["state"][first]), share[:, None]], -1)
+    rows = dict(reward=after - stage, terminated=last, reached=np.full(len(first), most))
+    rows = {name: torch.as_tensor(value, device=args.device).float() for name, value in rows.items()}
+    rows["action"] = policy.from_env(data["action"][steps])
+    return as_rollouts(rows, {"obs": obs.float()}, T, N)
 
 
 # -------------------------------------------------------------------- exploration and rollout
@@ -268,9 +293,21 @@ def explore(trajectory: torch.Tensor, args: Args) -> torch.Tensor:
     return action + (action - a_dagger).norm(dim=-1, keepdim=True) * torch.randn_like(action)
 
 
+def best_of(policy: FlowPolicy, critic: Critic, obs: torch.Tensor, args: Args) -> torch.Tensor:
+    """The mean of the best quarter by Q of `best_of` sampled actions, (N, D), for obs (N, .)."""
+    obs = obs[:, None].expand(-1, args.best_of, -1)  # (N, M, .)
+    action = policy.sample(obs[..., :-1])  # (N, M, D)
+    q = critic(obs.flatten(0, 1), action.flatten(0, 1)).mean(0).view(action.shape[:2])
+    best = q.topk(math.ceil(args.best_of / 4)).indices[..., None]  # (N, M / 4, 1)
+    return action.gather(1, best.expand(-1, -1, action.shape[-1])).mean(1)
+
+
 @torch.no_grad()
-def collect(policy: FlowPolicy, envs, rollout: dict, seed: int, args: Args) -> int:
-    """Fills a rollout with exploration, from new episodes of `seed` on; returns environment steps."""
+def collect(policy: FlowPolicy, critic, envs, rollout: dict, seed: int, args: Args) -> int:
+    """Fills a rollout with exploration, from new episodes of `seed` on; returns environment steps.
+
+    With a critic, half of the environments act on the best of their samples.
+    """
     steps, device = 0, args.device
     envs.reset(seed)
     for t in range(len(rollout["action"])):
@@ -279,6 +316,9 @@ def collect(policy: FlowPolicy, envs, rollout: dict, seed: int, args: Args) -> i
         x0[: round(args.zero_fraction * len(obs))] = 0
         with autocast(args):
             action = explore(policy.sample(obs[:, :-1], x0, trajectory=True), args)
+            if critic:
+                half = len(obs) // 2
+                action[half:] = best_of(policy, critic, obs[half:], args)
         step = envs.step(policy.to_env(action))
         ended = step.terminated | step.truncated  # a time limit is a failure
         row = dict(obs=obs, action=action, reward=step.reward, valid=obs[:, -1] < 1, reached=step.score)
@@ -310,10 +350,11 @@ def td_lambda(reward, terminated, next_value, gamma: float, lam: float, most: fl
 
 @torch.no_grad()
 def critic_target(policy: FlowPolicy, target: Critic, batch: dict, args: Args) -> torch.Tensor:
-    """TD(lambda) targets (T, L); V(s') is the minimum of the targets at a sampled action."""
+    """TD(lambda) targets (T, L); V(s') is the minimum of two targets at a sampled action."""
     obs = batch["next_obs"].flatten(0, 1)  # (T * L, obs_dim + 1)
     with autocast(args):
-        value = target(obs, policy.sample(obs[:, :-1])).min(0).values.view_as(batch["reward"])
+        q = target(obs, policy.sample(obs[:, :-1]))  # (networks, T * L)
+    value = q[torch.randperm(len(q))[:2]].min(0).values.view_as(batch["reward"])
     reward, terminated, most = batch["reward"], batch["terminated"], stages_of(args)
     return td_lambda(reward, terminated, value, args.gamma, args.td_lambda, most)
 
@@ -321,7 +362,7 @@ def critic_target(policy: FlowPolicy, target: Critic, batch: dict, args: Args) -
 def update_critic(critic: Critic, target: Critic, optimizer, obs, action, y, args: Args) -> dict:
     """One step on obs (B, .), action (B, D) and targets y (B,); the target networks follow."""
     with autocast(args):
-        q = critic(obs, action)  # (2, B)
+        q = critic(obs, action)  # (networks, B)
     loss = (q - y).square().mean(1).sum()
     optimizer.zero_grad()
     loss.backward()
@@ -389,8 +430,11 @@ def actor_losses(velocity, reference, critic: Critic, obs, trajectory, args: Arg
     return transport, consistency, constraint, {key: value.detach() for key, value in metrics.items()}
 
 
-def update_actor(policy: FlowPolicy, reference: FlowPolicy, critic: Critic, optimizer, obs, args: Args):
-    """Samples P particles for each of obs (B, obs_dim + 1), then takes a step on eq. (16)."""
+def update_actor(policy: FlowPolicy, reference, critic: Critic, optimizer, obs, good, args: Args):
+    """Samples P particles for each of obs (B, obs_dim + 1), then takes a step on eq. (16).
+
+    `good` are observations and actions that led to a further pair, on which eq. (2) goes on.
+    """
     x0 = start_noise((len(obs), args.n_particles, policy.action_size), args)
     state = obs[:, None, :-1].expand(-1, args.n_particles, -1)
     with torch.no_grad(), autocast(args):
@@ -399,6 +443,11 @@ def update_actor(policy: FlowPolicy, reference: FlowPolicy, critic: Critic, opti
     transport, consistency, constraint, metrics = losses
     loss = transport + args.consistency_weight * consistency  # eq. (16)
     loss += args.constraint_weight * constraint
+    if args.bc_weight and len(good[1]):
+        with autocast(args):
+            cloning = flow_matching_loss(policy.velocity, good[1], good[0][:, :-1])
+        loss += args.bc_weight * policy.action_size * cloning  # eq. (2), a sum over dimensions
+        metrics["losses/cloning"] = cloning.detach()
     optimizer.zero_grad()
     loss.backward()
     average_gradients(policy.velocity.parameters())
@@ -447,7 +496,6 @@ def main(args: Args) -> dict | None:
     resolve(args)
     if args.q_gradient == "particles" and args.n_particles < 2:
         raise SystemExit("--q-gradient particles needs --n-particles of at least 2, better 16.")
-    args.transport_scale = args.transport_scale or TRANSPORT_SCALE[args.furniture]
     envs = make_envs(args, args.num_envs)
     measure = partial(evaluate, envs=envs, args=args)
     if args.evaluate:
@@ -460,8 +508,8 @@ def main(args: Args) -> dict | None:
     policy = get_base(args, run, envs)
     base, reference = (copy.deepcopy(policy).requires_grad_(False) for _ in range(2))
     width = CRITIC_WIDTH[args.preset]
-    critic = Critic(policy.obs_dim + 1, policy.action_size, args.critic_layer_norm, width)
-    critic.to(args.device)
+    sizes = policy.obs_dim + 1, policy.action_size, args.critic_layer_norm, args.critics, width
+    critic = Critic(*sizes).to(args.device)
     target = copy.deepcopy(critic).requires_grad_(False)
     actor_optimizer = torch.optim.Adam(policy.velocity.parameters(), args.actor_lr, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_lr, fused=True)
@@ -480,7 +528,9 @@ def main(args: Args) -> dict | None:
             # 1. roll out with exploration
             with run.timer(row, "rollout_s"):
                 seed = derive_seed(args.seed, "rollouts", iteration, run.rank)
-                steps = collect(policy, envs, replay.next(), seed, args)
+                knows = args.best_of > 1 and 2 * state["trained"] >= args.warmup_iterations
+                explorer = critic if knows else None
+                steps = collect(policy, explorer, envs, replay.next(), seed, args)
             state["env_steps"] += steps * run.world
             pairs = replay.newest()["reached"][0]  # of first episodes: the rollout's end cuts later ones
             row["train_success"] = (pairs == stages_of(args)).float().mean()
@@ -493,6 +543,8 @@ def main(args: Args) -> dict | None:
                     y = critic_target(policy, target, batch, args)
                     valid = batch["valid"] > 0  # in Isaac Gym an episode goes on after success
                     obs, action, y = batch["obs"][valid], batch["action"][valid], y[valid]
+                    further = batch["reached"][valid] > obs[:, -1] * stages_of(args) + 0.5
+                    good = further.nonzero()[:, 0]
                     for _ in range(args.critic_steps):
                         i = torch.randint(len(y), (args.critic_batch,), device=args.device)
                         rows = obs[i], action[i], y[i]
@@ -506,7 +558,9 @@ def main(args: Args) -> dict | None:
                         decay = 1 + (args.actor_lr_end - 1) * spent
                         rise = min(1.0, state["actor_steps"] / ACTOR_WARMUP)
                         actor_optimizer.param_groups[0]["lr"] = args.actor_lr * decay * rise
-                        run.add(update_actor(policy, reference, critic, actor_optimizer, obs[i], args))
+                        j = good[torch.randint(max(1, len(good)), (min(len(good), BC_BATCH),))]
+                        rows = obs[i], (obs[j], action[j])
+                        run.add(update_actor(policy, reference, critic, actor_optimizer, *rows, args))
             # 4. the reference of the constraint follows, or stays the base
             state["trained"] += 1
             run.add({"diagnostics/base_distance": policy.distance(base, obs[:512, :-1])})

@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from common.checkpoints import Ring, require_memory
 from common.flow import FlowPolicy, expected_target, fit, flow_matching_loss, interpolate
 from common.runs import Run, autocast, average_gradients, derive_seed, evaluate_stored
-from common.settings import Choice, Count, Seed, Share, Size, Threads, Weight, launch, set_up
+from common.settings import Count, Seed, Several, Share, Size, Threads, Weight, launch, set_up
 from common.svgd import particle_gradient, transport_field
 from demos import robomimic as dataset
-from demos.dataset import chunk_starts
+from demos.dataset import as_rollouts, chunk_rows, chunk_starts
 from envs.interface import success_rate
 from envs.robomimic import IMAGE_SIZE, TASKS, RobomimicVectorEnv, record_video
 
@@ -76,8 +76,10 @@ class Args(TaskArgs):
     """Settings of RLDT. Where a default differs from the paper's, docs/rldt_robomimic.md says why."""
 
     # exploration and replay
-    exploration_steps: Choice = -1  # noise |a - a_dagger_k|, k of so many last steps; -1: the task's
+    exploration_steps: Size = 2  # noise |a - a_dagger_k|, k of this many last Euler steps (authors: 2)
+    best_of: Count = 16  # samples; half of the simulators act on their best quarter (authors: 1)
     buffer_iterations: Count = 20  # rollouts kept in the replay (paper: 10)
+    demos: bool = True  # demonstrations are in the replay, as episodes that succeed (authors: not)
     segments: Count = 128  # of SEGMENT chunks, drawn from the replay per round
 
     # critic
@@ -87,6 +89,7 @@ class Args(TaskArgs):
     rounds: Count = 8  # per iteration: draw segments, critic steps, actor steps (authors: 16)
     critic_steps: Count = 128  # per round (paper: 32, of larger batches)
     critic_batch: Count = 256  # chunks per critic step (authors: all that were drawn)
+    critics: Several = 4  # Q networks; targets take the minimum of a random two (paper: 2)
     critic_lr: Weight = 5e-4  # Adam step size (paper: 1e-3)
     critic_layer_norm: bool = True  # without: no LayerNorm, and weights from N(0, 0.1^2) (authors)
     warmup_iterations: Size = 12  # training iterations before the actor starts (paper: 2)
@@ -101,7 +104,8 @@ class Args(TaskArgs):
     transport_scale: Weight = 30.0  # factor on grad Q: values are below 1, on Gym near 50 (authors: 1)
     consistency_weight: Weight = 0.05  # of eq. (14) (paper: 0.5)
     constraint_weight: Weight = 0.2  # of eq. (15) (paper: 0.2)
-    reference_every: Size = 10  # iterations until the constraint's policy follows (authors: 1); 0: never
+    bc_weight: Weight = 0.1  # of eq. (2) on chunks of episodes that succeed (paper: 0)
+    reference_every: Size = 0  # iterations until the constraint's policy follows (authors: 1); 0: never
     actor_lr: Weight = 2e-5  # Adam step size (paper: 2e-5)
     actor_lr_end: Weight = 0.3  # factor on actor_lr, reached linearly at the end (authors: 1)
 
@@ -109,11 +113,16 @@ class Args(TaskArgs):
 PRESETS = {
     "paper": dict(
         iterations=200, bf16=False, num_envs=64, rollout_chunks=200, zero_fraction=0.0, eval_every=10,
-        eval_episodes=64, exploration_steps=2, buffer_iterations=10, segments=804, encoder="own",
-        gamma=0.999, target_momentum=0.995, rounds=16, critic_steps=32, critic_batch=1024,
-        critic_lr=1e-3, critic_layer_norm=False, warmup_iterations=2, actor_steps=2, actor_batch=1024,
-        n_particles=8, transport_scale=1.0, consistency_weight=0.5, reference_every=1, actor_lr_end=1.0,
-    )
+        eval_episodes=64, exploration_steps=2, best_of=1, buffer_iterations=10, demos=False,
+        segments=804, encoder="own", gamma=0.999, target_momentum=0.995, rounds=16, critic_steps=32,
+        critic_batch=1024, critics=2, critic_lr=1e-3, critic_layer_norm=False, warmup_iterations=2,
+        actor_steps=2, actor_batch=1024, n_particles=8, q_gradient="critic", transport_scale=1.0,
+        consistency_weight=0.5, bc_weight=0.0, reference_every=1, actor_lr=2e-5, actor_lr_end=1.0,
+    ),
+    "transport": dict(
+        exploration_steps=0, warmup_iterations=8, actor_batch=64, n_particles=16,
+        q_gradient="particles", transport_scale=20.0, bc_weight=0.5, actor_lr=1e-4,
+    ),
 }  # fmt: skip
 STATE = dict(batch=256, head_steps=0, euler_steps=8, width=512, depth=3, time_dim=32)
 IMAGE = STATE | dict(width=768)  # paper
@@ -130,6 +139,7 @@ SHIFT = 4  # pixels by which images, where there are some, are shifted in traini
 SEGMENT = 16  # chunks of a replay segment (authors: the whole rollout, 200)
 FRESH = 0.33  # least share of the segments that comes from the newest rollout (authors)
 ENCODER_LR = 4e-5  # Adam step size of the critic's own encoder (paper)
+BC_BATCH = 256  # chunks on which eq. (2) goes on, an actor step
 ACTOR_WARMUP = 32  # actor steps over which its step size rises linearly (paper)
 
 
@@ -196,14 +206,14 @@ class Policy(FlowPolicy):
 
 
 class Critic(nn.Module):
-    """Two Q networks on (features, action chunk) as one batched product, and an encoder or none."""
+    """Q networks on (features, action chunk) as one batched product, and an encoder or none."""
 
-    def __init__(self, cond_dim, action_size, layer_norm: bool, encoder=None, width=256, depth=3):
+    def __init__(self, cond_dim, action_size, layer_norm, networks=2, encoder=None, width=256, depth=3):
         super().__init__()
         self.layer_norm, self.encoder = layer_norm, encoder
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for n_in, n_out in itertools.pairwise([cond_dim + action_size] + [width] * depth + [1]):
-            weight, bias = torch.empty(2, n_in, n_out), torch.zeros(2, 1, n_out)
+            weight, bias = torch.empty(networks, n_in, n_out), torch.zeros(networks, 1, n_out)
             if layer_norm:
                 bound = 1 / math.sqrt(n_in)  # torch's default
                 weight.uniform_(-bound, bound)
@@ -218,8 +228,8 @@ class Critic(nn.Module):
         return self.encoder(obs) if "rgb" in obs else obs["state"]
 
     def forward(self, cond: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        """cond (B, cond_dim), action (B, D) -> Q (2, B)."""
-        x = torch.cat([cond, action], -1).expand(2, -1, -1)
+        """cond (B, cond_dim), action (B, D) -> Q (networks, B)."""
+        x = torch.cat([cond, action], -1).expand(len(self.biases[0]), -1, -1)
         *hidden, (weight, bias) = zip(self.weights, self.biases, strict=True)
         for w, b in hidden:
             x = torch.baddbmm(b, x, w)
@@ -241,11 +251,6 @@ def augment(obs: Obs) -> Obs:
 
 def take(obs: Obs, index) -> Obs:
     return {name: value[index] for name, value in obs.items()}
-
-
-def flat(obs: Obs) -> Obs:
-    """(T, L, ...) -> (T * L, ...)."""
-    return {name: value.flatten(0, 1) for name, value in obs.items()}
 
 
 # -------------------------------------------------------------------------------- base policy
@@ -310,28 +315,31 @@ def get_base(args: TaskArgs, run: Run) -> Policy:
 
 # ------------------------------------------------------------------------------------- replay
 class Replay(Ring):
-    """The last rollouts, (rollout_chunks, num_envs, ...) each; row t is chunk t.
+    """The last rollouts, (rollout_chunks, num_envs, ...) each; row t is chunk t. Demonstrations follow.
 
     Observations have a row more, where the rollout ends. `succeeded`: whether the episode does later.
     """
 
     def __init__(self, args: Args, policy: Policy):
         T, N = args.rollout_chunks, args.num_envs
-        shapes = {name: (T, N) for name in ("reward", "terminated", "succeeded")}
+        shapes = {name: (T, N) for name in ("reward", "terminated", "valid", "succeeded")}
         shapes["action"] = T, N, policy.action_size
         shapes["state"] = T + 1, N, policy.cond_dim if policy.frozen else policy.obs_dim
         if policy.cameras and not policy.frozen:
             shapes["rgb"] = T + 1, N, 3 * policy.cameras, IMAGE_SIZE, IMAGE_SIZE
         super().__init__(args.buffer_iterations, shapes, args.device, {"rgb": torch.uint8})
+        if args.demos:
+            shown = demonstrations(policy, T, N, args)
+            self.slots = {name: torch.cat([value, shown[name]]) for name, value in self.slots.items()}
 
     def draw(self, segments: int) -> dict[str, torch.Tensor | Obs]:
         """Segments (SEGMENT, segments, ...): half of episodes that succeed, some of the last rollout."""
         T = self.slots["reward"].shape[1]
         length = min(SEGMENT, T)
-        succeeded = self.slots["succeeded"][: self.filled, : T - length + 1]
-        weight = torch.zeros_like(succeeded)
-        for kind in succeeded.unique():  # equal shares of episodes that succeed and that fail
-            rows = (succeeded == kind).float()
+        valid, succeeded = (self.slots[name][:, : T - length + 1] for name in ("valid", "succeeded"))
+        weight = torch.zeros_like(valid)
+        for kind in succeeded[valid > 0].unique():  # equal shares of episodes that succeed and that fail
+            rows = valid * (succeeded == kind)
             share, newest = (1 - FRESH) * rows / rows.sum(), rows[self.slot]
             share[self.slot] += FRESH * newest / newest.sum().clamp_min(1)
             weight += share / share.sum()
@@ -342,6 +350,21 @@ class Replay(Ring):
         obs = {name: batch.pop(name) for name in ("state", "rgb") if name in batch}
         next_obs = {name: self.slots[name][slot, t + 1, env] for name in obs}
         return batch | {"obs": obs, "next_obs": next_obs}
+
+
+def demonstrations(policy: Policy, T: int, N: int, args: Args) -> dict[str, torch.Tensor]:
+    """Demonstrations as rollouts (., T, N, ...): each from every step of its first chunk on."""
+    data = dataset.get(args.task, args.obs, args.dataset, policy.info.get("fast_render", True))
+    first, end = chunk_rows(data["episode_ends"], policy.chunk)  # (n,)
+    steps = np.minimum(first[:, None] + np.arange(policy.chunk), end[:, None] - 1)  # (n, chunk)
+    last = torch.as_tensor(first + policy.chunk >= end, device=args.device).float()
+    rows = dict(reward=last, terminated=last, succeeded=torch.ones_like(last))
+    rows["action"] = policy.from_env(data["action"][steps])
+    with torch.no_grad(), autocast(args):
+        raw = {name: data[name] for name in ("state", "rgb") if name in data}
+        seen = [policy.observe(take(raw, part)) for part in np.array_split(first, 100)]
+    obs = {name: torch.cat([part[name] for part in seen]) for name in seen[0]}
+    return as_rollouts(rows, obs, T, N)
 
 
 # -------------------------------------------------------------------- exploration and rollout
@@ -365,9 +388,22 @@ def explore(trajectory: torch.Tensor, args: Args) -> torch.Tensor:
     return action + (action - a_dagger).norm(dim=-1, keepdim=True) * torch.randn_like(action)
 
 
+def best_of(policy: Policy, critic: Critic, obs: Obs, args: Args) -> torch.Tensor:
+    """The mean of the best quarter by Q of `best_of` sampled actions, (N, D)."""
+    cond, cond_q = policy.encode(obs), critic.encode(obs)
+    cond, cond_q = (x[:, None].expand(-1, args.best_of, -1) for x in (cond, cond_q))  # (N, M, .)
+    action = policy.sample(cond)  # (N, M, D)
+    q = critic(cond_q.flatten(0, 1), action.flatten(0, 1)).mean(0).view(action.shape[:2])
+    best = q.topk(math.ceil(args.best_of / 4)).indices[..., None]  # (N, M / 4, 1)
+    return action.gather(1, best.expand(-1, -1, action.shape[-1])).mean(1)
+
+
 @torch.no_grad()
-def collect(policy: Policy, envs: RobomimicVectorEnv, rollout: dict, seed: int, args: Args):
-    """Fills a rollout from new episodes of `seed` on; returns steps, and success of ended episodes."""
+def collect(policy: Policy, critic, envs: RobomimicVectorEnv, rollout: dict, seed: int, args: Args):
+    """Fills a rollout from new episodes of `seed` on; returns steps, and success of ended episodes.
+
+    With a critic, half of the simulators act on the best of their samples.
+    """
     steps, successes, device = 0, [], args.device
     envs.reset(seed)
     for t in range(args.rollout_chunks):
@@ -376,9 +412,13 @@ def collect(policy: Policy, envs: RobomimicVectorEnv, rollout: dict, seed: int, 
         with autocast(args):
             obs = policy.observe(envs.obs)
             action = explore(policy.sample(policy.encode(obs), x0, trajectory=True), args)
+            if critic:
+                half = slice(args.num_envs // 2, None)
+                action[half] = best_of(policy, critic, take(obs, half), args)
         step = envs.step(policy.to_env(action))
         ended = step.terminated | step.truncated  # a time limit is a failure
         row = dict(action=action, reward=step.score, terminated=ended, succeeded=step.score)
+        row["valid"] = np.ones(args.num_envs)
         for name, value in (obs | row).items():
             rollout[name][t] = torch.as_tensor(value, device=device)
         successes.extend(step.score[ended])
@@ -410,18 +450,19 @@ def td_lambda(reward, terminated, next_value, gamma: float, lam: float) -> torch
 
 @torch.no_grad()
 def critic_target(policy: Policy, target: Critic, batch: dict, args: Args) -> torch.Tensor:
-    """TD(lambda) targets (T, L); V(s') is the minimum of the targets at an action of the policy."""
-    obs = augment(flat(batch["next_obs"]))
+    """TD(lambda) targets (T, L); V(s') is the minimum of two targets at an action of the policy."""
+    obs = augment({name: value.flatten(0, 1) for name, value in batch["next_obs"].items()})
     with autocast(args):
         action = policy.sample(policy.encode(obs))
-        value = target(target.encode(obs), action).min(0).values.view_as(batch["reward"])
+        q = target(target.encode(obs), action)  # (networks, T * L)
+    value = q[torch.randperm(len(q))[:2]].min(0).values.view_as(batch["reward"])
     return td_lambda(batch["reward"], batch["terminated"], value, args.gamma, args.td_lambda)
 
 
 def update_critic(critic: Critic, target: Critic, optimizer, obs: Obs, action, y, args: Args) -> dict:
     """One step on obs (B, ...), action (B, D) and targets y (B,); the target networks follow."""
     with autocast(args):
-        q = critic(critic.encode(augment(obs)), action)  # (2, B)
+        q = critic(critic.encode(augment(obs)), action)  # (networks, B)
     loss = (q - y).square().mean(1).sum()
     optimizer.zero_grad()
     loss.backward()
@@ -489,8 +530,11 @@ def actor_losses(velocity, reference, critic, cond, cond_ref, cond_q, trajectory
     return transport, consistency, constraint, {key: value.detach() for key, value in metrics.items()}
 
 
-def update_actor(policy: Policy, reference: Policy, critic: Critic, optimizer, obs: Obs, args: Args):
-    """Samples P particles in each state of obs (B, ...), then takes one step on the loss of eq. (16)."""
+def update_actor(policy: Policy, reference, critic: Critic, optimizer, obs: Obs, good, args: Args):
+    """Samples P particles in each state of obs (B, ...), then takes one step on the loss of eq. (16).
+
+    `good` are observations and actions of episodes that succeed, on which eq. (2) goes on.
+    """
     obs = augment(obs)
     with autocast(args):
         cond = policy.encode(obs)  # once per state: Euler steps, particles and losses share it
@@ -505,6 +549,11 @@ def update_actor(policy: Policy, reference: Policy, critic: Critic, optimizer, o
     transport, consistency, constraint, metrics = losses
     loss = transport + args.consistency_weight * consistency  # eq. (16)
     loss += args.constraint_weight * constraint
+    if args.bc_weight and len(good[1]):
+        with autocast(args):
+            cloning = flow_matching_loss(policy.velocity, good[1], policy.encode(augment(good[0])))
+        loss += args.bc_weight * policy.action_size * cloning  # eq. (2), a sum over dimensions
+        metrics["losses/cloning"] = cloning.detach()
     optimizer.zero_grad()
     loss.backward()
     trained = [p for p in policy.parameters() if p.requires_grad]
@@ -540,8 +589,6 @@ def resolve(args: Args):
     args.rollout_chunks = args.rollout_chunks or (200 if args.task == "lift" else 400)
     if args.iterations == 0 and args.wall_budget_s == 0:
         args.iterations = 40 if args.task == "lift" else 120
-    if args.exploration_steps < 0:
-        args.exploration_steps = 0 if args.task == "transport" else 2  # with noise none succeeds
     if args.q_gradient == "particles" and args.n_particles < 2:
         raise SystemExit("--q-gradient particles needs --n-particles of at least 2, better 16")
 
@@ -560,7 +607,8 @@ def main(args: Args) -> dict | None:
     policy = get_base(args, run)
     base, reference = (copy.deepcopy(policy).requires_grad_(False) for _ in range(2))
     own = Encoder(policy.cameras, policy.obs_dim) if policy.cameras and args.encoder == "own" else None
-    critic = Critic(policy.cond_dim, policy.action_size, args.critic_layer_norm, own).to(args.device)
+    sizes = policy.cond_dim, policy.action_size, args.critic_layer_norm, args.critics
+    critic = Critic(*sizes, own).to(args.device)
     target = copy.deepcopy(critic).requires_grad_(False)
     trained = [p for p in policy.parameters() if p.requires_grad]
     actor_optimizer = torch.optim.Adam(trained, args.actor_lr, fused=True)
@@ -584,7 +632,9 @@ def main(args: Args) -> dict | None:
             # 1. roll out with exploration
             with run.timer(row, "rollout_s"):
                 seed = derive_seed(args.seed, "rollouts", iteration, run.rank)
-                steps, successes = collect(policy, envs, replay.next(), seed, args)
+                knows = args.best_of > 1 and 2 * state["trained"] >= args.warmup_iterations
+                explorer = critic if knows else None
+                steps, successes = collect(policy, explorer, envs, replay.next(), seed, args)
             state["env_steps"] += steps * run.world
             if successes:
                 row["train_success"] = np.mean(successes)
@@ -593,8 +643,10 @@ def main(args: Args) -> dict | None:
                 # 2. the critic: TD(lambda) targets of some segments, then steps on minibatches of them
                 with run.timer(row, "critic_s"):
                     batch = replay.draw(args.segments)
-                    y = critic_target(policy, target, batch, args).flatten()
-                    obs, action = flat(batch["obs"]), batch["action"].flatten(0, 1)
+                    y = critic_target(policy, target, batch, args)
+                    valid = batch["valid"] > 0
+                    obs, action, y = take(batch["obs"], valid), batch["action"][valid], y[valid]
+                    good = batch["succeeded"][valid].nonzero()[:, 0]
                     for _ in range(args.critic_steps):
                         i = torch.randint(len(y), (args.critic_batch,), device=args.device)
                         rows = take(obs, i), action[i], y[i]
@@ -608,8 +660,9 @@ def main(args: Args) -> dict | None:
                         decay = 1 + (args.actor_lr_end - 1) * spent
                         rise = min(1.0, state["actor_steps"] / ACTOR_WARMUP)
                         actor_optimizer.param_groups[0]["lr"] = args.actor_lr * decay * rise
-                        rows = take(obs, i)
-                        run.add(update_actor(policy, reference, critic, actor_optimizer, rows, args))
+                        j = good[torch.randint(max(1, len(good)), (min(len(good), BC_BATCH),))]
+                        rows = take(obs, i), (take(obs, j), action[j])
+                        run.add(update_actor(policy, reference, critic, actor_optimizer, *rows, args))
             # 4. the reference of the constraint follows, or stays the base
             state["trained"] += 1
             cond = policy.encode(take(obs, slice(256))).detach()

@@ -18,7 +18,7 @@ import tyro
 # The types of settings, with the least and the largest value.
 Count = Annotated[int, 1, 10**6]
 Size = Annotated[int, 0, 10**6]
-Choice = Annotated[int, -1, 10**6]  # -1: the task's own
+Several = Annotated[int, 2, 100]
 Seed = Annotated[int, 0, 2**32 - 1]
 Threads = Annotated[int, 1, 1024]
 Weight = Annotated[float, 0, 1e6]
@@ -26,15 +26,20 @@ Share = Annotated[float, 0, 1]
 
 
 def parse_args(cls, presets: dict[str, dict], doc: str, argv: list[str] | None = None):
-    """Command line -> `cls`: flags win over the preset; --resume and --evaluate take the run's own.
+    """Command line -> `cls`: flags win over the presets; --resume and --evaluate take the run's own.
 
+    A preset has the name of a value, as of --preset or of a task; that of a later setting wins.
     Raises SystemExit on a value out of bounds and on a directory that holds no run.
     """
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & {*argv}:
         raise SystemExit(print(describe(cls, doc)))
     first = tyro.cli(cls, args=argv)
-    default = cls(preset=first.preset, **presets.get(first.preset, {}))
+    chosen = {}
+    for name, value in vars(first).items():
+        if isinstance(value, str) and value in presets:
+            chosen |= presets[value] | {name: value}
+    default = cls(**chosen)
     if run := first.resume or first.evaluate:
         default = read_args(cls, run)
     args = tyro.cli(cls, args=argv, default=default)

@@ -56,6 +56,29 @@ def chunk_starts(episode_ends: np.ndarray, length: int) -> np.ndarray:
     return starts.astype(np.int64)
 
 
+def chunk_rows(episode_ends: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Each episode cut into chunks from each of its first `length` steps on, one after another.
+
+    Returns the first steps (n,) of these chunks, each step of the data once, and their episodes' ends.
+    """
+    first = []
+    for start, end in zip([0, *episode_ends[:-1]], episode_ends, strict=True):
+        for offset in range(start, min(start + length, end)):
+            first.append(np.arange(offset, end, length))
+    first = np.concatenate(first)
+    return first, episode_ends[np.searchsorted(episode_ends, first, side="right")]
+
+
+def as_rollouts(rows: dict, obs: dict, T: int, N: int) -> dict[str, torch.Tensor]:
+    """Rows (n, ...), one after another, as rollouts (., T, N, ...); observations have T + 1 rows."""
+    n = len(rows["reward"])
+    row = torch.arange(-(-n // (T * N)) * N * T).view(-1, N, T).transpose(1, 2)
+    after = torch.cat([row, row[:, -1:] + 1], 1)
+    rollouts = {name: value[row.clamp_max(n - 1)] for name, value in rows.items()}
+    rollouts |= {name: value[after.clamp_max(n - 1)] for name, value in obs.items()}
+    return rollouts | {"valid": (row < n).float().to(rows["reward"].device)}
+
+
 def load_d4rl(path: Path) -> Demonstrations:
     """A D4RL .hdf5: observations, actions, terminals, timeouts (Fu et al. 2020)."""
     with reading(path) as file:

@@ -16,7 +16,8 @@ def load(path: str | Path, furniture: str, max_episodes: int = 0) -> dict:
     """Reads demonstrations from data/demo_i/{actions, rewards, obs/state} of an HDF5 file.
 
     Takes those that assemble all pairs, where rewards are stored, at most `max_episodes` (0: all).
-    Returns state (T, obs_dim), action (T, 10), episode_ends (E,) and the file's attributes as meta.
+    Returns state (T, obs_dim), action (T, 10), the stage before each action (T,), episode_ends (E,) and
+    the file's attributes as meta.
     """
     spec, path = FURNITURE[furniture], Path(path)
 
@@ -29,7 +30,8 @@ def load(path: str | Path, furniture: str, max_episodes: int = 0) -> dict:
                 yield None
                 continue
             state = numbers(path, file, f"{demo}/obs/state", len(action), spec.obs_dim)
-            yield {"state": state, "action": action}
+            rewards = np.zeros(len(action)) if rewards is None else np.nan_to_num(rewards)
+            yield {"state": state, "action": action, "stage": np.cumsum(rewards) - rewards}
 
     with reading(path) as file:
         meta = dict(file["data"].attrs) if "data" in file else {}

@@ -27,7 +27,7 @@ def arguments(script, **changes):
     """Arguments of the functions below main(); furniture assembles a lamp, of two pairs."""
     fixed = dict(device="cpu", bf16=False, exploration_steps=2)
     if script is not rldt_gym:
-        fixed |= dict(horizon=20, q_gradient="critic", transport_scale=1.0)
+        fixed |= dict(horizon=20, q_gradient="critic", transport_scale=1.0, demos=False)
     if script is rldt_furniture:
         fixed |= dict(furniture="lamp", backend="mujoco")
     return script.Args(**fixed | changes)
@@ -53,6 +53,11 @@ def with_stage(script, state):
 def observed(script, state):
     """What updates take of states (..., obs_dim): in robomimic, they have a name."""
     return {"state": state} if script is rldt_robomimic else with_stage(script, state)
+
+
+def nothing_good(script):
+    """What sparse updates of the actor take besides: no chunk to clone."""
+    return [] if script is rldt_gym else [(None, ())]
 
 
 def new_replay(script, args, policy, rows):
@@ -164,7 +169,7 @@ def roll_out(script, envs, rows, frozen=False, **changes):
         envs.reset(100)
         result = script.collect(policy, envs, replay.next(), args)
     else:
-        result = script.collect(policy, envs, replay.next(), 100, args)
+        result = script.collect(policy, None, envs, replay.next(), 100, args)
     return policy, replay.newest(), result
 
 

@@ -29,7 +29,8 @@ SHORT = dict(  # four iterations, the first and the last of which evaluate
 def flags(task, base, runs, /, **changes):
     """Flags of a short run."""
     script, *_, own = TASKS[task]
-    sparse = {} if script is rldt_gym else dict(q_gradient="critic", transport_scale=30.0)
+    sparse = dict(q_gradient="critic", transport_scale=30.0, demos=task == "state")
+    sparse = {} if script is rldt_gym else sparse
     return words(SHORT | sparse | own | dict(base=base, runs=runs) | changes)
 
 

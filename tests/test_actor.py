@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from fakes import arguments, each_script, observed, small_policy, with_stage
+from fakes import arguments, each_script, nothing_good, observed, small_policy, with_stage
 
 import rldt_furniture
 import rldt_gym
@@ -152,7 +152,8 @@ def test_update_actor_steps_along_the_weighted_sum_of_the_losses(monkeypatch, sc
     parameters = list(policy.velocity.parameters())
     before, optimizer = [p.detach().clone() for p in parameters], torch.optim.SGD(parameters, 0.1)
     obs = observed(script, torch.randn(200, OBS))
-    metrics = script.update_actor(policy, reference, QuadraticCritic(), optimizer, obs, args)
+    rows = obs, *nothing_good(script), args
+    metrics = script.update_actor(policy, reference, QuadraticCritic(), optimizer, *rows)
     total = [a + 0.7 * b + 0.1 * c for a, b, c in zip(*parts, strict=True)]  # eq. (16)
     expected = [b - 0.1 * g for b, g in zip(before, total, strict=True)]
     torch.testing.assert_close([p.detach() for p in parameters], expected)

@@ -156,7 +156,7 @@ def update(function, policy, critic):
         update_critic(critic, target, optimizer, obs, *batch, args)
     else:
         optimizer = torch.optim.SGD(policy.parameters(), 0.1)
-        update_actor(policy, reference, critic, optimizer, obs, args)
+        update_actor(policy, reference, critic, optimizer, obs, (None, ()), args)
 
 
 def test_images_are_shifted_once_per_update(unshifted):
@@ -188,7 +188,7 @@ def test_actor_reference_and_critic_encode_images_themselves(unshifted, monkeypa
     recorded = lambda *args: seen.extend(args[3:6]) or losses(*args)
     monkeypatch.setattr(rldt_robomimic, "actor_losses", recorded)
     optimizer = torch.optim.SGD(policy.parameters(), 0.0)
-    update_actor(policy, reference, critic, optimizer, obs, arguments(rldt_robomimic))
+    update_actor(policy, reference, critic, optimizer, obs, (None, ()), arguments(rldt_robomimic))
     expected = [network.encoder(obs) for network in (policy, reference, critic)]
     torch.testing.assert_close([cond.detach() for cond in seen], [cond.detach() for cond in expected])
 
@@ -199,6 +199,7 @@ def test_replay_keeps_images_as_bytes_beside_their_states():
     replay = new_replay(rldt_robomimic, args, seeing_policy(), 5)
     assert replay.slots["rgb"].dtype == torch.uint8
     slot = replay.next()
+    slot["valid"].fill_(1)
     slot["state"].copy_(torch.arange(6)[:, None, None].expand(6, 2, 4))  # the time
     slot["rgb"].copy_(slot["state"][..., :1, None, None].expand(-1, -1, 3, 96, 96))
     batch = replay.draw(3)

@@ -1,0 +1,232 @@
+"""What a sparse reward adds to two scripts: demonstrations, cloning, ensembles and best of N."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from fakes import arguments, each_sparse, fake_envs, observed, small_critic, small_policy
+from hypothesis import given
+from hypothesis import strategies as st
+
+import rldt_furniture
+import rldt_robomimic
+from common.svgd import particle_gradient, transport_field
+from demos.dataset import as_rollouts, chunk_rows
+
+STAGES = [[0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1], [0, 1, 1]]  # of three episodes, before each step
+
+
+# ------------------------------------------------------------------------------ demonstrations
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=5), st.integers(1, 5))
+def test_episodes_are_cut_from_each_step_of_their_first_chunk(lengths, chunk):
+    ends, expected = np.cumsum(lengths), []
+    for end, length in zip(ends, lengths, strict=True):
+        for offset in range(chunk):
+            for first in range(end - length + offset, end, chunk):
+                expected.append((first, end))
+    first, end = chunk_rows(ends, chunk)
+    assert list(zip(first, end, strict=True)) == expected
+    assert sorted(first) == [*range(sum(lengths))]
+
+
+@given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 4))
+def test_rows_lie_one_after_another_in_rollouts(n, T, N):
+    rows = {"reward": torch.arange(n), "action": torch.arange(2 * n).view(n, 2)}
+    rollouts = as_rollouts(rows, {"obs": torch.arange(n)}, T, N)
+    assert rollouts["obs"].shape[1:] == (T + 1, N)
+    row = 0
+    for slot, env, t in np.ndindex(len(rollouts["reward"]), N, T):
+        assert rollouts["valid"][slot, t, env] == (row < n)
+        if row < n:
+            assert rollouts["reward"][slot, t, env] == row
+            assert rollouts["action"][slot, t, env].tolist() == [2 * row, 2 * row + 1]
+            assert rollouts["obs"][slot, t : t + 2, env].tolist() == [row, min(row + 1, n - 1)]
+        row += 1
+    assert row - n < T * N
+
+
+def shown(script, monkeypatch, chunk=2):
+    """A replay with three demonstrations, and they."""
+    ends = np.cumsum([len(stages) for stages in STAGES])
+    rng = np.random.default_rng(0)
+    data = dict(state=rng.normal(size=(ends[-1], 4)).astype(np.float32), episode_ends=ends,
+                action=rng.normal(size=(ends[-1], 2)).astype(np.float32))  # fmt: skip
+    data["stage"] = np.concatenate(STAGES)
+    monkeypatch.setattr(script.dataset, "get", lambda *which: data)
+    args = arguments(script, demos=True, num_envs=2, buffer_iterations=3, horizon=10)
+    args.rollout_chunks = 5
+    policy = small_policy(script, chunk=chunk)
+    return script.Replay(args, policy), data, policy
+
+
+@each_sparse
+def test_demonstrations_are_rollouts_that_end_well(script, monkeypatch):
+    replay, data, policy = shown(script, monkeypatch)
+    most = 1 if script is rldt_robomimic else 2
+    name, ends_in = ("state", "succeeded") if script is rldt_robomimic else ("obs", "reached")
+    slots = {key: value[3:].transpose(1, 2).flatten(0, 1) for key, value in replay.slots.items()}
+    row = 0
+    for stages, end in zip(STAGES, data["episode_ends"], strict=True):
+        for offset in range(2):
+            for i in range(offset, len(stages), 2):
+                where, t = divmod(row, 5)
+                steps = [end - len(stages) + min(i + j, len(stages) - 1) for j in range(2)]
+                last = i + 2 >= len(stages)
+                after = most if last else stages[i + 2]
+                state = policy.normalize(data["state"][steps[0]])
+                reward = float(last)
+                if script is rldt_furniture:
+                    state, reward = F.pad(state, (0, 1), value=stages[i] / 2), after - stages[i]
+                assert torch.equal(slots[name][where, t], state)
+                action = policy.from_env(data["action"][None, steps])[0]
+                assert torch.equal(slots["action"][where, t], action)
+                expected = dict(reward=reward, terminated=last, valid=1)
+                for key, value in (expected | {ends_in: most}).items():
+                    assert slots[key][where, t] == value, (key, row)
+                row += 1
+    assert replay.slots["valid"].sum() == row == 15
+
+
+@each_sparse
+def test_demonstrations_stay_in_the_replay_and_are_drawn(script, monkeypatch):
+    replay, *_ = shown(script, monkeypatch)
+    kept = {name: value[3:].clone() for name, value in replay.slots.items()}
+    for rollout in range(7):
+        for value in replay.next().values():
+            value.fill_(0)
+        replay.newest()["valid"].fill_(1)
+        replay.newest()["reward"].fill_(-rollout)
+    assert all(torch.equal(value[3:], kept[name]) for name, value in replay.slots.items())
+    monkeypatch.setattr(script, "SEGMENT", 3)
+    reward = replay.draw(4000)["reward"][0]
+    assert set((-reward[reward < 0]).tolist()) == {4, 5, 6}
+    share = (reward >= 0).float().mean().item()  # they are all of their kind, that of success
+    assert share == pytest.approx(0.5, abs=0.03)
+
+
+# ------------------------------------------------------------------------------------ ensemble
+@each_sparse
+def test_target_is_the_minimum_of_a_random_two_of_the_networks(script, monkeypatch):
+    args, policy = arguments(script, gamma=0.9, td_lambda=0.0), small_policy(script)
+    values = torch.tensor([0.5, 0.2, 0.4, 0.3])
+
+    class Target:
+        encode = staticmethod(lambda obs: obs["state"])
+
+        def __call__(self, cond, action):
+            return values[:, None].expand(-1, len(cond))
+
+    obs = observed(script, torch.randn(2, 3, 4))
+    batch = {"reward": torch.zeros(2, 3), "terminated": torch.zeros(2, 3), "next_obs": obs}
+    seen = [script.critic_target(policy, Target(), batch, args)[0, 0].item() / 0.9 for _ in range(300)]
+    share = {value: np.isclose(seen, value).mean() for value in values.tolist()}
+    expected = {0.5: 0, 0.2: 3 / 6, 0.4: 1 / 6, 0.3: 2 / 6}  # of the six pairs
+    for value, found in share.items():
+        assert found == pytest.approx(expected[round(value, 1)], abs=0.09)
+
+
+@each_sparse
+def test_networks_of_a_critic_are_independent(script):
+    critic = small_critic(script, small_policy(script), networks=3)
+    sees = 5 if script is rldt_furniture else 4
+    cond, action = torch.randn(6, sees), torch.randn(6, 4)
+    q = critic(cond, action)
+    assert q.shape == (3, 6)
+    (gradient,) = torch.autograd.grad(q[1].sum(), [critic.weights[0]])
+    assert [bool(part.abs().sum()) for part in gradient] == [False, True, False]
+
+
+# ------------------------------------------------------------------------------------- cloning
+@each_sparse
+def test_actor_clones_what_succeeded(script, monkeypatch):
+    policy = small_policy(script)
+    critic = small_critic(script, policy)
+    obs, good = observed(script, torch.randn(8, 4)), observed(script, torch.randn(5, 4))
+    action, steps = torch.randn(5, 4), {}
+    loss = lambda velocity, action, cond: (velocity(action, torch.zeros(()), cond) - 3).square().mean()
+    monkeypatch.setattr(script, "flow_matching_loss", loss)
+    none = {"state": good["state"][:0]} if script is rldt_robomimic else good[:0]
+    for weight in 0.0, 0.3:
+        for name, rows in ("some", (good, action)), ("none", (none, action[:0])):
+            copy = small_policy(script)
+            copy.load_state_dict(policy.state_dict())
+            parameters = list(copy.velocity.parameters())
+            before = torch.cat([p.detach().flatten().clone() for p in parameters])
+            torch.manual_seed(0)
+            args = arguments(script, bc_weight=weight, n_particles=2)
+            optimizer = torch.optim.SGD(parameters, 0.1)
+            script.update_actor(copy, policy, critic, optimizer, obs, rows, args)
+            steps[weight, name] = torch.cat([p.detach().flatten() for p in parameters]) - before
+    assert torch.equal(steps[0.0, "some"], steps[0.3, "none"])
+    cond = good["state"] if script is rldt_robomimic else good[:, :-1]
+    cloning = loss(policy.velocity, action, cond)
+    gradient = torch.autograd.grad(cloning, list(policy.velocity.parameters()))
+    expected = steps[0.0, "none"] - 0.1 * 0.3 * 4 * torch.cat([g.flatten() for g in gradient])  # D = 4
+    torch.testing.assert_close(steps[0.3, "some"], expected)
+
+
+# ------------------------------------------------------------------------------------ best of N
+@each_sparse
+def test_best_of_is_the_mean_of_the_best_quarter(script):
+    policy, obs = small_policy(script), observed(script, torch.randn(3, 4))
+    sampled = []
+    policy.sample = lambda cond: sampled.append(torch.randn(*cond.shape[:-1], 4)) or sampled[-1]
+
+    class Critic:
+        encode = staticmethod(lambda obs: obs["state"])
+
+        def __call__(self, cond, action):
+            return torch.stack([action[:, 0], action[:, 0] + 2 * action[:, 1]])
+
+    result = script.best_of(policy, Critic(), obs, arguments(script, best_of=10))
+    for i in range(3):
+        ranked = sorted(sampled[0][i], key=lambda a: (a[0] + a[1]).item())
+        torch.testing.assert_close(result[i], torch.stack(ranked[-3:]).mean(0))
+
+
+@each_sparse
+def test_half_of_the_environments_act_on_the_best_of_their_samples(script, monkeypatch):
+    monkeypatch.setattr(script, "best_of", lambda policy, critic, obs, args: torch.full((2, 4), critic))
+    for critic, marked in (None, []), (0.5, [2, 3]):
+        envs = fake_envs(script, 4, lambda seed: 20, lambda seed, t, chunk: 0)
+        args = arguments(script, num_envs=4, buffer_iterations=1)
+        if script is rldt_robomimic:
+            args.rollout_chunks = 3
+        policy = small_policy(script)
+        replay = script.Replay(args, policy)
+        script.collect(policy, critic, envs, replay.next(), 100, args)
+        for row in replay.newest()["action"][:3]:
+            assert [i for i in range(4) if (row[i] == 0.5).all()] == marked
+
+
+# --------------------------------------------------------------------- a field without derivatives
+def test_weighted_mean_of_a_gaussian_policy_moves_by_its_covariance_times_the_gradient():
+    """For a ~ N(m, C) and Q = g a the weights exp(Q / tau) give N(m + C g / tau, C)."""
+    torch.manual_seed(0)
+    root = torch.tensor([[1.0, 0.0], [0.6, 0.3]], dtype=torch.float64)
+    g, m = torch.tensor([0.2, -0.4], dtype=torch.float64), torch.tensor([1.0, 2.0], dtype=torch.float64)
+    particles = m + torch.randn(1, 200_000, 2, dtype=torch.float64) @ root.T
+    covariance = root @ root.T
+    tau = (g @ covariance @ g).sqrt()
+    moved = (particle_gradient(particles @ g, particles) + particles)[0, 0] - m
+    torch.testing.assert_close(moved, covariance @ g / tau, rtol=0.03, atol=0.01)
+
+
+def test_weighted_mean_of_a_gaussian_policy_and_a_quadratic_q():
+    """For a ~ N(m, C) and Q = -(a - b)' A (a - b) / 2 they give the Gaussian of the product."""
+    torch.manual_seed(1)
+    root = torch.tensor([[0.5, 0.0], [0.2, 0.4]], dtype=torch.float64)
+    A = torch.tensor([[1.0, 0.3], [0.3, 2.0]], dtype=torch.float64)
+    m, b = torch.zeros(2, dtype=torch.float64), torch.tensor([0.5, -0.3], dtype=torch.float64)
+    particles = m + torch.randn(1, 400_000, 2, dtype=torch.float64) @ root.T
+    q = -((particles - b) @ A * (particles - b)).sum(-1) / 2
+    tau = q.std(correction=0)
+    precision = torch.linalg.inv(root @ root.T)
+    expected = torch.linalg.solve(precision + A / tau, precision @ m + A @ b / tau)
+    result = (particle_gradient(q, particles) + particles)[0, 0]
+    torch.testing.assert_close(result, expected, rtol=0.03, atol=0.01)
+    # and so the field at the policy's mean points where its covariance times grad Q does
+    few = particles[:, :64].view(1, 64, 2)
+    field = transport_field(m.view(1, 1, 2), few, particle_gradient(q[:, :64], few), 0.0)[0, 0]
+    direction = root @ root.T @ A @ (b - m)
+    assert F.cosine_similarity(field, direction, dim=0) > 0.95
