@@ -106,12 +106,9 @@ def tiny_args(tiny_flags, tmp_path):
 @pytest.fixture
 def only_run(tmp_path):
     """The one run directory below tmp_path."""
+    from short_runs import only_run  # which imports this file
 
-    def find(parent=tmp_path / "runs"):
-        (run,) = parent.iterdir()
-        return run
-
-    return find
+    return lambda parent=tmp_path / "runs": only_run(parent)
 
 
 @pytest.fixture(scope="session")
@@ -132,13 +129,10 @@ def d4rl_arrays():
     rng = np.random.default_rng(0)
     terminals, timeouts = np.zeros(9, bool), np.zeros(9, bool)
     terminals[4], timeouts[8] = True, True
-    return dict(
-        observations=rng.normal(size=(9, 3)).astype(np.float32),
-        actions=rng.uniform(-1, 1, (9, 2)).astype(np.float32),
-        rewards=rng.normal(size=9).astype(np.float32),
-        terminals=terminals,
-        timeouts=timeouts,
-    )
+    arrays = dict(observations=rng.normal(size=(9, 3)), actions=rng.uniform(-1, 1, (9, 2)))
+    arrays["rewards"] = rng.normal(size=9)
+    arrays = {name: value.astype(np.float32) for name, value in arrays.items()}
+    return arrays | dict(terminals=terminals, timeouts=timeouts)
 
 
 @pytest.fixture

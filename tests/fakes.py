@@ -60,6 +60,29 @@ def nothing_good(script):
     return [] if script is rldt_gym else [(None, ())]
 
 
+PLAIN = dict(epochs=1, batch=8, lr=1e-3, chunk=4, euler_steps=4, width=16, depth=3, time_dim=8)
+PRETRAINING = {rldt_gym: PLAIN, rldt_robomimic: PLAIN | dict(head_steps=0)}
+PRETRAINING[rldt_furniture] = PLAIN | dict(spread=1.0, start=None)
+
+
+def pretrain(script, data, checkpoint=None, **changes):
+    """A small, short pretraining on demonstrations of Lift or of the lamp."""
+    args = arguments(script)
+    if script is rldt_robomimic:
+        args.task, args.obs = "lift", "image" if "rgb" in data else "state"
+    torch.manual_seed(0)
+    return script.pretrain(args, data, checkpoint, **PRETRAINING[script] | changes)
+
+
+def demonstrations(obs_dim, action_dim, lengths=(3, 17, 20)):
+    """Episodes whose first state and action are the step number, whose second action is the episode."""
+    ends = np.cumsum(lengths)
+    steps = np.arange(ends[-1], dtype=np.float32)
+    action = np.stack([steps, 1 + np.digitize(steps, ends)] + [steps + 2] * (action_dim - 2), 1)
+    state = np.stack([steps] + [-1 - steps] * (obs_dim - 1), 1)
+    return {"state": state, "action": action.astype(np.float32), "episode_ends": ends, "meta": {}}
+
+
 def new_replay(script, args, policy, rows):
     """A replay of rollouts of so many rows."""
     if script is rldt_furniture:
@@ -157,7 +180,7 @@ def scripted(script, num_envs, lengths, scored, **kwargs):
     return fake_envs(script, num_envs, lambda seed: lengths[seed - 100], scores, **kwargs)
 
 
-def roll_out(script, envs, rows, frozen=False, **changes):
+def roll_out(script, envs, rows, frozen=False, critic=None, **changes):
     """Fills a rollout from fake environments: gives the policy, the rollout and what collect returns."""
     args = arguments(script, num_envs=envs.num_envs, buffer_iterations=1, **changes)
     policy = small_policy(script, cameras=int(getattr(envs, "images", False)))
@@ -169,7 +192,7 @@ def roll_out(script, envs, rows, frozen=False, **changes):
         envs.reset(100)
         result = script.collect(policy, envs, replay.next(), args)
     else:
-        result = script.collect(policy, None, envs, replay.next(), 100, args)
+        result = script.collect(policy, critic, envs, replay.next(), 100, args)
     return policy, replay.newest(), result
 
 
@@ -184,6 +207,13 @@ def words(values):
         elif value is not None:
             flags.append(f"--{name}={value}")
     return flags
+
+
+def recorded(monkeypatch, script, name, of):
+    """What `of(*args)` was at each call of a script's function."""
+    calls, function = [], getattr(script, name)
+    monkeypatch.setattr(script, name, lambda *args: calls.append(of(*args)) or function(*args))
+    return calls
 
 
 def same(module, state):

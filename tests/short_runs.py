@@ -29,7 +29,7 @@ SHORT = dict(  # four iterations, the first and the last of which evaluate
 def flags(task, base, runs, /, **changes):
     """Flags of a short run."""
     script, *_, own = TASKS[task]
-    sparse = dict(q_gradient="critic", transport_scale=30.0, demos=task == "state")
+    sparse = dict(q_gradient="critic", transport_scale=30.0, demos=task in ("state", "lamp"))
     sparse = {} if script is rldt_gym else sparse
     return words(SHORT | sparse | own | dict(base=base, runs=runs) | changes)
 

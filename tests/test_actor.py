@@ -54,9 +54,7 @@ def gradients(velocity, scalar, weights=None):
     (rldt_furniture, "authors", "particles"),
 ])  # fmt: skip
 @pytest.mark.parametrize("kernel", ["rbf", "delta"])
-def test_gradient_of_the_transport_loss_is_the_weighted_field_times_the_jacobian(
-    script, form, q_gradient, kernel
-):
+def test_transport_loss_has_the_weighted_fields_gradient(script, form, q_gradient, kernel):
     sparse = dict(q_gradient=q_gradient, transport_scale=10.0)
     choices = sparse if q_gradient else dict(transport_loss=form)
     velocity, states, trajectory, x, t, (transport, *_) = losses(script, kernel=kernel, **choices)

@@ -17,7 +17,6 @@ def test_comparison_through_ray_runs_each_cell_once(tiny_base, tmp_path):
     command += ["--tasks", "Hopper-v4", "--seeds", "1", "--parallel", "1"]
     command += ["--out", tmp_path / "b.csv", "--runs", tmp_path / "runs"]
     command += [f"--extra={TINY} --base {tiny_base}"]
-
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert process.returncode == 0, process.stdout + process.stderr
     rows = read_csv(tmp_path / "b.csv")

@@ -1,86 +1,20 @@
 """Demonstrations and base policies of rldt_furniture.py, and what its other tests share with these."""
 
-import types
-
 import h5py
 import numpy as np
 import pytest
 import torch
-from fakes import arguments, same, small_policy
+from fakes import demonstrations, pretrain
 
 import rldt_furniture
-import rldt_gym
-from common.runs import Run
 from demos import furniture as dataset
 from demos import make_furniture_demos
-from demos.dataset import Demonstrations
-
-DIMS = {"one_leg": 58, "lamp": 44}
-STAGES = {"one_leg": 1, "lamp": 2}
-SETTINGS = dict(epochs=1, batch=8, lr=1e-3, spread=1.0, start=None)  # of a small, short pretraining
-SETTINGS |= dict(chunk=4, euler_steps=4, width=16, depth=3, time_dim=8)
 
 
 # -------------------------------------------------------------------------------- base policies
-def demonstrations(obs_dim=44, lengths=(3, 17, 20)):
-    """Episodes whose first state and action are the step number, whose second action is the episode."""
-    ends = np.cumsum(lengths)
-    steps = np.arange(ends[-1], dtype=np.float32)
-    action = np.stack([steps, 1 + np.digitize(steps, ends)] + [steps + 2] * 8, 1).astype(np.float32)
-    state = np.stack([steps] + [-1 - steps] * (obs_dim - 1), 1)
-    return {"state": state, "action": action, "episode_ends": ends, "meta": {}}
-
-
-def pretrain(data, checkpoint=None, **changes):
-    torch.manual_seed(3)
-    return rldt_furniture.pretrain(arguments(rldt_furniture), data, checkpoint, **SETTINGS | changes)
-
-
-@pytest.mark.parametrize("changes, source", [
-    (dict(), "shipped"), (dict(pretrain=True), "made"), (dict(base="own"), "own"),
-    (dict(dataset="mine.hdf5"), "made"),
-])  # fmt: skip
-def test_base_policy_is_given_shipped_or_made(monkeypatch, tmp_path, changes, source):
-    monkeypatch.setattr(dataset, "DEMOS", tmp_path / "demos")
-    monkeypatch.setattr(dataset, "get", lambda *task: demonstrations(58))
-    monkeypatch.setitem(rldt_furniture.PRETRAINING, "laptop", SETTINGS)
-    policies = {name: small_policy(rldt_furniture, 58, 10, 4) for name in ("own", "shipped")}
-    policies["own"].save(tmp_path / "own")
-    policies["shipped"].save(tmp_path / "demos/one_leg/base_med.safetensors")
-    task = dict(furniture="one_leg", randomness="med")
-    args = arguments(rldt_furniture, runs=tmp_path / "runs", **task | changes)
-    args.base = args.base and tmp_path / args.base
-    envs = types.SimpleNamespace(obs_dim=58, action_dim=10)
-    policy = rldt_furniture.get_base(args, Run(args, "base"), envs)
-    for name, other in policies.items():
-        assert same(policy, other.state_dict()) == (name == source)
-
-
-def test_base_policy_of_another_task_stops(tmp_path):
-    path, envs = tmp_path / "lamp.safetensors", types.SimpleNamespace(obs_dim=58, action_dim=10)
-    small_policy(rldt_furniture, 44, 10, 4).save(path)
-    args = arguments(rldt_furniture, furniture="one_leg", base=path, runs=tmp_path)
-    with pytest.raises(SystemExit, match=r"lamp\.safetensors: states or actions have other"):
-        rldt_furniture.get_base(args, Run(args, "base"), envs)
-
-
-@pytest.mark.parametrize("spread", [0.0, 1.0])
-def test_pretraining_is_that_of_rldt_gym_with_other_limits(spread):
-    data = demonstrations()
-    arrays = data["state"], data["action"], data["episode_ends"]
-    other = Demonstrations(*arrays, normalization=dataset.limits(data, spread))
-    names = SETTINGS.keys() - {"spread", "start"}
-    settings = {name: SETTINGS[name] for name in names} | dict(epochs=60)
-    torch.manual_seed(3)
-    expected = rldt_gym.pretrain(rldt_gym.Args(device="cpu", bf16=False), other, None, **settings)
-    policy = pretrain(data, spread=spread, epochs=60)
-    assert same(policy, expected.state_dict())
-    assert policy.info == dict(furniture="lamp", randomness="low")
-
-
 @pytest.mark.parametrize("spread", [0.0, 0.5])
 def test_scaling_is_by_the_range_or_by_standard_deviations(spread):
-    data = demonstrations()
+    data = demonstrations(44, 10)
     limits = dataset.limits(data, spread)
     for name, values in ("obs", data["state"]), ("action", data["action"]):
         low, high = values.min(0), values.max(0)
@@ -91,10 +25,11 @@ def test_scaling_is_by_the_range_or_by_standard_deviations(spread):
 
 
 def test_pretraining_starts_from_another_base_with_its_scaling(tmp_path):
-    first, other, path = pretrain(demonstrations()), demonstrations(), tmp_path / "first.safetensors"
+    data, path = demonstrations(44, 10), tmp_path / "first.safetensors"
+    first = pretrain(rldt_furniture, data)
     first.save(path)
-    other["state"] = 3 * other["state"] + 1
-    second = pretrain(other, lr=1e-9, start=path)
+    data["state"] = 3 * data["state"] + 1
+    second = pretrain(rldt_furniture, data, lr=1e-9, start=path)
     torch.testing.assert_close(second.state_dict(), first.state_dict())
 
 
@@ -102,16 +37,16 @@ def test_pretraining_starts_from_another_base_with_its_scaling(tmp_path):
 def write_demos(path, furniture="one_leg", lengths=(24, 30), rewards=None, obs_dim=None, action_dim=10,
                 scale=1.0, spoil=lambda demo: None):  # fmt: skip
     """Random demonstrations that assemble everything at their end; rewards: sums that replace those."""
-    rng = np.random.default_rng(0)
+    rng, spec = np.random.default_rng(0), dataset.FURNITURE[furniture]
     with h5py.File(path, "w") as file:
         data = file.create_group("data")
         data.attrs.update(furniture=furniture, randomness="low", backend="mujoco")
         for i, length in enumerate(lengths):
             demo, reward = data.create_group(f"demo_{i}"), np.zeros(length, np.float32)
-            reward[-2:] = (rewards[i] if rewards else STAGES.get(furniture, 1)) / 2
+            reward[-2:] = (rewards[i] if rewards else len(spec.pairs)) / 2
             demo["actions"] = scale * rng.uniform(-1, 1, (length, action_dim)).astype(np.float32)
             demo["rewards"] = reward
-            demo["obs/state"] = rng.normal(size=(length, obs_dim or DIMS[furniture])).astype(np.float32)
+            demo["obs/state"] = rng.normal(size=(length, obs_dim or spec.obs_dim)).astype(np.float32)
             spoil(demo)
     return path
 
@@ -130,6 +65,7 @@ def test_successful_demonstrations_are_read_in_their_order(tmp_path):
     few = dataset.load(path, "lamp", max_episodes=2)
     assert few["episode_ends"].tolist() == [3, 7]
     np.testing.assert_array_equal(few["state"], data["state"][:7])
+    assert few["stage"].tolist() == [0, 0, 1, 0, 0, 0, 1]  # before each action
     path = write_demos(path, spoil=lambda demo: demo.pop("rewards"))
     assert dataset.load(path, "one_leg")["episode_ends"].tolist() == [24, 54]
 

@@ -15,7 +15,6 @@ from scipy.spatial.transform import Rotation
 import envs.furniture_mujoco as module
 from common.flow import FlowPolicy
 from demos import make_furniture_demos
-from demos.furniture_one_leg import OneLeg
 from demos.furniture_skills import from_rotation_vector
 from demos.make_furniture_demos import run_episode
 from envs.furniture_mujoco import FURNITURE, FurnitureEnv, FurnitureVectorEnv, rotation, rotation_6d
@@ -276,8 +275,7 @@ def test_turning_screws_a_leg_in_by_the_pitch(envs, closes):
 
 
 @pytest.mark.parametrize("furniture", TASKS)
-@pytest.mark.parametrize("near", [False, True])
-@pytest.mark.parametrize("gripper", [-1, 1])
+@pytest.mark.parametrize("near, gripper", itertools.product((False, True), (-1, 1)))
 def test_a_control_step_takes_a_tenth_of_a_second(envs, furniture, near, gripper, monkeypatch):
     env = envs(furniture)
     env.reset(seed=0)
@@ -299,15 +297,26 @@ def test_divergence_is_an_error(envs, value):
     np.testing.assert_array_equal(env.reset(seed=4)[0], envs().reset(seed=4)[0])
 
 
-@pytest.mark.parametrize("randomness, seeds", [("low", (0, 1, 2)), ("med", (13, 20, 38))])
-def test_assembler_succeeds(envs, randomness, seeds):
-    for seed in seeds:
-        episode = run_episode(envs("one_leg", randomness), OneLeg, seed)
-        assert episode["rewards"].sum() == 1 and episode["rewards"][-1] == 1
-        assert len(episode["actions"]) == len(episode["state"])
-        assert np.abs(episode["actions"]).max() <= 1
-        distance = np.linalg.norm(episode["actions"][:, :3] - episode["state"][:, :3], axis=1)
-        assert distance.max() < 0.11
+# In the lamp's first resets the bulb lies well, points to the robot, and lies so that the hood must be
+# moved. In the last ones it is set down elsewhere after that.
+@pytest.mark.parametrize("furniture, randomness, seeds, least", [
+    ("one_leg", "low", (0, 1, 2), 3), ("one_leg", "med", (13, 20, 38), 3),
+    ("lamp", "low", (5, 6, 9, 101), 3), ("lamp", "med", (2, 36), 2),
+])  # fmt: skip
+def test_assembler_succeeds(envs, furniture, randomness, seeds, least):
+    env, assembler = envs(furniture, randomness), make_furniture_demos.ASSEMBLERS[furniture]
+    episodes = [run_episode(env, assembler, seed) for seed in seeds]
+    pairs = len(FURNITURE[furniture].pairs)
+    assert [episode["rewards"].sum() for episode in episodes].count(pairs) >= least
+    for episode in episodes:
+        assert np.isfinite(episode["actions"]).all() and np.abs(episode["actions"]).max() <= 1
+        steps = len(episode["actions"])
+        assert episode["actions"].shape == (steps, 10)
+        assert episode["state"].shape == (steps, FURNITURE[furniture].obs_dim)
+        if furniture == "one_leg":
+            assert episode["rewards"][-1] == 1
+            distance = np.linalg.norm(episode["actions"][:, :3] - episode["state"][:, :3], axis=1)
+            assert distance.max() < 0.11
 
 
 def test_demonstrations_are_written_and_follow_a_base_policy_from_its_file(tmp_path):

@@ -1,5 +1,4 @@
 import importlib.machinery
-import io
 import os
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from short_runs import kept_rollout, only_run
 
 import rldt_furniture
 from common.flow import FlowPolicy
@@ -250,9 +250,7 @@ def test_a_run_in_isaac_resets_all_environments_together(simulator, tmp_path):
     assert (result["base_stages"], result["base_success"]) == ((1 + 2 + 0 + 1) / 4, 1 / 4)
     found = result["base_stages_sampled"], result["base_success_sampled"]
     assert found == ((2 + 0 + 1 + 2) / 4, 2 / 4)
-    (run,) = (tmp_path / "runs").iterdir()
-    file = io.BytesIO((run / "checkpoint0.replay0").read_bytes()[32:])  # behind its checksum
-    slot = torch.load(file, weights_only=True)["newest"]
+    slot = kept_rollout(only_run(tmp_path / "runs"), 0)
     assert slot["reward"].T.tolist() == [[1, 0, 0], [0, 2, 0], [0, 0, 0]]
     assert (2 * slot["obs"][..., -1]).T.tolist() == [[0, 1, 1, 0], [0, 0, 2, 0], [0, 0, 0, 0]]
     assert slot["valid"].T.tolist() == [[1, 1, 1], [1, 1, 0], [1, 1, 1]]

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 from conftest import metrics
-from fakes import arguments, same
+from fakes import PRETRAINING, arguments, same
 from short_runs import checkpoint, flags, kept_rollout, main, only_run
-from test_furniture_base import SETTINGS, write_demos
+from test_furniture_base import write_demos
 
 import rldt_furniture
 from common.flow import FlowPolicy
@@ -28,18 +28,16 @@ def test_summary_has_the_success_rate_with_wilsons_interval_and_the_pairs():
 
 # ------------------------------------------------------------------------- a whole run on MuJoCo
 def test_run_on_mujoco_pretrains_and_keeps_its_policy_results_and_episodes(monkeypatch, tmp_path):
-    settings = SETTINGS | dict(layer_norm=True, cond_mlp=[7])
+    settings = PRETRAINING[rldt_furniture] | dict(layer_norm=True, cond_mlp=[7])
     monkeypatch.setitem(rldt_furniture.PRETRAINING, "laptop", settings)
     changes = dict(dataset=write_demos(tmp_path / "demos.hdf5"), iterations=3, horizon=10)
-    returned = main(rldt_furniture, flags("one_leg", None, tmp_path / "runs", **changes))
+    main(rldt_furniture, flags("one_leg", None, tmp_path / "runs", **changes))
     run = only_run(tmp_path / "runs")
     assert run.name.startswith("one_leg-low__rldt__3__")
     assert not [*run.glob("*.partial"), *run.glob("pretraining*")]
     args = json.loads((run / "args.json").read_text())
     assert (args["seed"], args["horizon"], args["backend"]) == (3, 10, "mujoco")
     assert same(FlowPolicy.load(run / "policy.safetensors"), checkpoint(run)["policy"])
-    result = json.loads((run / "result.json").read_text())
-    assert result == json.loads(json.dumps(returned))
     rows, slot = metrics(run), kept_rollout(run, 1)  # of the second iteration
     assert 0 < int(rows[1]["env_steps"]) <= 2 * 12  # three chunks of four steps in two environments
     assert slot["obs"].shape == (4, 2, 59)

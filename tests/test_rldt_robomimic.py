@@ -1,10 +1,12 @@
 """rldt_robomimic.py: what only it has: encoders, images, base policies, and runs on robosuite."""
 
 import copy
+import functools
 import itertools
 import sys
 import types
 
+import fakes
 import numpy as np
 import pytest
 import torch
@@ -14,14 +16,10 @@ from conftest import metrics
 from fakes import arguments, new_replay, roll_out, same, scripted, small_critic, small_policy
 from short_runs import checkpoint, flags, kept_rollout, main, only_run, use_fakes
 
-import rldt_gym
 import rldt_robomimic
 from common.runs import Run
 from demos import make_robomimic_demos
-from demos.dataset import Demonstrations
-from rldt_robomimic import Encoder, Policy, augment, critic_target, update_actor, update_critic
-
-SIZES = dict(chunk=4, euler_steps=4, width=16, depth=3, time_dim=8)
+from rldt_robomimic import Encoder, Policy, augment, critic_target, take, update_actor, update_critic
 
 
 def seeing_policy(own=True):
@@ -131,11 +129,9 @@ def test_critic_target_encodes_what_each_of_the_networks_sees(unshifted):
     torch.manual_seed(1)
     y = critic_target(policy, target, batch, args)
     torch.manual_seed(1)
-    noise, value = torch.randn(4, policy.action_size).view(2, 2, -1), torch.empty(2, 2)
-    for t, column in itertools.product(range(2), range(2)):
-        following = {name: rows[t, column][None] for name, rows in batch["next_obs"].items()}
-        action = policy.sample(policy.encoder(following), noise[t, column][None])
-        value[t, column] = target(target.encoder(following), action).min()
+    following = {name: rows.flatten(0, 1) for name, rows in batch["next_obs"].items()}
+    action = policy.sample(policy.encoder(following), torch.randn(4, policy.action_size))
+    value = target(target.encoder(following), action).min(0).values.view(2, 2)
     expected = rldt_robomimic.td_lambda(batch["reward"], batch["terminated"], value, 0.9, 0.4)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
     assert not y.requires_grad
@@ -156,15 +152,15 @@ def update(function, policy, critic):
         update_critic(critic, target, optimizer, obs, *batch, args)
     else:
         optimizer = torch.optim.SGD(policy.parameters(), 0.1)
-        update_actor(policy, reference, critic, optimizer, obs, (None, ()), args)
+        good = take(obs, slice(3)), torch.randn(3, 4)
+        update_actor(policy, reference, critic, optimizer, obs, good, args)
 
 
 def test_images_are_shifted_once_per_update(unshifted):
     policy = seeing_policy()
-    for function, states in ("critic_target", 6), ("update_critic", 5), ("update_actor", 4):
-        unshifted.clear()
+    for function in "critic_target", "update_critic", "update_actor":
         update(function, policy, seeing_critic(policy))
-        assert unshifted == [states]
+    assert unshifted == [6, 5, 4, 3]  # the last ones are cloned
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -227,6 +223,9 @@ def test_replay_holds_images_or_with_a_frozen_encoder_features(frozen):
 
 
 # -------------------------------------------------------------------------------- base policies
+pretrain = functools.partial(fakes.pretrain, rldt_robomimic)
+
+
 def get_base(path, runs, **changes):
     args = arguments(rldt_robomimic, **dict(task="lift", runs=runs, base=path) | changes)
     return rldt_robomimic.get_base(args, Run(args, "base"))
@@ -237,9 +236,8 @@ def get_base(path, runs, **changes):
     ("image", "lift", "state"), ("image", "transport", "image"),
 ])  # fmt: skip
 def test_base_policy_that_does_not_fit_stops_in_one_line(bases, tmp_path, kind, task, obs):
-    with pytest.raises(
-        SystemExit, match=rf"{kind}\.safetensors: not a policy for {task} with --obs {obs}"
-    ):
+    words = rf"{kind}\.safetensors: not a policy for {task} with --obs {obs}"
+    with pytest.raises(SystemExit, match=words):
         get_base(bases[kind], tmp_path, task=task, obs=obs)
 
 
@@ -281,47 +279,20 @@ def test_missing_demonstrations_are_made_by_commands_of_the_maker(monkeypatch, t
     assert obs == "state" or made[-1][3] is False
 
 
-def demonstrations(lengths=(3, 17, 20), images=False):
-    """Episodes whose first state and action are the step number, whose second action is the episode."""
-    ends = np.cumsum(lengths)
-    steps = np.arange(ends[-1], dtype=np.float32)
-    action = np.stack([steps, 1 + np.digitize(steps, ends)] + [steps + 2] * 5, 1).astype(np.float32)
-    state = np.stack([steps] + [-1 - steps] * (8 if images else 18), 1)
-    data = {"state": state, "action": action, "episode_ends": ends, "meta": {}}
-    if images:
-        shape = len(steps), 3, 96, 96
-        data["rgb"] = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
-    return data
-
-
-def pretrain(data, checkpoint=None, **changes):
-    settings = dict(epochs=1, batch=8, lr=1e-3, head_steps=0) | SIZES | changes
-    args = arguments(rldt_robomimic, task="lift", obs="image" if "rgb" in data else "state")
-    torch.manual_seed(0)
-    return rldt_robomimic.pretrain(args, data, checkpoint, **settings)
-
-
-def test_pretraining_on_states_is_that_of_rldt_gym_with_limits_that_include_zero():
-    data = demonstrations()
-    limits = dict(obs_min=[0] + [-40] * 18, obs_max=[39] + [0] * 18)
-    limits |= dict(action_min=[0] * 7, action_max=[39, 3] + [41] * 5)
-    arrays = data["state"], data["action"], data["episode_ends"]
-    limits = {name: np.array(value, np.float32) for name, value in limits.items()}
-    torch.manual_seed(0)
-    args, other = rldt_gym.Args(device="cpu", bf16=False), Demonstrations(*arrays, normalization=limits)
-    expected = rldt_gym.pretrain(args, other, None, epochs=60, batch=8, lr=1e-3, **SIZES)
-    policy = pretrain(data, epochs=60)
-    assert same(policy, expected.state_dict())
-    assert policy.info == dict(task="lift", obs="state", fast_render=True)
+def demonstrations(*lengths):
+    """Those of Lift with images."""
+    data = fakes.demonstrations(9, 7, lengths)
+    shape = sum(lengths), 3, 96, 96
+    return data | {"rgb": np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)}
 
 
 def test_a_base_policy_is_made_with_a_checkpoint_that_is_gone_afterwards(monkeypatch, tmp_path):
     fit, checkpoints = rldt_robomimic.fit, []
-    settings = dict(epochs=1, batch=8, lr=1e-3, head_steps=0) | SIZES
+    settings = fakes.PRETRAINING[rldt_robomimic].copy()
     settings.pop("chunk")  # the task's
     monkeypatch.setitem(rldt_robomimic.PRETRAINING, "laptop", {"state": settings})
     monkeypatch.setattr(rldt_robomimic, "fit", lambda *args: checkpoints.append(args[-1]) or fit(*args))
-    monkeypatch.setattr(rldt_robomimic.dataset, "get", lambda *args: demonstrations())
+    monkeypatch.setattr(rldt_robomimic.dataset, "get", lambda *args: fakes.demonstrations(19, 7))
     policy, run = get_base(None, tmp_path, pretrain=True), only_run(tmp_path)
     assert checkpoints == [run / "pretraining.pt"]
     assert {path.name for path in run.iterdir()} == {"args.json", "base.safetensors"}
@@ -330,15 +301,15 @@ def test_a_base_policy_is_made_with_a_checkpoint_that_is_gone_afterwards(monkeyp
 
 def test_pretraining_on_images_trains_the_encoder_on_shifted_images(unshifted):
     torch.manual_seed(0)
-    first = copied(Policy(9, 7, cameras=1, **SIZES))
-    policy = pretrain(demonstrations((8, 30), images=True))
+    first = copied(small_policy(rldt_robomimic, 9, 7, chunk=4, cameras=1))
+    policy = pretrain(demonstrations(8, 30))
     assert {name for name, _ in policy.named_parameters()} <= changed(policy, first)
     assert {*unshifted} == {8}  # of each batch
 
 
 def test_head_steps_pretrain_the_velocity_network_alone(monkeypatch):
     monkeypatch.setattr(rldt_robomimic, "COPIES", 3)
-    loss, seen, data = rldt_robomimic.flow_matching_loss, [], demonstrations((30, 30), images=True)
+    loss, seen, data = rldt_robomimic.flow_matching_loss, [], demonstrations(30, 30)
     monkeypatch.setattr(rldt_robomimic, "flow_matching_loss", lambda *x: seen.append(x[1:]) or loss(*x))
     first, more = (pretrain(data, head_steps=steps).state_dict() for steps in (0, 300))
     action, cond = (torch.cat(rows) for rows in zip(*seen[-300:], strict=True))

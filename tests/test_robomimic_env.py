@@ -207,20 +207,15 @@ def test_observations_are_dppos(shared_env, image_env, task, images):
             assert obs["rgb"].dtype == np.uint8 and obs["rgb"].std() > 10
 
 
-@pytest.mark.parametrize("before", [0, 1, 3])
-def test_success_ends_chunk_and_episode_at_once(shared_env, demonstration, before):
-    env, (_, _, actions, rewards) = start(shared_env(), demonstration), demonstration
+@pytest.mark.parametrize("before, left", [(0, 99), (1, 99), (3, 99), (3, 0)])  # to the time limit
+def test_success_ends_chunk_and_episode_at_once(shared_env, demonstration, before, left):
+    _, _, actions, rewards = demonstration
     solved = int(np.argmax(rewards > 0))
+    env = start(shared_env(horizon=solved + 1 + left), demonstration)
     for action in actions[: solved - before]:
         assert env.step(action[None])[1:] == (False, False, 1)
     assert env.step(actions[solved - before :][:4])[1:] == (True, False, before + 1)
     assert env.t == solved + 1
-
-
-def test_success_at_the_time_limit_ends_the_episode_as_such(shared_env, demonstration):
-    solved = int(np.argmax(demonstration[3] > 0))
-    env = start(shared_env(horizon=solved + 1), demonstration)
-    assert env.step(demonstration[2][: solved + 3])[1:] == (True, False, solved + 1)
 
 
 def test_truncation_comes_exactly_at_the_time_limit(shared_env):

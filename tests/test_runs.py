@@ -137,34 +137,15 @@ def test_a_preset_sets_the_defaults_and_flags_win():
     assert parse("--preset=large", "--bf16").bf16
 
 
-@pytest.mark.parametrize("name, fits, fails, bounds", [
-    ("threads", 1, 0, "1 and"), ("seed", 0, -1, "0 and"), ("rate", 0.0, -0.1, "0 and"),
-    ("rate", 1e6, "inf", "0 and"), ("rate", 1.0, "nan", "0 and"), ("decay", 0.0, -0.1, "0 and 1"),
-    ("decay", 1.0, 1.001, "0 and 1"),
-])  # fmt: skip
-def test_values_out_of_bounds_stop_with_the_flag(name, fits, fails, bounds):
-    assert getattr(parse(f"--{name}={fits}"), name) == fits
-    with pytest.raises(SystemExit, match=rf"--{name} {fails}: must lie between {bounds}"):
-        parse(f"--{name}={fails}")
-
-
-def store(folder, **fields):
-    args = Args(**{"preset": "large", "iterations": 9, "bf16": False, "data": "my data --x=1", **fields})
-    (folder / "args.json").write_text(json.dumps(vars(args) | dict(script="test_runs"), default=str))
-    return args
-
-
-def test_resume_takes_the_stored_arguments_all_but_device_and_threads(tmp_path):
-    stored = store(tmp_path, device="cuda:3", threads=2, rate=0.7)
+def test_resume_and_evaluate_take_the_stored_arguments(tmp_path):
+    stored = dict(preset="large", iterations=9, bf16=False, data="my data --x=1", threads=2, rate=0.7)
+    stored = vars(Args(**stored, device="cuda:3"))
+    (tmp_path / "args.json").write_text(json.dumps(stored | dict(script="test_runs"), default=str))
+    stored["device"] = "auto"
     args = parse("--resume", tmp_path, "--seed=99", "--threads=4", "--rate=0.1")
-    expected = vars(stored) | dict(resume=tmp_path, device="auto", threads=4)
-    assert vars(args) == expected
-
-
-def test_evaluate_takes_the_stored_arguments_and_flags_win(tmp_path):
-    stored = store(tmp_path, decay=0.25, device="cuda:3")
-    args = parse("--evaluate", tmp_path, "--seed=99", "--bf16")
-    assert vars(args) == vars(stored) | dict(evaluate=tmp_path, device="auto", seed=99, bf16=True)
+    assert vars(args) == stored | dict(resume=tmp_path, threads=4)  # all but device and threads
+    args = parse("--evaluate", tmp_path, "--seed=99", "--bf16", "--threads=4")
+    assert vars(args) == stored | dict(evaluate=tmp_path, seed=99, bf16=True, threads=4)  # flags win
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
@@ -185,10 +166,7 @@ def test_help_prints_each_setting_below_its_section(capsys, flag):
     assert lines[0] == "A toy."
     words = [line.split() for line in lines]
     assert ["--wall-budget-s", "0.0", "[0,", "1e6]", "seconds"] in words
-    flags = [line[0] for line in words if line and line[0].startswith("--")]
-    assert flags == [f"--{name.replace('_', '-')}" for name in vars(Args())]
-    seed = words.index(["--seed", "1", "[0,", "4294967295]", "of", "the", "noise"])
-    assert lines.index("the run") < seed
+    assert ["--seed", "1", "[0,", "4294967295]", "of", "the", "noise"] in words
     assert lines.index("learning") == words.index(["--data", "None", "where", "from"]) - 1
 
 
@@ -413,19 +391,14 @@ def test_a_checkpoint_of_another_script_version_or_world_is_refused(args, only_r
 
 
 # --------------------------------------------------------------------------------------- runs
-def test_eight_runs_that_start_at_once_have_directories_of_their_own(args):
+def test_eight_runs_that_start_at_once_have_directories_of_their_own_with_their_arguments(args):
     with ThreadPoolExecutor(8) as pool:
-        paths = [*pool.map(lambda i: Run(args, "a/b__../../x").path, range(8))]
-    assert len({*paths}) == 8
-    assert {path.parent for path in paths} == {args.runs}
-
-
-def test_runs_never_share_a_directory_and_keep_their_arguments(args):
-    paths = [Run(args, "toy__1").path for _ in range(3)]  # within one second
-    assert len({*paths}) == 3
+        paths = {*pool.map(lambda i: Run(args, "a/b__../../x").path, range(8))}
+    assert len(paths) == 8
+    paths.add(Run(args, "toy__1").path)
+    assert any(path.name.startswith("toy__1__") for path in paths)
     for path in paths:
         assert path.parent == args.runs
-        assert path.name.startswith("toy__1__")
         assert json.loads((path / "args.json").read_text())["runs"] == str(args.runs)
 
 
@@ -456,10 +429,8 @@ def budgets(args, seconds):
 
 
 @pytest.mark.parametrize("iterations, budget, shares", [
-    (4, 0.0, [0, 0.25, 0.5, 0.75, 1]),
-    (0, 8.0, [0, 0.375, 0.75, 1]),
-    (4, 100.0, [0, 0.25, 0.5, 0.75, 1]),
-    (4, 8.0, [0, 0.375, 0.75, 1]),
+    (4, 0.0, [0, 0.25, 0.5, 0.75, 1]), (4, 100.0, [0, 0.25, 0.5, 0.75, 1]),
+    (0, 8.0, [0, 0.375, 0.75, 1]), (4, 8.0, [0, 0.375, 0.75, 1]),
 ])  # fmt: skip
 def test_the_budget_that_ends_first_ends_the_run_and_is_spent_once(args, iterations, budget, shares):
     args.iterations, args.wall_budget_s = iterations, budget
@@ -543,9 +514,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("renamed", [False, True])
-def test_a_run_killed_at_any_write_and_resumed_equals_one_never_killed(
-    args, monkeypatch, tmp_path, whole, renamed
-):
+def test_a_run_killed_at_any_write_goes_on_as_if_it_was_not(args, monkeypatch, tmp_path, whole, renamed):
     replace, count, last = Path.replace, SimpleNamespace(writes=0), -1
 
     def counted(partial, path):

@@ -6,6 +6,7 @@ import signal
 from collections import Counter
 from types import SimpleNamespace
 
+import fakes
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,8 @@ import rldt_furniture
 import rldt_gym
 import rldt_robomimic
 from common.flow import FlowPolicy
+from common.runs import Run
+from demos.dataset import Demonstrations
 from envs.vector import VectorEnv
 
 # ------------------------------------------------------------------------------------ rollouts
@@ -140,6 +143,53 @@ def test_evaluation_draws_its_own_noise_anew_for_every_chunk(script):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+# -------------------------------------------------------------------------------- base policies
+BASES = {  # sizes, where the shipped one lies, its task, and another one
+    rldt_gym: (11, 3, "Hopper-v4/base", dict(env_id="Hopper-v4"), dict(env_id="Other-v4")),
+    rldt_robomimic: (23, 7, "square/base_state", dict(task="square"), dict(task="can")),
+    rldt_furniture: (44, 10, "lamp/base_med", dict(randomness="med"), dict(randomness="low")),
+}
+
+
+@each_script
+@pytest.mark.parametrize("changes, expected", [
+    ({}, "shipped"), (dict(pretrain=True), "made"), (dict(dataset="a"), "made"), (dict(base=1), "given"),
+    (dict(base=1, pretrain=True), "given"), (None, "made"),
+])  # fmt: skip
+def test_base_policy_is_given_shipped_or_made(monkeypatch, tmp_path, script, changes, expected):
+    *sizes, shipped, task, other = BASES[script]
+    policies = {name: fakes.small_policy(script, *sizes) for name in ("given", "shipped", "made")}
+    monkeypatch.setattr(script.dataset, "DEMOS", tmp_path)
+    monkeypatch.setattr(script.dataset, "get", lambda *_: None)
+    monkeypatch.setattr(script, "pretrain", lambda *_, **__: policies["made"])
+    policies["shipped"].save(tmp_path / f"{shipped}.safetensors")
+    policies["given"].save(tmp_path / "given.safetensors")
+    args = arguments(script, runs=tmp_path / "runs", **task | (other if changes is None else changes))
+    args.base = args.base and tmp_path / "given.safetensors"
+    run, envs = Run(args, "test"), SimpleNamespace(obs_dim=sizes[0], action_dim=sizes[1])
+    base = script.get_base(args, run, *[envs] * (script is not rldt_robomimic))
+    kept = type(base).load(run.path / "base.safetensors")
+    assert same(base, policies[expected].state_dict()) and same(kept, base.state_dict())
+    if script is not rldt_robomimic:  # which knows the sizes of its tasks
+        envs.obs_dim += 1
+        with pytest.raises(SystemExit, match=r"\.safetensors: .* other sizes than the task's"):
+            script.get_base(args, run, envs)
+
+
+@pytest.mark.parametrize("script, changes, info", [
+    (rldt_robomimic, {}, dict(task="lift", obs="state", fast_render=True)),
+    (rldt_furniture, dict(spread=0.0), dict(furniture="lamp", randomness="low")),
+    (rldt_furniture, dict(spread=1.0), dict(furniture="lamp", randomness="low")),
+])  # fmt: skip
+def test_pretraining_is_that_of_rldt_gym_with_other_limits(script, changes, info):
+    data = fakes.demonstrations(44, 10)
+    arrays = data["state"], data["action"], data["episode_ends"]
+    other = Demonstrations(*arrays, script.dataset.limits(data, *changes.values()))
+    policy = fakes.pretrain(script, data, epochs=60, **changes)
+    assert same(policy, fakes.pretrain(rldt_gym, other, epochs=60).state_dict())
+    assert policy.info == info
+
+
 # ------------------------------------------------------------------------------- whole short runs
 @pytest.fixture(scope="module", params=["hopper", "state", "lamp"])
 def short_run(request, bases, tmp_path_factory):
@@ -222,9 +272,7 @@ MOMENTS = {  # what crashes at which call, after which iterations were saved
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_crashed_and_resumed_run_is_one_that_did_not_crash(
-    short_run, bases, tmp_path, monkeypatch, moment
-):
+def test_crashed_run_goes_on_as_one_that_did_not(short_run, bases, tmp_path, monkeypatch, moment):
     script, base, calls = short_run.script, tmp_path / "base.safetensors", []
     use_fakes(monkeypatch, script)
     owner, name, at, saved = MOMENTS[moment]
@@ -275,7 +323,9 @@ def test_run_with_other_choices_moves_its_policy(monkeypatch, bases, tmp_path, t
     assert main(script, argv)["task"] == NAMES[task]
     rows, saved = metrics(only_run(tmp_path)), checkpoint(only_run(tmp_path))
     assert float(rows[2]["diagnostics/base_distance"]) > 0
-    assert saved["critic"]["weights.0"].shape[1] == size + (script is rldt_furniture) + 4 * action
+    *networks, sees, _ = saved["critic"]["weights.0"].shape
+    assert networks == [2 if script is rldt_gym else 4]
+    assert sees == size + (script is rldt_furniture) + 4 * action
     assert all(envs.closed for envs in fakes)
 
 
@@ -296,9 +346,7 @@ def test_reference_follows_every_nth_iteration(monkeypatch, bases, tmp_path, tas
 @pytest.mark.parametrize("task, score", [
     ("hopper", "return"), ("state", "success"), ("lamp", "stages"),
 ])  # fmt: skip
-def test_best_policy_is_measured_again_on_other_episodes(
-    monkeypatch, bases, tmp_path, scripted_evaluations, task, score
-):
+def test_best_policy_is_measured_again(monkeypatch, bases, tmp_path, scripted_evaluations, task, score):
     script = TASKS[task][0]
     use_fakes(monkeypatch, script)
     scores = [0.25, 0.75, 0.125, 0.5]  # base, middle, final, the middle's policy again
@@ -313,29 +361,40 @@ def test_best_policy_is_measured_again_on_other_episodes(
 
 
 @each_sparse
-def test_updates_take_rows_of_one_chunk_and_none_after_success(monkeypatch, bases, tmp_path, script):
-    used, task = [], "lamp" if script is rldt_furniture else "state"
-    fakes = use_fakes(monkeypatch, script, stop=script is rldt_robomimic)
+@pytest.mark.parametrize("best_of", [1, 4])
+def test_updates_take_chunks_of_episodes_to_learn_from(monkeypatch, bases, tmp_path, script, best_of):
+    task = "lamp" if script is rldt_furniture else "state"
+    made = use_fakes(monkeypatch, script, stop=script is rldt_robomimic)
     state_of = lambda obs: obs["state"] if script is rldt_robomimic else obs
     target = lambda *args: state_of(args[2]["obs"]).sum(-1) + args[2]["action"].sum(-1)
     monkeypatch.setattr(script, "critic_target", target)
-    for name, obs in ("update_critic", slice(3, -1)), ("update_actor", slice(4, -2)):
-        update = getattr(script, name)
-        recorded = lambda *args, update=update, obs=obs: used.append(args[obs]) or update(*args)
-        monkeypatch.setattr(script, name, recorded)
-    main(script, flags(task, bases[task], tmp_path, segments=40, demos=False))
-    for state, action, y in (rows for rows in used if len(rows) == 3):
-        torch.testing.assert_close(state_of(state).sum(-1) + action.sum(-1), y)
-    (envs,) = fakes
-    training = {seed for seeds in envs.begun[1:4] for seed in seeds}
-    valid = {seed % 100_000: envs.valid[seed] for seed in training}
+    explorers = fakes.recorded(monkeypatch, script, "collect", lambda *args: args[1])
+    of_critic = fakes.recorded(monkeypatch, script, "update_critic", lambda *args: args[3:-1])
+    of_actor = fakes.recorded(monkeypatch, script, "update_actor", lambda *args: args[4:-1])
+    changes = dict(segments=40, demos=False, warmup_iterations=2, best_of=best_of)
+    main(script, flags(task, bases[task], tmp_path, **changes))
+    assert [critic is not None for critic in explorers] == [False, best_of > 1, best_of > 1]
+    for obs, action, y in of_critic:
+        torch.testing.assert_close(state_of(obs).sum(-1) + action.sum(-1), y)
+    training = {seed for seeds in made[0].begun[1:4] for seed in seeds}
+    valid = {seed % 100_000: made[0].valid[seed] for seed in training}
     assert len(valid) == len(training)  # no two seeds with the same last digits
-    seen = torch.cat([state_of(state) for state, *_ in used])
+    seen = torch.cat([state_of(obs) for obs, *_ in of_critic + of_actor])
     left = [valid[round(s[0].item() * 100_000)] - 1 - round(s[1].item() * 10) for s in seen]
     assert min(left) == 0  # the chunk that scores the last point, but none after it
     assert any(chunks < 3 for chunks in valid.values())  # an episode is at least so long
     if script is rldt_furniture:
         assert {*seen[:, -1].tolist()} == {0, 0.5}  # the stage, which the critic sees
+    # the actor, trained last, clones chunks of the last two rollouts after which their episode scores
+    rollouts = [kept_rollout(only_run(tmp_path), slot) for slot in (0, 1)]
+    names = "state" if script is rldt_robomimic else "obs", "action", ENDS_IN[script]
+    rows = [torch.cat([rollout[name][:13].flatten(0, 1) for rollout in rollouts]) for name in names]
+    for _, (obs, action) in of_actor:
+        state = state_of(obs)
+        chunk, row = (state[:, None] == rows[0]).all(-1).nonzero().T
+        assert len(chunk) == len(state) > 0 and torch.equal(rows[1][row], action)
+        scored = 2 * state[:, -1] if script is rldt_furniture else 0
+        assert (rows[2][row] > scored).all()
 
 
 # ------------------------------------------------------------------------------------ settings
@@ -356,7 +415,6 @@ FURNITURE = "horizon", "transport_scale", "backend"
     (rldt_gym, GYM, "", (24,)), (rldt_gym, GYM, "--env-id=Walker2d-v4", (78,)),
     (rldt_gym, GYM, "--wall-budget-s=9", (0,)), (rldt_gym, GYM, "--iterations=3", (3,)),
     (rldt_robomimic, ROBOMIMIC, "--task=lift", (300, 40, 200, 2)),
-    (rldt_robomimic, ROBOMIMIC, "--task=can", (300, 120, 400, 2)),
     (rldt_robomimic, ROBOMIMIC, "--task=square", (400, 120, 400, 2)),
     (rldt_robomimic, ROBOMIMIC, "--task=transport", (800, 120, 400, 0)),
     (rldt_robomimic, ROBOMIMIC, "--task=transport --preset=paper", (800, 200, 200, 2)),

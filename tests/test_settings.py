@@ -70,9 +70,10 @@ def test_a_run_at_the_bounds_ends_with_a_result(tiny_flags, tmp_path, name):
     assert math.isfinite(result["final_return"])
 
 
-@pytest.mark.parametrize(
-    "flag", ["num-envs", "final-eval-episodes", "rollout-chunks", "actor-batch", "segments"]
-)
+SIZES = "num-envs", "final-eval-episodes", "rollout-chunks", "actor-batch", "segments"
+
+
+@pytest.mark.parametrize("flag", SIZES)
 def test_sizes_beyond_the_memory_are_refused_with_an_estimate(tmp_path, flag):
     with pytest.raises(SystemExit, match=r"would take .* GiB; .* GiB are free"):
         rldt_gym.main(parse(rldt_gym, [f"--{flag}=1000000", f"--runs={tmp_path / 'runs'}"]))

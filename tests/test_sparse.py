@@ -1,12 +1,16 @@
 """What a sparse reward adds to two scripts: demonstrations, cloning, ensembles and best of N."""
 
+import copy
+
+import fakes
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fakes import arguments, each_sparse, fake_envs, observed, small_critic, small_policy
+from fakes import arguments, each_sparse, new_replay, observed, small_critic, small_policy
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.utils import parameters_to_vector as flat
 
 import rldt_furniture
 import rldt_robomimic
@@ -45,7 +49,7 @@ def test_rows_lie_one_after_another_in_rollouts(n, T, N):
     assert row - n < T * N
 
 
-def shown(script, monkeypatch, chunk=2):
+def shown(script, monkeypatch):
     """A replay with three demonstrations, and they."""
     ends = np.cumsum([len(stages) for stages in STAGES])
     rng = np.random.default_rng(0)
@@ -53,10 +57,8 @@ def shown(script, monkeypatch, chunk=2):
                 action=rng.normal(size=(ends[-1], 2)).astype(np.float32))  # fmt: skip
     data["stage"] = np.concatenate(STAGES)
     monkeypatch.setattr(script.dataset, "get", lambda *which: data)
-    args = arguments(script, demos=True, num_envs=2, buffer_iterations=3, horizon=10)
-    args.rollout_chunks = 5
-    policy = small_policy(script, chunk=chunk)
-    return script.Replay(args, policy), data, policy
+    policy, args = small_policy(script), arguments(script, demos=True, num_envs=2, buffer_iterations=3)
+    return new_replay(script, args, policy, 5), data, policy
 
 
 @each_sparse
@@ -125,44 +127,30 @@ def test_target_is_the_minimum_of_a_random_two_of_the_networks(script, monkeypat
         assert found == pytest.approx(expected[round(value, 1)], abs=0.09)
 
 
-@each_sparse
-def test_networks_of_a_critic_are_independent(script):
-    critic = small_critic(script, small_policy(script), networks=3)
-    sees = 5 if script is rldt_furniture else 4
-    cond, action = torch.randn(6, sees), torch.randn(6, 4)
-    q = critic(cond, action)
-    assert q.shape == (3, 6)
-    (gradient,) = torch.autograd.grad(q[1].sum(), [critic.weights[0]])
-    assert [bool(part.abs().sum()) for part in gradient] == [False, True, False]
-
-
 # ------------------------------------------------------------------------------------- cloning
 @each_sparse
 def test_actor_clones_what_succeeded(script, monkeypatch):
     policy = small_policy(script)
     critic = small_critic(script, policy)
-    obs, good = observed(script, torch.randn(8, 4)), observed(script, torch.randn(5, 4))
-    action, steps = torch.randn(5, 4), {}
+    obs, good, action = observed(script, torch.randn(8, 4)), torch.randn(5, 4), torch.randn(5, 4)
     loss = lambda velocity, action, cond: (velocity(action, torch.zeros(()), cond) - 3).square().mean()
     monkeypatch.setattr(script, "flow_matching_loss", loss)
-    none = {"state": good["state"][:0]} if script is rldt_robomimic else good[:0]
-    for weight in 0.0, 0.3:
-        for name, rows in ("some", (good, action)), ("none", (none, action[:0])):
-            copy = small_policy(script)
-            copy.load_state_dict(policy.state_dict())
-            parameters = list(copy.velocity.parameters())
-            before = torch.cat([p.detach().flatten().clone() for p in parameters])
-            torch.manual_seed(0)
-            args = arguments(script, bc_weight=weight, n_particles=2)
-            optimizer = torch.optim.SGD(parameters, 0.1)
-            script.update_actor(copy, policy, critic, optimizer, obs, rows, args)
-            steps[weight, name] = torch.cat([p.detach().flatten() for p in parameters]) - before
-    assert torch.equal(steps[0.0, "some"], steps[0.3, "none"])
-    cond = good["state"] if script is rldt_robomimic else good[:, :-1]
-    cloning = loss(policy.velocity, action, cond)
-    gradient = torch.autograd.grad(cloning, list(policy.velocity.parameters()))
-    expected = steps[0.0, "none"] - 0.1 * 0.3 * 4 * torch.cat([g.flatten() for g in gradient])  # D = 4
-    torch.testing.assert_close(steps[0.3, "some"], expected)
+
+    def weights_after_a_step(bc_weight, count):
+        other = copy.deepcopy(policy)
+        optimizer = torch.optim.SGD(other.velocity.parameters(), 0.1)
+        torch.manual_seed(0)
+        rows = obs, (observed(script, good[:count]), action[:count])
+        args = arguments(script, bc_weight=bc_weight, n_particles=2)
+        script.update_actor(other, policy, critic, optimizer, *rows, args)
+        return flat(other.velocity.parameters()).detach()
+
+    plain = weights_after_a_step(0.0, 5)
+    assert torch.equal(plain, weights_after_a_step(0.3, 0))
+    cloning = loss(policy.velocity, action, good)
+    gradient = flat(torch.autograd.grad(cloning, [*policy.velocity.parameters()]))
+    expected = plain - 0.1 * 0.3 * 4 * gradient  # D = 4
+    torch.testing.assert_close(weights_after_a_step(0.3, 5), expected)
 
 
 # ------------------------------------------------------------------------------------ best of N
@@ -186,47 +174,31 @@ def test_best_of_is_the_mean_of_the_best_quarter(script):
 
 @each_sparse
 def test_half_of_the_environments_act_on_the_best_of_their_samples(script, monkeypatch):
-    monkeypatch.setattr(script, "best_of", lambda policy, critic, obs, args: torch.full((2, 4), critic))
-    for critic, marked in (None, []), (0.5, [2, 3]):
-        envs = fake_envs(script, 4, lambda seed: 20, lambda seed, t, chunk: 0)
-        args = arguments(script, num_envs=4, buffer_iterations=1)
-        if script is rldt_robomimic:
-            args.rollout_chunks = 3
-        policy = small_policy(script)
-        replay = script.Replay(args, policy)
-        script.collect(policy, critic, envs, replay.next(), 100, args)
-        for row in replay.newest()["action"][:3]:
-            assert [i for i in range(4) if (row[i] == 0.5).all()] == marked
+    state = "state" if script is rldt_robomimic else "obs"
+    first = lambda obs: (obs["state"] if script is rldt_robomimic else obs)[..., :1]  # by environment
+    monkeypatch.setattr(script, "best_of", lambda policy, critic, obs, args: first(obs).expand(-1, 4))
+    for critic, marked in (None, [0, 0, 0, 0]), (True, [0, 0, 1, 1]):
+        envs = fakes.scripted(script, 4, [20] * 4, [()] * 4)
+        _, rollout, _ = fakes.roll_out(script, envs, 3, critic=critic)
+        equal = (rollout["action"] == rollout[state][:3, :, :1]).all(-1)
+        assert equal.tolist() == 3 * [marked]
 
 
 # --------------------------------------------------------------------- a field without derivatives
-def test_weighted_mean_of_a_gaussian_policy_moves_by_its_covariance_times_the_gradient():
-    """For a ~ N(m, C) and Q = g a the weights exp(Q / tau) give N(m + C g / tau, C)."""
+@pytest.mark.parametrize("curvature", [0.0, 1.0])
+def test_weighted_mean_of_a_gaussian_policy_is_that_of_its_product_with_exp_q(curvature):
+    """For a ~ N(m, C) and Q = g a - a' A a / 2 the weights exp(Q / tau) give a Gaussian, too."""
     torch.manual_seed(0)
-    root = torch.tensor([[1.0, 0.0], [0.6, 0.3]], dtype=torch.float64)
-    g, m = torch.tensor([0.2, -0.4], dtype=torch.float64), torch.tensor([1.0, 2.0], dtype=torch.float64)
-    particles = m + torch.randn(1, 200_000, 2, dtype=torch.float64) @ root.T
-    covariance = root @ root.T
-    tau = (g @ covariance @ g).sqrt()
-    moved = (particle_gradient(particles @ g, particles) + particles)[0, 0] - m
-    torch.testing.assert_close(moved, covariance @ g / tau, rtol=0.03, atol=0.01)
-
-
-def test_weighted_mean_of_a_gaussian_policy_and_a_quadratic_q():
-    """For a ~ N(m, C) and Q = -(a - b)' A (a - b) / 2 they give the Gaussian of the product."""
-    torch.manual_seed(1)
-    root = torch.tensor([[0.5, 0.0], [0.2, 0.4]], dtype=torch.float64)
-    A = torch.tensor([[1.0, 0.3], [0.3, 2.0]], dtype=torch.float64)
-    m, b = torch.zeros(2, dtype=torch.float64), torch.tensor([0.5, -0.3], dtype=torch.float64)
+    double = lambda *rows: torch.tensor(rows, dtype=torch.float64)
+    root, A = double([1.0, 0.0], [0.6, 0.3]), curvature * double([1.0, 0.3], [0.3, 2.0])
+    g, m = double(0.2, -0.4), double(0.4, 0.2)
     particles = m + torch.randn(1, 400_000, 2, dtype=torch.float64) @ root.T
-    q = -((particles - b) @ A * (particles - b)).sum(-1) / 2
-    tau = q.std(correction=0)
-    precision = torch.linalg.inv(root @ root.T)
-    expected = torch.linalg.solve(precision + A / tau, precision @ m + A @ b / tau)
+    q = particles @ g - (particles @ A * particles).sum(-1) / 2
+    tau, precision = q.std(correction=0), torch.linalg.inv(root @ root.T)
+    expected = torch.linalg.solve(precision + A / tau, precision @ m + g / tau)
     result = (particle_gradient(q, particles) + particles)[0, 0]
     torch.testing.assert_close(result, expected, rtol=0.03, atol=0.01)
     # and so the field at the policy's mean points where its covariance times grad Q does
-    few = particles[:, :64].view(1, 64, 2)
+    few = particles[:, :64]
     field = transport_field(m.view(1, 1, 2), few, particle_gradient(q[:, :64], few), 0.0)[0, 0]
-    direction = root @ root.T @ A @ (b - m)
-    assert F.cosine_similarity(field, direction, dim=0) > 0.95
+    assert F.cosine_similarity(field, root @ root.T @ (g - A @ m), dim=0) > 0.95

@@ -71,25 +71,16 @@ def test_coincident_particles_give_the_floor_bandwidth_and_a_finite_field(dtype)
     torch.testing.assert_close(phi, grad_q.mean(1, keepdim=True).expand_as(phi))
 
 
-@pytest.mark.parametrize("query, particles, grad_q", [
-    ((2, 3, 4), (2, 5, 4), (2, 6, 4)),  # gradients of other particles
-    ((2, 3, 4), (1, 5, 4), (1, 5, 4)),  # other batch
-    ((2, 3, 4), (2, 5, 3), (2, 5, 3)),  # other dimension
+@pytest.mark.parametrize("query, particles, grad_q, kernel, message", [
+    ((2, 3, 4), (2, 5, 4), (2, 6, 4), "rbf", r"shapes .*do not fit"),  # gradients of other particles
+    ((2, 3, 4), (1, 5, 4), (1, 5, 4), "rbf", r"shapes .*do not fit"),  # other batch
+    ((2, 3, 4), (2, 5, 3), (2, 5, 3), "rbf", r"shapes .*do not fit"),  # other dimension
+    ((2, 3, 4), (2, 5, 4), (2, 5, 4), "delta", "delta"),  # at other points than the particles
+    ((1, 2, 2), (1, 2, 2), (1, 2, 2), "imq", r"'imq'.*rbf or delta"),
 ])  # fmt: skip
-def test_shapes_that_do_not_fit_are_an_error(query, particles, grad_q):
-    with pytest.raises(ValueError, match=r"shapes .*do not fit"):
-        transport_field(torch.ones(query), torch.ones(particles), torch.ones(grad_q), 0.0)
-
-
-def test_delta_kernel_at_other_points_than_the_particles_is_an_error():
-    with pytest.raises(ValueError, match="delta"):
-        transport_field(torch.ones(2, 3, 4), torch.ones(2, 5, 4), torch.ones(2, 5, 4), 0.0, "delta")
-
-
-def test_unknown_kernel_is_an_error_that_names_the_choices():
-    points = torch.ones(1, 2, 2)
-    with pytest.raises(ValueError, match=r"'imq'.*rbf or delta"):
-        transport_field(points, points, points, 0.0, "imq")
+def test_arguments_that_do_not_fit_are_an_error(query, particles, grad_q, kernel, message):
+    with pytest.raises(ValueError, match=message):
+        transport_field(torch.ones(query), torch.ones(particles), torch.ones(grad_q), 0.0, kernel)
 
 
 def test_particle_gradient_leads_to_the_weighted_mean():
