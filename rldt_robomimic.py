@@ -356,8 +356,11 @@ def demonstrations(policy: Policy, T: int, N: int, args: Args) -> dict[str, torc
     """Demonstrations as rollouts (., T, N, ...): each from every step of its first chunk on."""
     data = dataset.get(args.task, args.obs, args.dataset, policy.info.get("fast_render", True))
     first, end = chunk_rows(data["episode_ends"], policy.chunk)  # (n,)
+    before = ~data["solved"][first]  # not the rest of an episode that goes on after success
+    first, end = first[before], end[before]
     steps = np.minimum(first[:, None] + np.arange(policy.chunk), end[:, None] - 1)  # (n, chunk)
-    last = torch.as_tensor(first + policy.chunk >= end, device=args.device).float()
+    solved = data["solved"][np.minimum(first + policy.chunk, end - 1)]
+    last = torch.as_tensor(solved | (first + policy.chunk >= end), device=args.device).float()
     rows = dict(reward=last, terminated=last, succeeded=torch.ones_like(last))
     rows["action"] = policy.from_env(data["action"][steps])
     with torch.no_grad(), autocast(args):

@@ -57,7 +57,8 @@ def load(path: str | Path, task: str, images: bool, max_episodes: int = 0, split
 
     Takes those of mask/<split> (default: mask/train if there is one, else all) that get a reward, where
     rewards are stored, at most `max_episodes` (0: all). Returns state (T, obs_dim), with images rgb (T,
-    3 * cameras, 96, 96) uint8, action (T, action_dim), episode_ends (E,) and the file's metadata, meta.
+    3 * cameras, 96, 96) uint8, action (T, action_dim), whether the task was solved before it, solved
+    (T,), episode_ends (E,) and the file's metadata, meta.
     Raises DatasetError on anything else, and on images of another `fast_render`.
     """
     spec, path = TASKS[task], Path(path)
@@ -74,7 +75,9 @@ def load(path: str | Path, task: str, images: bool, max_episodes: int = 0, split
             for key in spec.state_keys(images):
                 width = WIDTHS.get(key.rpartition("_")[2], spec.object_size)
                 states.append(numbers(path, file, f"{demo}/obs/{key}", len(action), width))
+            rewards = np.zeros(len(action)) if rewards is None else np.nan_to_num(rewards)
             episode = {"state": np.concatenate(states, 1), "action": action}
+            episode["solved"] = np.cumsum(rewards) - rewards > 0
             for key in spec.image_keys if images else ():
                 name, shape = f"{demo}/obs/{key}", (len(action), IMAGE_SIZE, IMAGE_SIZE, 3)
                 seen = numbers(path, file, name, *shape, dtype=np.uint8, hint=f"; {RENDER}")
