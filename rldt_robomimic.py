@@ -77,9 +77,9 @@ class Args(TaskArgs):
 
     # exploration and replay
     exploration_steps: Size = 2  # noise |a - a_dagger_k|, k of this many last Euler steps (authors: 2)
-    best_of: Count = 16  # samples; half of the simulators act on their best quarter (authors: 1)
+    best_of: Count = 1  # samples; half of the simulators act on their best quarter (authors: 1)
     buffer_iterations: Count = 20  # rollouts kept in the replay (paper: 10)
-    demos: bool = True  # demonstrations are in the replay, as episodes that succeed (authors: not)
+    demos: bool = False  # demonstrations are in the replay, as episodes that succeed (authors: not)
     segments: Count = 128  # of SEGMENT chunks, drawn from the replay per round
 
     # critic
@@ -89,7 +89,7 @@ class Args(TaskArgs):
     rounds: Count = 8  # per iteration: draw segments, critic steps, actor steps (authors: 16)
     critic_steps: Count = 128  # per round (paper: 32, of larger batches)
     critic_batch: Count = 256  # chunks per critic step (authors: all that were drawn)
-    critics: Several = 4  # Q networks; targets take the minimum of a random two (paper: 2)
+    critics: Several = 2  # Q networks; targets take the minimum of a random two (paper: 2)
     critic_lr: Weight = 5e-4  # Adam step size (paper: 1e-3)
     critic_layer_norm: bool = True  # without: no LayerNorm, and weights from N(0, 0.1^2) (authors)
     warmup_iterations: Size = 12  # training iterations before the actor starts (paper: 2)
@@ -104,8 +104,8 @@ class Args(TaskArgs):
     transport_scale: Weight = 30.0  # factor on grad Q: values are below 1, on Gym near 50 (authors: 1)
     consistency_weight: Weight = 0.05  # of eq. (14) (paper: 0.5)
     constraint_weight: Weight = 0.2  # of eq. (15) (paper: 0.2)
-    bc_weight: Weight = 0.1  # of eq. (2) on chunks of episodes that succeed (paper: 0)
-    reference_every: Size = 0  # iterations until the constraint's policy follows (authors: 1); 0: never
+    bc_weight: Weight = 0.0  # of eq. (2) on chunks of episodes that succeed (paper: 0)
+    reference_every: Size = 10  # iterations until the constraint's policy follows (authors: 1); 0: never
     actor_lr: Weight = 2e-5  # Adam step size (paper: 2e-5)
     actor_lr_end: Weight = 0.3  # factor on actor_lr, reached linearly at the end (authors: 1)
 
@@ -120,8 +120,9 @@ PRESETS = {
         consistency_weight=0.5, bc_weight=0.0, reference_every=1, actor_lr=2e-5, actor_lr_end=1.0,
     ),
     "transport": dict(
-        exploration_steps=0, warmup_iterations=8, actor_batch=64, n_particles=16,
-        q_gradient="particles", transport_scale=20.0, bc_weight=0.5, actor_lr=1e-4,
+        exploration_steps=0, best_of=16, demos=True, critics=4, warmup_iterations=8, actor_batch=64,
+        n_particles=16, q_gradient="particles", transport_scale=20.0, bc_weight=0.5, reference_every=0,
+        actor_lr=1e-4,
     ),
 }  # fmt: skip
 STATE = dict(batch=256, head_steps=0, euler_steps=8, width=512, depth=3, time_dim=32)

@@ -27,7 +27,8 @@ def arguments(script, **changes):
     """Arguments of the functions below main(); furniture assembles a lamp, of two pairs."""
     fixed = dict(device="cpu", bf16=False, exploration_steps=2)
     if script is not rldt_gym:
-        fixed |= dict(horizon=20, q_gradient="critic", transport_scale=1.0, demos=False)
+        fixed |= dict(horizon=20, q_gradient="critic", transport_scale=1.0)
+        fixed |= dict(demos=False, bc_weight=0.1)
     if script is rldt_furniture:
         fixed |= dict(furniture="lamp", backend="mujoco")
     return script.Args(**fixed | changes)

@@ -30,6 +30,7 @@ def flags(task, base, runs, /, **changes):
     """Flags of a short run."""
     script, *_, own = TASKS[task]
     sparse = dict(q_gradient="critic", transport_scale=30.0, demos=task in ("state", "lamp"))
+    sparse |= dict(best_of=4, critics=4, bc_weight=0.1)
     sparse = {} if script is rldt_gym else sparse
     return words(SHORT | sparse | own | dict(base=base, runs=runs) | changes)
 
