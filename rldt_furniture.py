@@ -80,9 +80,9 @@ class Args(TaskArgs):
 
     # exploration and replay
     exploration_steps: Size = 0  # noise |a - a_dagger_k|, k of this many last Euler steps (authors: 2)
-    best_of: Count = 16  # samples; half of the environments act on their best quarter (authors: 1)
+    best_of: Count = 1  # samples; half of the environments act on their best quarter (authors: 1)
     buffer_iterations: Count = 60  # rollouts kept in the replay (authors: 20)
-    demos: bool = True  # demonstrations are in the replay, as episodes that reach all (authors: not)
+    demos: bool = False  # demonstrations are in the replay, as episodes that reach all (authors: not)
     segments: Count = 128  # of SEGMENT chunks, drawn from the replay per round
 
     # critic
@@ -92,7 +92,7 @@ class Args(TaskArgs):
     rounds: Count = 8  # per iteration: draw segments, critic steps, actor steps (authors: 16)
     critic_steps: Count = 128  # per round (paper: 128, of larger batches)
     critic_batch: Count = 256  # chunks per critic step (authors: all that were drawn)
-    critics: Several = 4  # Q networks; targets take the minimum of a random two (paper: 2)
+    critics: Several = 2  # Q networks; targets take the minimum of a random two (paper: 2)
     critic_lr: Weight = 5e-4  # Adam step size (paper: 5e-4)
     critic_layer_norm: bool = True  # without: no LayerNorm, and weights from N(0, 0.1^2) (authors)
     warmup_iterations: Size = 22  # training iterations before the actor starts (paper: 2)
@@ -107,7 +107,7 @@ class Args(TaskArgs):
     transport_scale: Weight = 30.0  # factor on grad Q (authors: 1); 8 for the lamp
     consistency_weight: Weight = 0.05  # of eq. (14) (paper: 0.5)
     constraint_weight: Weight = 0.2  # of eq. (15) (paper: 0.2)
-    bc_weight: Weight = 0.1  # of eq. (2) on chunks that led to a further pair (paper: 0)
+    bc_weight: Weight = 0.0  # of eq. (2) on chunks that led to a further pair (paper: 0)
     reference_every: Size = 0  # iterations until the constraint's policy follows (authors: 1); 0: never
     actor_lr: Weight = 2e-4  # Adam step size (paper: 2e-5)
     actor_lr_end: Weight = 0.3  # factor on actor_lr, reached linearly at the end (authors: 1)
@@ -116,11 +116,10 @@ class Args(TaskArgs):
 PRESETS = {
     "paper": dict(
         iterations=250, bf16=False, num_envs=1000, zero_fraction=0.0, eval_every=10, eval_episodes=500,
-        final_eval_episodes=500, exploration_steps=2, best_of=1, buffer_iterations=20, demos=False,
-        segments=3125, gamma=0.995, target_momentum=0.998, rounds=16, critic_batch=8192, critics=2,
-        critic_layer_norm=False, warmup_iterations=2, actor_steps=2, actor_batch=6250, n_particles=8,
-        q_gradient="critic", transport_scale=1.0, consistency_weight=0.5, bc_weight=0.0,
-        reference_every=1, actor_lr=2e-5, actor_lr_end=1.0,
+        final_eval_episodes=500, exploration_steps=2, buffer_iterations=20, segments=3125, gamma=0.995,
+        target_momentum=0.998, rounds=16, critic_batch=8192, critic_layer_norm=False,
+        warmup_iterations=2, actor_steps=2, actor_batch=6250, n_particles=8, q_gradient="critic",
+        transport_scale=1.0, consistency_weight=0.5, reference_every=1, actor_lr=2e-5, actor_lr_end=1.0,
     ),
     "lamp": dict(transport_scale=8.0),  # its particles are spread more widely
 }  # fmt: skip
