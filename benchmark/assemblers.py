@@ -15,8 +15,9 @@ import tyro
 from tqdm import tqdm
 
 from benchmark.tools import RESULTS, provenance, replace_rows
-from demos.make_furniture_demos import ASSEMBLERS, run_episode, wilson
+from demos.make_furniture_demos import ASSEMBLERS, run_episode
 from envs.furniture_mujoco import FurnitureEnv, PhysicsError
+from envs.interface import success_rate
 
 
 @dataclass
@@ -41,10 +42,9 @@ def measure(furniture: str, randomness: str, args: Args) -> dict:
         pairs.append(int(episode["rewards"].sum()))
         if pairs[-1] == len(env.furniture.pairs):
             lengths.append(len(episode["actions"]))
-    low, high = wilson(len(lengths), args.episodes)
     row = dict(task=f"{furniture}-{randomness}", episodes=args.episodes, first_seed=args.seed)
-    row |= dict(noise=args.noise, success=len(lengths) / args.episodes)
-    row |= dict(success_low=low, success_high=high)
+    success = success_rate(np.array(pairs) == len(env.furniture.pairs), "success")
+    row |= dict(noise=args.noise) | success
     row |= dict(stages=float(np.mean(pairs)), steps=float(np.mean(lengths)) if lengths else "")
     return row | dict(diverged=diverged) | provenance()
 

@@ -57,10 +57,7 @@ def chunk_starts(episode_ends: np.ndarray, length: int) -> np.ndarray:
 
 
 def chunk_rows(episode_ends: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Each episode cut into chunks from each of its first `length` steps on, one after another.
-
-    Returns the first steps (n,) of these chunks, each step of the data once, and their episodes' ends.
-    """
+    """First steps (n,) of chunks of episodes, from each of their first steps on, and episodes' ends."""
     first = []
     for start, end in zip([0, *episode_ends[:-1]], episode_ends, strict=True):
         for offset in range(start, min(start + length, end)):

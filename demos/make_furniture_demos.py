@@ -16,7 +16,6 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from scipy.stats import binomtest
 
 from common.flow import FlowPolicy
 from common.settings import Count, Seed, Share, Weight, check_bounds
@@ -44,12 +43,6 @@ class Args:
     clone: Path | None = None  # base policy that moves the hand, not the fingers, in part of the chunks
     clone_share: Share = 0.3  # probability per chunk of actions that --clone moves the hand
     out: Path | None = None  # output; default demos/<furniture>/<randomness>.hdf5
-
-
-def wilson(successes: int, attempts: int) -> tuple[float, float]:
-    """95 % interval of a success rate (Wilson 1927)."""
-    interval = binomtest(successes, attempts).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 def load_clone(path: Path, furniture: str) -> Callable[[np.ndarray, np.random.Generator], np.ndarray]:
@@ -130,7 +123,6 @@ def make(args: Args) -> Path:
             data.attrs[key] = getattr(args, key)
         data.attrs.update(clone=str(args.clone or ""), clone_share=args.clone_share if clone else 0.0)
         data.attrs.update(backend="MuJoCo", attempts=attempts, total=sum(lengths))
-    print("95 % interval {:.0%} to {:.0%}".format(*wilson(len(lengths), attempts)))
     return out
 
 

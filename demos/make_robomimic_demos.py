@@ -360,13 +360,10 @@ def run_episode(env, task: str, seed: int, horizon: int = 0, noise: float = 0.05
         if sum(rewards) > STEPS_AFTER_SUCCESS:
             break
     columns = {key: np.array([o[key] for o in obs], np.float32) for key in TASKS[task].state_keys(False)}
-    return {
-        "actions": np.array(actions),
-        "rewards": np.array(rewards, np.float32),
-        "states": np.array(states),
-        "obs": {key: value[:-1] for key, value in columns.items()},
-        "next_obs": {key: value[1:] for key, value in columns.items()},
-    }
+    episode = dict(actions=np.array(actions), rewards=np.array(rewards, np.float32))
+    episode["states"] = np.array(states)
+    episode["obs"] = {key: value[:-1] for key, value in columns.items()}
+    return episode | {"next_obs": {key: value[1:] for key, value in columns.items()}}
 
 
 def write_arrays(group: h5py.Group, arrays: dict[str, np.ndarray]):
