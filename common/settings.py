@@ -28,16 +28,16 @@ Share = Annotated[float, 0, 1]
 def parse_args(cls, presets: dict[str, dict], doc: str, argv: list[str] | None = None):
     """Command line -> `cls`: flags win over the presets; --resume and --evaluate take the run's own.
 
-    A preset has the name of a value, as of --preset or of a task; that of a later setting wins.
+    A preset has the name of a choice, as of --preset or of a task; that of a later setting wins.
     Raises SystemExit on a value out of bounds and on a directory that holds no run.
     """
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & {*argv}:
         raise SystemExit(print(describe(cls, doc)))
     first = tyro.cli(cls, args=argv)
-    chosen = {}
+    chosen, hints = {}, get_type_hints(cls)
     for name, value in vars(first).items():
-        if isinstance(value, str) and value in presets:
+        if get_origin(hints[name]) is Literal and value in presets:
             chosen |= presets[value] | {name: value}
     default = cls(**chosen)
     if run := first.resume or first.evaluate:

@@ -135,6 +135,7 @@ def test_a_preset_sets_the_defaults_and_flags_win():
     for argv in ["--preset=large", "--rate=0.3"], ["--rate", "0.3", "--preset", "large"]:
         assert parse(*argv) == Args(preset="large", iterations=70, rate=0.3, bf16=False)
     assert parse("--preset=large", "--bf16").bf16
+    assert parse("--data=large") == Args(data="large")  # a text that has a preset's name is none
 
 
 def test_resume_and_evaluate_take_the_stored_arguments(tmp_path):
