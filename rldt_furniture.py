@@ -62,7 +62,6 @@ class TaskArgs:
 
     # base policy
     base: Path | None = None  # base policy (.safetensors); default: the shipped one, or pretrained here
-    pretrain: bool = False  # pretrain a base policy even where one is shipped
     dataset: Path | None = None  # to pretrain on (.hdf5); default: the scripted assembler's
 
     # rollouts and evaluation
@@ -197,7 +196,7 @@ def get_base(args: TaskArgs, run: Run, envs) -> FlowPolicy:
     def make(checkpoint: Path) -> FlowPolicy:
         if args.base:
             return FlowPolicy.load(args.base, furniture=args.furniture, script="rldt_furniture")
-        if shipped.exists() and not (args.pretrain or args.dataset):
+        if shipped.exists() and not args.dataset:
             return FlowPolicy.load(shipped)
         data = dataset.get(args.furniture, args.randomness, args.dataset)
         return pretrain(args, data, checkpoint, **PRETRAINING[args.preset])

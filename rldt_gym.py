@@ -51,7 +51,6 @@ class TaskArgs:
 
     # base policy
     base: Path | None = None  # base policy (.safetensors); default: the shipped one, or pretrained here
-    pretrain: bool = False  # pretrain a base policy even where one is shipped
     dataset: str | None = None  # to pretrain on: D4RL .hdf5, DPPO train.npz, Minari id or folder
 
     # rollouts and evaluation
@@ -78,7 +77,7 @@ class Args(TaskArgs):
     target_momentum: Share = 0.99  # Polyak momentum of the targets per critic step (paper: 0.998)
     rounds: Count = 16  # per iteration: draw segments, critic steps, actor steps (authors: 16)
     critic_steps: Count = 32  # per round (paper: 64)
-    critic_batch: Count = 256  # chunks per critic step (authors: 50 000, all that were drawn)
+    critic_batch: Count = 1024  # chunks per critic step (authors: 50 000, all that were drawn)
     critic_lr: Weight = 5e-4  # Adam step size (paper: 1e-3 or 5e-4)
     critic_layer_norm: bool = True  # without: no LayerNorm, and weights from N(0, 0.1^2) (authors)
     warmup_iterations: Size = 3  # training iterations before the actor starts (authors: none on Gym)
@@ -90,8 +89,9 @@ class Args(TaskArgs):
     kernel: Literal["rbf", "delta"] = "rbf"  # of the field: rbf, or delta (RLDT-Delta)
     alpha: Weight = 1e-3  # temperature, the weight of the repulsion relative to |grad Q| (paper: 1e-3)
     transport_loss: Literal["literal", "authors"] = "authors"  # eq. (13), or the authors' form of it
-    consistency_weight: Weight = 0.35  # of eq. (14) (paper: 0.5)
-    constraint_weight: Weight = 0.15  # of eq. (15) (paper: 0.2)
+    gradient_norm: Weight = 1.0  # mean |grad Q| is scaled to this at each step; 0: not (authors)
+    consistency_weight: Weight = 0.5  # of eq. (14) (paper: 0.5)
+    constraint_weight: Weight = 0.2  # of eq. (15) (paper: 0.2)
     reference_every: Size = 1  # iterations until the constraint's policy follows (authors: 1); 0: never
     actor_lr: Weight = 1e-4  # Adam step size (paper: 2e-5)
     actor_lr_end: Weight = 0.1  # factor on actor_lr, reached linearly at the end (authors: 1)
@@ -103,7 +103,7 @@ PRESETS = {
         eval_episodes=100, buffer_iterations=20, segments=3125, gamma=0.99, td_lambda=0.0,
         target_momentum=0.998, critic_steps=64, critic_batch=50_000, critic_lr=1e-3,
         critic_layer_norm=False, warmup_iterations=0, actor_steps=2, actor_batch=6250, n_particles=8,
-        consistency_weight=0.5, constraint_weight=0.2, actor_lr=2e-5, actor_lr_end=1.0,
+        gradient_norm=0.0, actor_lr=2e-5, actor_lr_end=1.0,
     )
 }  # fmt: skip
 NETWORK = dict(chunk=4, euler_steps=8, width=512, depth=3, time_dim=16)  # paper
@@ -174,7 +174,7 @@ def get_base(args: TaskArgs, run: Run, envs: VectorEnv) -> FlowPolicy:
     def make(checkpoint: Path) -> FlowPolicy:
         if args.base:
             return FlowPolicy.load(args.base, env_id=args.env_id, script="rldt_gym")
-        if shipped.exists() and not (args.pretrain or args.dataset):
+        if shipped.exists() and not args.dataset:
             return FlowPolicy.load(shipped)
         data = dataset.get(args.env_id, args.dataset, envs)
         return pretrain(args, data, checkpoint, **PRETRAINING[args.preset])
@@ -328,6 +328,9 @@ def actor_losses(velocity, reference, critic: Critic, obs, trajectory, args: Arg
     with autocast(args):
         q = critic(obs.reshape(B * P, -1), particles.view(B * P, D)).mean(0)
     (grad_q,) = torch.autograd.grad(q.sum(), particles)
+    grad_q_norm = grad_q.norm(dim=-1).mean()
+    if args.gradient_norm:  # moves are as long on a task with large values as on one with small ones
+        grad_q = grad_q * (args.gradient_norm / grad_q_norm.clamp_min(1e-8))
     phi = transport_field(query, particles.detach(), grad_q, args.alpha, args.kernel)  # eq. (6)
     if args.transport_loss == "literal":
         transport = (a_dagger - (query + phi)).square().sum(-1).mean() / K  # eq. (13)
@@ -344,7 +347,7 @@ def actor_losses(velocity, reference, critic: Critic, obs, trajectory, args: Arg
     metrics = {
         "losses/transport": transport, "losses/consistency": consistency,
         "losses/constraint": constraint, "diagnostics/q_policy": q.mean(),
-        "diagnostics/grad_q_norm": grad_q.norm(dim=-1).mean(),
+        "diagnostics/grad_q_norm": grad_q_norm,
         "diagnostics/phi_norm": phi.norm(dim=-1).mean(), "diagnostics/particle_distance": distance,
     }  # fmt: skip
     return transport, consistency, constraint, {key: value.detach() for key, value in metrics.items()}

@@ -57,7 +57,6 @@ class TaskArgs:
 
     # base policy
     base: Path | None = None  # base policy (.safetensors); default: the shipped one, or pretrained here
-    pretrain: bool = False  # pretrain a base policy even where one is shipped
     dataset: Path | None = None  # to pretrain on: robomimic HDF5; default: a scripted expert's
     encoder: Literal["frozen", "own"] = "frozen"  # of images; own: it learns, and the critic has another
 
@@ -298,7 +297,7 @@ def get_base(args: TaskArgs, run: Run) -> Policy:
     def make(checkpoint: Path) -> Policy:
         if args.base:
             return Policy.load(args.base, task=args.task, obs=args.obs, script="rldt_robomimic")
-        if shipped.exists() and not (args.pretrain or args.dataset):
+        if shipped.exists() and not args.dataset:
             return Policy.load(shipped)
         data = dataset.get(args.task, args.obs, args.dataset, FAST_RENDER[args.preset])
         settings = PRETRAINING[args.preset][args.obs] | dict(chunk=spec.chunk)

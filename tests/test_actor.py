@@ -48,22 +48,23 @@ def gradients(velocity, scalar, weights=None):
     return torch.autograd.grad(scalar, list(velocity.parameters()), weights, retain_graph=True)
 
 
-@pytest.mark.parametrize("script, form, q_gradient", [
-    (rldt_gym, "literal", None), (rldt_gym, "authors", None), (rldt_robomimic, "authors", "critic"),
-    (rldt_robomimic, "authors", "particles"), (rldt_furniture, "authors", "critic"),
-    (rldt_furniture, "authors", "particles"),
+@pytest.mark.parametrize("script, form, field", [
+    (rldt_gym, "literal", 0), (rldt_gym, "authors", 0), (rldt_gym, "authors", 2.5),
+    (rldt_robomimic, "authors", "critic"), (rldt_robomimic, "authors", "particles"),
+    (rldt_furniture, "authors", "critic"), (rldt_furniture, "authors", "particles"),
 ])  # fmt: skip
 @pytest.mark.parametrize("kernel", ["rbf", "delta"])
-def test_transport_loss_has_the_weighted_fields_gradient(script, form, q_gradient, kernel):
-    sparse = dict(q_gradient=q_gradient, transport_scale=10.0)
-    choices = sparse if q_gradient else dict(transport_loss=form)
+def test_transport_loss_has_the_weighted_fields_gradient(script, form, field, kernel):
+    on_gym = dict(transport_loss=form, gradient_norm=field)
+    choices = on_gym if script is rldt_gym else dict(q_gradient=field, transport_scale=10.0)
     velocity, states, trajectory, x, t, (transport, *_) = losses(script, kernel=kernel, **choices)
     query = expected_target(x, t, velocity(x, t, states)).detach()
     particles = query if kernel == "delta" else trajectory[-1]
     grad_q = 1.5 * (1 - particles)
-    if q_gradient == "particles":
+    if field == "particles":
         grad_q = particle_gradient(-0.75 * (particles - 1).square().sum(-1), particles)
-    phi = transport_field(query, particles, (10 if q_gradient else 1) * grad_q, 0.3, kernel)
+    scale = 10 if script is not rldt_gym else field / grad_q.norm(dim=-1).mean() if field else 1
+    phi = transport_field(query, particles, scale * grad_q, 0.3, kernel)
     rest = (1 - t)[..., None]
     weight = 2 * rest if form == "literal" else 1 / rest  # eq. (13), and the authors' form of it
     expected = gradients(velocity, velocity(x, t, states), -weight * phi / (K * B * P))

@@ -293,7 +293,7 @@ def test_a_base_policy_is_made_with_a_checkpoint_that_is_gone_afterwards(monkeyp
     monkeypatch.setitem(rldt_robomimic.PRETRAINING, "laptop", {"state": settings})
     monkeypatch.setattr(rldt_robomimic, "fit", lambda *args: checkpoints.append(args[-1]) or fit(*args))
     monkeypatch.setattr(rldt_robomimic.dataset, "get", lambda *args: fakes.demonstrations(19, 7))
-    policy, run = get_base(None, tmp_path, pretrain=True), only_run(tmp_path)
+    policy, run = get_base(None, tmp_path, dataset="a"), only_run(tmp_path)
     assert checkpoints == [run / "pretraining.pt"]
     assert {path.name for path in run.iterdir()} == {"args.json", "base.safetensors"}
     assert (policy.chunk, policy.info["obs"], policy.info["fast_render"]) == (4, "state", True)

@@ -153,8 +153,8 @@ BASES = {  # sizes, where the shipped one lies, its task, and another one
 
 @each_script
 @pytest.mark.parametrize("changes, expected", [
-    ({}, "shipped"), (dict(pretrain=True), "made"), (dict(dataset="a"), "made"), (dict(base=1), "given"),
-    (dict(base=1, pretrain=True), "given"), (None, "made"),
+    ({}, "shipped"), (dict(dataset="a"), "made"), (dict(base=1), "given"), (None, "made"),
+    (dict(base=1, dataset="a"), "given"),
 ])  # fmt: skip
 def test_base_policy_is_given_shipped_or_made(monkeypatch, tmp_path, script, changes, expected):
     *sizes, shipped, task, other = BASES[script]
@@ -436,7 +436,7 @@ def test_gradient_of_the_particles_needs_two_of_them(script):
         main(script, ["--q-gradient=particles", "--n-particles=1"])
 
 
-@pytest.mark.parametrize("script, most", [(rldt_gym, 46), (rldt_robomimic, 54), (rldt_furniture, 53)])
+@pytest.mark.parametrize("script, most", [(rldt_gym, 46), (rldt_robomimic, 53), (rldt_furniture, 52)])
 def test_settings_are_few_and_help_shows_all_of_them_on_two_screens(script, most, capsys):
     fields = dataclasses.fields(script.Args)
     assert len(fields) <= most
