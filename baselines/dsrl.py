@@ -42,7 +42,7 @@ class Args(family.TaskArgs):
     target_momentum: Share = 0.99  # Polyak momentum of the targets per critic step (paper: 0.998)
     rounds: Count = 16  # per iteration: draw segments, critic steps, actor steps (authors: 16)
     critic_steps: Count = 32  # per round (paper: 64)
-    critic_batch: Count = 256  # chunks per critic step (authors: 50 000, all that were drawn)
+    critic_batch: Count = 1024  # chunks per critic step (authors: 50 000, all that were drawn)
     critic_lr: Weight = 5e-4  # Adam step size of both critics (paper: 1e-3 or 5e-4)
     critic_layer_norm: bool = True  # without: no LayerNorm, and weights from N(0, 0.1^2) (authors)
     warmup_iterations: Size = 3  # training iterations before the actor starts (official: 2001 steps)

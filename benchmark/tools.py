@@ -2,10 +2,9 @@
 
 import csv
 import platform
-import subprocess
-import time
-from importlib.metadata import version
 from pathlib import Path
+
+from common import checkpoints
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmark" / "results"
@@ -64,8 +63,7 @@ def save_figure(figure, path: Path):
 def markdown(rows: list[dict]) -> str:
     """A markdown table of rows of strings."""
     header = list(rows[0])
-    body = [header, ["---"] * len(header)]
-    body += [[str(row[key]) for key in header] for row in rows]
+    body = [header, ["---"] * len(header), *([str(row[key]) for key in header] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in body)
 
 
@@ -82,7 +80,6 @@ def provenance() -> dict[str, str]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    source = {"cpu": names[0] if names else platform.processor(), "torch": version("torch")}
-    return source | {"commit": commit, "date": time.strftime("%Y-%m-%d")}
+    made = checkpoints.provenance()
+    source = {"cpu": names[0] if names else platform.processor(), "torch": made["versions"]["torch"]}
+    return source | {"commit": made["commit"], "date": made["date"]}
