@@ -89,6 +89,7 @@ class Args(TaskArgs):
     critic_steps: Count = 128  # per round (paper: 32, of larger batches)
     critic_batch: Count = 256  # chunks per critic step (authors: all that were drawn)
     critics: Several = 2  # Q networks; targets take the minimum of a random two (paper: 2)
+    critic_obs: Literal["objects", "images"] = "objects"  # of image tasks; objects: their state (ours)
     critic_lr: Weight = 5e-4  # Adam step size (paper: 1e-3)
     critic_layer_norm: bool = True  # without: no LayerNorm, and weights from N(0, 0.1^2) (authors)
     warmup_iterations: Size = 12  # training iterations before the actor starts (paper: 2)
@@ -111,12 +112,13 @@ class Args(TaskArgs):
 
 PRESETS = {
     "paper": dict(
-        iterations=200, bf16=False, num_envs=64, rollout_chunks=200, zero_fraction=0.0, eval_every=10,
-        eval_episodes=64, exploration_steps=2, best_of=1, buffer_iterations=10, demos=False,
-        segments=804, encoder="own", gamma=0.999, target_momentum=0.995, rounds=16, critic_steps=32,
-        critic_batch=1024, critics=2, critic_lr=1e-3, critic_layer_norm=False, warmup_iterations=2,
-        actor_steps=2, actor_batch=1024, n_particles=8, q_gradient="critic", transport_scale=1.0,
-        consistency_weight=0.5, bc_weight=0.0, reference_every=1, actor_lr=2e-5, actor_lr_end=1.0,
+        iterations=200, encoder="own", bf16=False, num_envs=64, rollout_chunks=200, zero_fraction=0.0,
+        eval_every=10, eval_episodes=64, exploration_steps=2, best_of=1, buffer_iterations=10,
+        demos=False, segments=804, gamma=0.999, target_momentum=0.995, rounds=16, critic_steps=32,
+        critic_batch=1024, critics=2, critic_obs="images", critic_lr=1e-3, critic_layer_norm=False,
+        warmup_iterations=2, actor_steps=2, actor_batch=1024, n_particles=8, q_gradient="critic",
+        transport_scale=1.0, consistency_weight=0.5, bc_weight=0.0, reference_every=1, actor_lr=2e-5,
+        actor_lr_end=1.0,
     ),
     "transport": dict(
         exploration_steps=0, best_of=16, demos=True, critics=4, warmup_iterations=8, actor_batch=64,
@@ -134,6 +136,7 @@ PRETRAINING = {  # of a base policy that is made here; pretrain_fm.py has these 
     "paper": {"state": dict(epochs=4000, lr=1e-4) | STATE, "image": dict(epochs=4000, lr=1e-4) | IMAGE},
 }
 FAST_RENDER = {"laptop": True, "paper": False}  # images of those demonstrations without shadows
+OBS = "state", "rgb", "object"  # names of observations
 COPIES = 6  # of every image, shifted, on which the velocity network is pretrained alone
 SHIFT = 4  # pixels by which images, where there are some, are shifted in training (DPPO)
 SEGMENT = 16  # chunks of a replay segment (authors: the whole rollout, 200)
@@ -195,10 +198,13 @@ class Policy(FlowPolicy):
 
     def observe(self, raw: dict[str, np.ndarray]) -> Obs:
         """Raw observations -> what the networks see: the state normalised, frozen images as features."""
-        obs = {"state": self.normalize(raw["state"])}
-        if self.cameras:
-            obs["rgb"] = torch.as_tensor(raw["rgb"], device=self.obs_min.device)
-        return {"state": self.encode(obs)} if self.frozen else obs
+        device = self.obs_min.device
+        obs = {name: torch.as_tensor(raw[name], device=device) for name in OBS if name in raw}
+        obs["state"] = self.normalize(raw["state"])
+        if self.frozen and self.cameras:
+            obs["state"] = self.encode(obs)
+            del obs["rgb"]
+        return obs
 
     def encode(self, obs: Obs) -> torch.Tensor:
         """Observations (B, ...) -> what the velocity is conditioned on, (B, cond_dim)."""
@@ -206,11 +212,15 @@ class Policy(FlowPolicy):
 
 
 class Critic(nn.Module):
-    """Q networks on (features, action chunk) as one batched product, and an encoder or none."""
+    """Q networks on (features, action chunk) as one batched product, and an encoder or none.
 
-    def __init__(self, cond_dim, action_size, layer_norm, networks=2, encoder=None, width=256, depth=3):
+    With `state_dim`, the size of the robot's state, they see that and the objects' instead of images.
+    """
+
+    def __init__(self, cond_dim, action_size, layer_norm, networks=2, encoder=None, state_dim=0,
+                 width=256, depth=3):  # fmt: skip
         super().__init__()
-        self.layer_norm, self.encoder = layer_norm, encoder
+        self.layer_norm, self.encoder, self.state_dim = layer_norm, encoder, state_dim
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for n_in, n_out in itertools.pairwise([cond_dim + action_size] + [width] * depth + [1]):
             weight, bias = torch.empty(networks, n_in, n_out), torch.zeros(networks, 1, n_out)
@@ -225,6 +235,8 @@ class Critic(nn.Module):
 
     def encode(self, obs: Obs) -> torch.Tensor:
         """Observations (B, ...) -> what Q is conditioned on, (B, cond_dim)."""
+        if self.state_dim:  # the last of the features
+            return torch.cat([obs["state"][..., -self.state_dim :], obs["object"]], -1)
         return self.encoder(obs) if "rgb" in obs else obs["state"]
 
     def forward(self, cond: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
@@ -325,6 +337,8 @@ class Replay(Ring):
         shapes = {name: (T, N) for name in ("reward", "terminated", "valid", "succeeded")}
         shapes["action"] = T, N, policy.action_size
         shapes["state"] = T + 1, N, policy.cond_dim if policy.frozen else policy.obs_dim
+        if policy.cameras:
+            shapes["object"] = T + 1, N, TASKS[args.task].object_size
         if policy.cameras and not policy.frozen:
             shapes["rgb"] = T + 1, N, 3 * policy.cameras, IMAGE_SIZE, IMAGE_SIZE
         super().__init__(args.buffer_iterations, shapes, args.device, {"rgb": torch.uint8})
@@ -347,7 +361,7 @@ class Replay(Ring):
         slot, start, env = torch.unravel_index(chosen, weight.shape)
         t = start + torch.arange(length, device=start.device)[:, None]  # (length, segments)
         batch = {name: value[slot, t, env] for name, value in self.slots.items()}
-        obs = {name: batch.pop(name) for name in ("state", "rgb") if name in batch}
+        obs = {name: batch.pop(name) for name in OBS if name in batch}
         next_obs = {name: self.slots[name][slot, t + 1, env] for name in obs}
         return batch | {"obs": obs, "next_obs": next_obs}
 
@@ -364,7 +378,7 @@ def demonstrations(policy: Policy, T: int, N: int, args: Args) -> dict[str, torc
     rows = dict(reward=last, terminated=last, succeeded=torch.ones_like(last))
     rows["action"] = policy.from_env(data["action"][steps])
     with torch.no_grad(), autocast(args):
-        raw = {name: data[name] for name in ("state", "rgb") if name in data}
+        raw = {name: data[name] for name in OBS if name in data}
         seen = [policy.observe(take(raw, part)) for part in np.array_split(first, 100)]
     obs = {name: torch.cat([part[name] for part in seen]) for name in seen[0]}
     return as_rollouts(rows, obs, T, N)
@@ -609,9 +623,13 @@ def main(args: Args) -> dict | None:
     run = Run(args, f"{task}__{args.exp_name}__{args.seed}")
     policy = get_base(args, run)
     base, reference = (copy.deepcopy(policy).requires_grad_(False) for _ in range(2))
-    own = Encoder(policy.cameras, policy.obs_dim) if policy.cameras and args.encoder == "own" else None
-    sizes = policy.cond_dim, policy.action_size, args.critic_layer_norm, args.critics
-    critic = Critic(*sizes, own).to(args.device)
+    own, cond_dim, state_dim = None, policy.cond_dim, 0
+    if policy.cameras and args.critic_obs == "objects":
+        cond_dim, state_dim = TASKS[args.task].state_dim(images=False), policy.obs_dim
+    elif policy.cameras and args.encoder == "own":
+        own = Encoder(policy.cameras, policy.obs_dim)
+    sizes = cond_dim, policy.action_size, args.critic_layer_norm, args.critics
+    critic = Critic(*sizes, own, state_dim).to(args.device)
     target = copy.deepcopy(critic).requires_grad_(False)
     trained = [p for p in policy.parameters() if p.requires_grad]
     actor_optimizer = torch.optim.Adam(trained, args.actor_lr, fused=True)

@@ -57,8 +57,8 @@ def load(path: str | Path, task: str, images: bool, max_episodes: int = 0, split
 
     Takes those of mask/<split> (default: mask/train if there is one, else all) that get a reward, where
     rewards are stored, at most `max_episodes` (0: all). Returns state (T, obs_dim), with images rgb (T,
-    3 * cameras, 96, 96) uint8, action (T, action_dim), whether the task was solved before it, solved
-    (T,), episode_ends (E,) and the file's metadata, meta.
+    3 * cameras, 96, 96) uint8 and object (T, object_size), action (T, action_dim), whether the task was
+    solved before it, solved (T,), episode_ends (E,) and the file's metadata, meta.
     Raises DatasetError on anything else, and on images of another `fast_render`.
     """
     spec, path = TASKS[task], Path(path)
@@ -83,7 +83,9 @@ def load(path: str | Path, task: str, images: bool, max_episodes: int = 0, split
                 seen = numbers(path, file, name, *shape, dtype=np.uint8, hint=f"; {RENDER}")
                 frames.append(seen.transpose(0, 3, 1, 2))
             if images:
-                episode["rgb"] = np.concatenate(frames, 1)
+                name, width = f"{demo}/obs/object", spec.object_size
+                seen = numbers(path, file, name, len(action), width)
+                episode |= {"rgb": np.concatenate(frames, 1), "object": seen}
             yield episode
 
     with reading(path) as file:

@@ -1,7 +1,8 @@
 """The robomimic tasks on robosuite, as DPPO (Ren et al. 2024) has them, in parallel processes.
 
 Observations: "state", proprioception and (without cameras) the object's state; with cameras also "rgb",
-uint8 images of 96 x 96, channels first. Reward: 1 in every step in which the task is solved, else 0.
+uint8 images of 96 x 96, channels first, and "object", the object's state, which no policy may see.
+Reward: 1 in every step in which the task is solved, else 0.
 """
 
 import contextlib
@@ -219,7 +220,7 @@ class RobomimicEnv:
         result = {"state": state.astype(np.float32)}
         if self.images:
             views = [obs[key].transpose(2, 0, 1) for key in self.spec.image_keys]
-            result["rgb"] = np.concatenate(views)
+            result |= {"rgb": np.concatenate(views), "object": obs["object"].astype(np.float32)}
         return result
 
     def step(self, actions: np.ndarray) -> tuple[dict, bool, bool, int]:
@@ -267,8 +268,8 @@ def work(pipe, others, settings: dict):
 class RobomimicVectorEnv(Episodes):
     """`num_envs` copies of a RobomimicEnv, each in a process of its own; see envs/interface.py.
 
-    `obs` is {"state": (N, ...), "rgb": (N, ...)}. A worker that ends, raises or does not answer in time
-    becomes a WorkerError.
+    `obs` is {"state": (N, ...)}, with cameras also "rgb" and "object". A worker that ends, raises or
+    does not answer in time becomes a WorkerError.
     """
 
     fps = 20
@@ -281,6 +282,7 @@ class RobomimicVectorEnv(Episodes):
         if images:
             shape = num_envs, 3 * len(spec.cameras), IMAGE_SIZE, IMAGE_SIZE
             self.obs["rgb"] = np.zeros(shape, np.uint8)
+            self.obs["object"] = np.zeros((num_envs, spec.object_size), np.float32)
         if images or settings.get("renders"):
             choose_renderer()
         display = getattr(sys.modules.get("mujoco.egl"), "EGL_DISPLAY", None)
@@ -322,7 +324,8 @@ class RobomimicVectorEnv(Episodes):
         return results
 
     def write(self, i: int, obs: dict):
-        check_finite(obs["state"], f"The simulator of environment {i} returned a non-finite observation")
+        state = np.append(obs["state"], obs.get("object", []))
+        check_finite(state, f"The simulator of environment {i} returned a non-finite observation")
         for name, value in obs.items():
             self.obs[name][i] = value
 

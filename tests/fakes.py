@@ -31,6 +31,8 @@ def arguments(script, **changes):
         fixed |= dict(demos=False, bc_weight=0.1)
     if script is rldt_furniture:
         fixed |= dict(furniture="lamp", backend="mujoco")
+    if script is rldt_robomimic:
+        fixed |= dict(task="lift")
     return script.Args(**fixed | changes)
 
 
@@ -166,6 +168,7 @@ class NamedEnvs(FakeEnvs):
         if self.images:
             rng = np.random.default_rng([seed, t])
             obs["rgb"] = rng.integers(256, size=(3, 96, 96), dtype=np.uint8)
+            obs["object"] = rng.normal(size=10).astype(np.float32)
         return obs
 
 

@@ -35,7 +35,7 @@ def seeing_critic(policy, own=True):
 
 def observations(*shape, cameras=1):
     images = torch.randint(256, (*shape, 3 * cameras, 96, 96), dtype=torch.uint8)
-    return {"state": torch.randn(*shape, 4), "rgb": images}
+    return {"state": torch.randn(*shape, 4), "rgb": images, "object": torch.randn(*shape, 10)}
 
 
 def copied(module):
@@ -137,6 +137,18 @@ def test_critic_target_encodes_what_each_of_the_networks_sees(unshifted):
     assert not y.requires_grad
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_critic_of_objects_sees_the_simulators_state_in_place_of_images(frozen):
+    policy, obs = seeing_policy(), observations(3)
+    policy.frozen = frozen
+    critic = rldt_robomimic.Critic(14, policy.action_size, True, state_dim=4)
+    seen = policy.observe({name: value.numpy() for name, value in obs.items()})
+    assert ("rgb" in seen) == (not frozen)
+    expected = torch.cat([policy.normalize(obs["state"].numpy()), obs["object"]], -1)
+    assert torch.equal(critic.encode(seen), expected)
+    assert critic(critic.encode(seen), torch.zeros(3, policy.action_size)).shape == (2, 3)
+
+
 # ----------------------------------------------------------------------- the encoder in updates
 def update(function, policy, critic):
     """One update on images or their features: 6 of critic_target, 5 or 4 of the other two."""
@@ -214,6 +226,7 @@ def test_replay_holds_images_or_with_a_frozen_encoder_features(frozen):
         for row, episode in enumerate(rows):
             raw = envs.observation(*episode)
             obs = {"state": policy.normalize(raw["state"])[None], "rgb": torch.tensor(raw["rgb"])[None]}
+            assert torch.equal(slot["object"][row, column], torch.tensor(raw["object"]))
             if frozen:
                 expected = policy.encoder(obs)[0].detach()
                 torch.testing.assert_close(slot["state"][row, column], expected, rtol=1e-3, atol=1e-4)
@@ -320,10 +333,12 @@ def test_head_steps_pretrain_the_velocity_network_alone(monkeypatch):
 
 
 # ---------------------------------------------------------------------- whole runs with images
+@pytest.mark.parametrize("critic_obs", ["objects", "images"])
 @pytest.mark.parametrize("encoder", ["frozen", "own"])
-def test_run_with_images_trains_the_encoders_that_it_should(monkeypatch, bases, tmp_path, encoder):
+def test_run_with_images_trains_what_it_should(monkeypatch, bases, tmp_path, encoder, critic_obs):
     fakes = use_fakes(monkeypatch, rldt_robomimic)
     changes = dict(encoder=encoder, iterations=3, warmup_iterations=0, segments=3, rounds=1)
+    changes["critic_obs"] = critic_obs
     result = main(rldt_robomimic, flags("image", bases["image"], tmp_path, **changes))
     run = only_run(tmp_path)
     saved, slot, own = checkpoint(run), kept_rollout(run, 0), encoder == "own"
@@ -334,8 +349,11 @@ def test_run_with_images_trains_the_encoders_that_it_should(monkeypatch, bases, 
     moved = {key.split(".")[0] for key in differ}
     assert moved == ({"velocity", "encoder"} if own else {"velocity"})
     steps = [group["lr"] for group in saved["critic_optimizer"]["param_groups"]]
-    assert steps == [5e-4, 4e-5][: 1 + own]
-    assert ("encoder.vits.0.position" in saved["critic"]) == own
+    sees_images = own and critic_obs == "images"
+    assert steps == [5e-4, 4e-5][: 1 + sees_images]
+    assert ("encoder.vits.0.position" in saved["critic"]) == sees_images
+    sees = 9 + (10 if critic_obs == "objects" else 128)
+    assert saved["critic"]["weights.0"].shape[1] == sees + 28
     assert ("rgb" in slot) == own
     assert slot["state"].shape == (14, 2, 9 + 128 * (not own))
     assert all(envs.closed for envs in fakes)

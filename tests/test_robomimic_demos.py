@@ -129,6 +129,8 @@ def test_images_are_those_of_the_environment(image_file):
     data = load(image_file, "lift", images=True)
     np.testing.assert_array_equal(data["rgb"], np.concatenate(pixels(image_file)).transpose(0, 3, 1, 2))
     assert data["state"].shape == (24, 9)
+    states = load(image_file, "lift", images=False)["state"]
+    np.testing.assert_array_equal(np.concatenate([data["state"], data["object"]], 1), states)
     load(image_file, "lift", images=True, fast_render=True)
     with pytest.raises(DatasetError, match="rendered with --fast-render; train with the same"):
         load(image_file, "lift", images=True, fast_render=False)

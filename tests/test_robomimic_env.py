@@ -195,7 +195,7 @@ def test_observations_are_dppos(shared_env, image_env, task, images):
     for begin in (lambda: env.reset(2), lambda: env.step(random_chunks(task, 1)[0])[0]):
         obs = begin()
         raw = env.env.get_observation()  # robomimic's, read anew
-        assert set(obs) == ({"state", "rgb"} if images else {"state"})
+        assert set(obs) == ({"state", "rgb", "object"} if images else {"state"})
         assert obs["state"].shape == (size,) == (TASKS[task].state_dim(images),)
         state = np.concatenate([raw[key] for key in keys]).astype(np.float32)
         np.testing.assert_array_equal(obs["state"], state)
@@ -203,6 +203,7 @@ def test_observations_are_dppos(shared_env, image_env, task, images):
             views = [raw[f"{camera}_image"] for camera in CAMERAS[task]]
             rgb = np.concatenate([view.transpose(2, 0, 1) for view in views])
             np.testing.assert_array_equal(obs["rgb"], rgb)
+            np.testing.assert_array_equal(obs["object"], raw["object"].astype(np.float32))
             assert obs["rgb"].shape == (3 * len(views), 96, 96)
             assert obs["rgb"].dtype == np.uint8 and obs["rgb"].std() > 10
 
