@@ -58,7 +58,7 @@ class TaskArgs:
     # base policy
     base: Path | None = None  # base policy (.safetensors); default: the shipped one, or pretrained here
     dataset: Path | None = None  # to pretrain on: robomimic HDF5; default: a scripted expert's
-    encoder: Literal["frozen", "own"] = "frozen"  # of images; own: it learns, and the critic has another
+    encoder: Literal["frozen", "own"] = "frozen"  # own: it learns, and the critic has one, too
 
     # rollouts and evaluation
     num_envs: Count = 4  # simulators, each a process of 0.5 to 1.2 GB (paper: 64)
@@ -89,7 +89,6 @@ class Args(TaskArgs):
     critic_steps: Count = 128  # per round (paper: 32, of larger batches)
     critic_batch: Count = 256  # chunks per critic step (authors: all that were drawn)
     critics: Several = 2  # Q networks; targets take the minimum of a random two (paper: 2)
-    critic_obs: Literal["objects", "images"] = "objects"  # of image tasks; objects: their state (ours)
     critic_lr: Weight = 5e-4  # Adam step size (paper: 1e-3)
     critic_layer_norm: bool = True  # without: no LayerNorm, and weights from N(0, 0.1^2) (authors)
     warmup_iterations: Size = 12  # training iterations before the actor starts (paper: 2)
@@ -112,13 +111,12 @@ class Args(TaskArgs):
 
 PRESETS = {
     "paper": dict(
-        iterations=200, encoder="own", bf16=False, num_envs=64, rollout_chunks=200, zero_fraction=0.0,
-        eval_every=10, eval_episodes=64, exploration_steps=2, best_of=1, buffer_iterations=10,
-        demos=False, segments=804, gamma=0.999, target_momentum=0.995, rounds=16, critic_steps=32,
-        critic_batch=1024, critics=2, critic_obs="images", critic_lr=1e-3, critic_layer_norm=False,
-        warmup_iterations=2, actor_steps=2, actor_batch=1024, n_particles=8, q_gradient="critic",
-        transport_scale=1.0, consistency_weight=0.5, bc_weight=0.0, reference_every=1, actor_lr=2e-5,
-        actor_lr_end=1.0,
+        iterations=200, bf16=False, num_envs=64, rollout_chunks=200, zero_fraction=0.0, eval_every=10,
+        eval_episodes=64, exploration_steps=2, best_of=1, buffer_iterations=10, demos=False,
+        segments=804, encoder="own", gamma=0.999, target_momentum=0.995, rounds=16, critic_steps=32,
+        critic_batch=1024, critics=2, critic_lr=1e-3, critic_layer_norm=False, warmup_iterations=2,
+        actor_steps=2, actor_batch=1024, n_particles=8, q_gradient="critic", transport_scale=1.0,
+        consistency_weight=0.5, bc_weight=0.0, reference_every=1, actor_lr=2e-5, actor_lr_end=1.0,
     ),
     "transport": dict(
         exploration_steps=0, best_of=16, demos=True, critics=4, warmup_iterations=8, actor_batch=64,
@@ -136,7 +134,7 @@ PRETRAINING = {  # of a base policy that is made here; pretrain_fm.py has these 
     "paper": {"state": dict(epochs=4000, lr=1e-4) | STATE, "image": dict(epochs=4000, lr=1e-4) | IMAGE},
 }
 FAST_RENDER = {"laptop": True, "paper": False}  # images of those demonstrations without shadows
-OBS = "state", "rgb", "object"  # names of observations
+OBS = "state", "object", "rgb", "features"  # names of observations
 COPIES = 6  # of every image, shifted, on which the velocity network is pretrained alone
 SHIFT = 4  # pixels by which images, where there are some, are shifted in training (DPPO)
 SEGMENT = 16  # chunks of a replay segment (authors: the whole rollout, 200)
@@ -197,30 +195,25 @@ class Policy(FlowPolicy):
         self.encoder = Encoder(cameras, obs_dim) if cameras else None
 
     def observe(self, raw: dict[str, np.ndarray]) -> Obs:
-        """Raw observations -> what the networks see: the state normalised, frozen images as features."""
-        device = self.obs_min.device
-        obs = {name: torch.as_tensor(raw[name], device=device) for name in OBS if name in raw}
+        """Raw observations -> what networks see: the state normalised; of frozen encoders, features."""
+        obs = {k: torch.as_tensor(raw[k], device=self.obs_min.device) for k in OBS if k in raw}
         obs["state"] = self.normalize(raw["state"])
         if self.frozen and self.cameras:
-            obs["state"] = self.encode(obs)
+            obs["features"] = self.encoder(obs)
             del obs["rgb"]
         return obs
 
     def encode(self, obs: Obs) -> torch.Tensor:
         """Observations (B, ...) -> what the velocity is conditioned on, (B, cond_dim)."""
-        return self.encoder(obs) if "rgb" in obs else obs["state"]
+        return self.encoder(obs) if "rgb" in obs else obs.get("features", obs["state"])
 
 
 class Critic(nn.Module):
-    """Q networks on (features, action chunk) as one batched product, and an encoder or none.
+    """Q networks on (features, action chunk) as one batched product, and an encoder or none."""
 
-    With `state_dim`, the size of the robot's state, they see that and the objects' instead of images.
-    """
-
-    def __init__(self, cond_dim, action_size, layer_norm, networks=2, encoder=None, state_dim=0,
-                 width=256, depth=3):  # fmt: skip
+    def __init__(self, cond_dim, action_size, layer_norm, networks=2, encoder=None, width=256, depth=3):
         super().__init__()
-        self.layer_norm, self.encoder, self.state_dim = layer_norm, encoder, state_dim
+        self.layer_norm, self.encoder = layer_norm, encoder
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for n_in, n_out in itertools.pairwise([cond_dim + action_size] + [width] * depth + [1]):
             weight, bias = torch.empty(networks, n_in, n_out), torch.zeros(networks, 1, n_out)
@@ -234,10 +227,10 @@ class Critic(nn.Module):
             self.biases.append(bias)
 
     def encode(self, obs: Obs) -> torch.Tensor:
-        """Observations (B, ...) -> what Q is conditioned on, (B, cond_dim)."""
-        if self.state_dim:  # the last of the features
-            return torch.cat([obs["state"][..., -self.state_dim :], obs["object"]], -1)
-        return self.encoder(obs) if "rgb" in obs else obs["state"]
+        """Observations (B, ...) -> what Q is conditioned on: images, if it has an encoder."""
+        if self.encoder:
+            return self.encoder(obs)
+        return torch.cat([obs["state"], obs["object"]], -1) if "object" in obs else obs["state"]
 
     def forward(self, cond: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         """cond (B, cond_dim), action (B, D) -> Q (networks, B)."""
@@ -336,11 +329,12 @@ class Replay(Ring):
         T, N = args.rollout_chunks, args.num_envs
         shapes = {name: (T, N) for name in ("reward", "terminated", "valid", "succeeded")}
         shapes["action"] = T, N, policy.action_size
-        shapes["state"] = T + 1, N, policy.cond_dim if policy.frozen else policy.obs_dim
+        shapes["state"] = T + 1, N, policy.obs_dim
         if policy.cameras:
             shapes["object"] = T + 1, N, TASKS[args.task].object_size
-        if policy.cameras and not policy.frozen:
-            shapes["rgb"] = T + 1, N, 3 * policy.cameras, IMAGE_SIZE, IMAGE_SIZE
+            pixels = 3 * policy.cameras, IMAGE_SIZE, IMAGE_SIZE
+            seen = {"features": (policy.cond_dim,)} if policy.frozen else {"rgb": pixels}
+            shapes |= {name: (T + 1, N, *shape) for name, shape in seen.items()}
         super().__init__(args.buffer_iterations, shapes, args.device, {"rgb": torch.uint8})
         if args.demos:
             shown = demonstrations(policy, T, N, args)
@@ -623,19 +617,14 @@ def main(args: Args) -> dict | None:
     run = Run(args, f"{task}__{args.exp_name}__{args.seed}")
     policy = get_base(args, run)
     base, reference = (copy.deepcopy(policy).requires_grad_(False) for _ in range(2))
-    own, cond_dim, state_dim = None, policy.cond_dim, 0
-    if policy.cameras and args.critic_obs == "objects":
-        cond_dim, state_dim = TASKS[args.task].state_dim(images=False), policy.obs_dim
-    elif policy.cameras and args.encoder == "own":
-        own = Encoder(policy.cameras, policy.obs_dim)
-    sizes = cond_dim, policy.action_size, args.critic_layer_norm, args.critics
-    critic = Critic(*sizes, own, state_dim).to(args.device)
+    own = Encoder(policy.cameras, policy.obs_dim) if policy.cameras and not policy.frozen else None
+    sees = policy.cond_dim if own else TASKS[args.task].state_dim(images=False)
+    critic = Critic(sees, policy.action_size, args.critic_layer_norm, args.critics, own).to(args.device)
     target = copy.deepcopy(critic).requires_grad_(False)
     trained = [p for p in policy.parameters() if p.requires_grad]
     actor_optimizer = torch.optim.Adam(trained, args.actor_lr, fused=True)
     groups = [{"params": [*critic.weights, *critic.biases]}]
-    if own:
-        groups.append({"params": own.parameters(), "lr": ENCODER_LR})
+    groups += [{"params": own.parameters(), "lr": ENCODER_LR}] if own else []
     critic_optimizer = torch.optim.Adam(groups, args.critic_lr, fused=True)
     envs, replay = make_envs(args, policy), Replay(args, policy)
     measure = partial(evaluate, envs=envs, args=args)

@@ -141,7 +141,7 @@ def test_critic_target_encodes_what_each_of_the_networks_sees(unshifted):
 def test_a_critic_of_objects_sees_the_simulators_state_in_place_of_images(frozen):
     policy, obs = seeing_policy(), observations(3)
     policy.frozen = frozen
-    critic = rldt_robomimic.Critic(14, policy.action_size, True, state_dim=4)
+    critic = rldt_robomimic.Critic(14, policy.action_size, True)
     seen = policy.observe({name: value.numpy() for name, value in obs.items()})
     assert ("rgb" in seen) == (not frozen)
     expected = torch.cat([policy.normalize(obs["state"].numpy()), obs["object"]], -1)
@@ -227,11 +227,12 @@ def test_replay_holds_images_or_with_a_frozen_encoder_features(frozen):
             raw = envs.observation(*episode)
             obs = {"state": policy.normalize(raw["state"])[None], "rgb": torch.tensor(raw["rgb"])[None]}
             assert torch.equal(slot["object"][row, column], torch.tensor(raw["object"]))
+            assert torch.equal(slot["state"][row, column], obs["state"][0])
             if frozen:
                 expected = policy.encoder(obs)[0].detach()
-                torch.testing.assert_close(slot["state"][row, column], expected, rtol=1e-3, atol=1e-4)
+                given = slot["features"][row, column]
+                torch.testing.assert_close(given, expected, rtol=1e-3, atol=1e-4)
             else:
-                assert torch.equal(slot["state"][row, column], obs["state"][0])
                 assert torch.equal(slot["rgb"][row, column], obs["rgb"][0])
 
 
@@ -333,12 +334,10 @@ def test_head_steps_pretrain_the_velocity_network_alone(monkeypatch):
 
 
 # ---------------------------------------------------------------------- whole runs with images
-@pytest.mark.parametrize("critic_obs", ["objects", "images"])
 @pytest.mark.parametrize("encoder", ["frozen", "own"])
-def test_run_with_images_trains_what_it_should(monkeypatch, bases, tmp_path, encoder, critic_obs):
+def test_run_with_images_trains_what_it_should(monkeypatch, bases, tmp_path, encoder):
     fakes = use_fakes(monkeypatch, rldt_robomimic)
     changes = dict(encoder=encoder, iterations=3, warmup_iterations=0, segments=3, rounds=1)
-    changes["critic_obs"] = critic_obs
     result = main(rldt_robomimic, flags("image", bases["image"], tmp_path, **changes))
     run = only_run(tmp_path)
     saved, slot, own = checkpoint(run), kept_rollout(run, 0), encoder == "own"
@@ -349,13 +348,13 @@ def test_run_with_images_trains_what_it_should(monkeypatch, bases, tmp_path, enc
     moved = {key.split(".")[0] for key in differ}
     assert moved == ({"velocity", "encoder"} if own else {"velocity"})
     steps = [group["lr"] for group in saved["critic_optimizer"]["param_groups"]]
-    sees_images = own and critic_obs == "images"
-    assert steps == [5e-4, 4e-5][: 1 + sees_images]
-    assert ("encoder.vits.0.position" in saved["critic"]) == sees_images
-    sees = 9 + (10 if critic_obs == "objects" else 128)
+    assert steps == [5e-4, 4e-5][: 1 + own]
+    assert ("encoder.vits.0.position" in saved["critic"]) == own
+    sees = 9 + (128 if own else 10)
     assert saved["critic"]["weights.0"].shape[1] == sees + 28
     assert ("rgb" in slot) == own
-    assert slot["state"].shape == (14, 2, 9 + 128 * (not own))
+    assert slot["state"].shape == (14, 2, 9)
+    assert own or slot["features"].shape == (14, 2, 9 + 128)
     assert all(envs.closed for envs in fakes)
     scores = main(rldt_robomimic, ["--evaluate", run])
     assert scores == {name: result[name.replace("eval", "final")] for name in scores}
