@@ -109,7 +109,7 @@ class Args(TaskArgs):
     bc_weight: Weight = 0.0  # of eq. (2) on chunks that led to a further pair (paper: 0)
     reference_every: Size = 0  # iterations until the constraint's policy follows (authors: 1); 0: never
     actor_lr: Weight = 2e-4  # Adam step size (paper: 2e-5)
-    actor_lr_end: Weight = 0.3  # factor on actor_lr, reached linearly at the end (authors: 1)
+    anneal: Share = 0.3  # factor on actor_lr, reached linearly at the end (authors: 1)
 
 
 PRESETS = {
@@ -118,7 +118,7 @@ PRESETS = {
         final_eval_episodes=500, exploration_steps=2, buffer_iterations=20, segments=3125, gamma=0.995,
         target_momentum=0.998, rounds=16, critic_batch=8192, critic_layer_norm=False,
         warmup_iterations=2, actor_steps=2, actor_batch=6250, n_particles=8, q_gradient="critic",
-        transport_scale=1.0, consistency_weight=0.5, reference_every=1, actor_lr=2e-5, actor_lr_end=1.0,
+        transport_scale=1.0, consistency_weight=0.5, reference_every=1, actor_lr=2e-5, anneal=1.0,
     ),
     "lamp": dict(transport_scale=8.0),  # its particles are spread more widely
 }  # fmt: skip
@@ -553,7 +553,7 @@ def main(args: Args) -> dict | None:
                     for _ in range(0 if warm else args.actor_steps):
                         i = torch.randint(len(obs), (args.actor_batch,), device=args.device)
                         state["actor_steps"] += 1
-                        decay = 1 + (args.actor_lr_end - 1) * spent
+                        decay = 1 + (args.anneal - 1) * spent
                         rise = min(1.0, state["actor_steps"] / ACTOR_WARMUP)
                         actor_optimizer.param_groups[0]["lr"] = args.actor_lr * decay * rise
                         j = good[torch.randint(max(1, len(good)), (min(len(good), BC_BATCH),))]

@@ -106,7 +106,7 @@ class Args(TaskArgs):
     bc_weight: Weight = 0.0  # of eq. (2) on chunks of episodes that succeed (paper: 0)
     reference_every: Size = 10  # iterations until the constraint's policy follows (authors: 1); 0: never
     actor_lr: Weight = 2e-5  # Adam step size (paper: 2e-5)
-    actor_lr_end: Weight = 0.3  # factor on actor_lr, reached linearly at the end (authors: 1)
+    anneal: Share = 0.3  # factor on actor_lr, reached linearly at the end (authors: 1)
 
 
 PRESETS = {
@@ -116,7 +116,7 @@ PRESETS = {
         segments=804, encoder="own", gamma=0.999, target_momentum=0.995, rounds=16, critic_steps=32,
         critic_batch=1024, critics=2, critic_lr=1e-3, critic_layer_norm=False, warmup_iterations=2,
         actor_steps=2, actor_batch=1024, n_particles=8, q_gradient="critic", transport_scale=1.0,
-        consistency_weight=0.5, bc_weight=0.0, reference_every=1, actor_lr=2e-5, actor_lr_end=1.0,
+        consistency_weight=0.5, bc_weight=0.0, reference_every=1, actor_lr=2e-5, anneal=1.0,
     ),
     "transport": dict(
         exploration_steps=0, best_of=16, demos=True, critics=4, warmup_iterations=8, actor_batch=64,
@@ -667,7 +667,7 @@ def main(args: Args) -> dict | None:
                     for _ in range(0 if warm else args.actor_steps):
                         i = torch.randint(len(y), (args.actor_batch,), device=args.device)
                         state["actor_steps"] += 1
-                        decay = 1 + (args.actor_lr_end - 1) * spent
+                        decay = 1 + (args.anneal - 1) * spent
                         rise = min(1.0, state["actor_steps"] / ACTOR_WARMUP)
                         actor_optimizer.param_groups[0]["lr"] = args.actor_lr * decay * rise
                         j = good[torch.randint(max(1, len(good)), (min(len(good), BC_BATCH),))]

@@ -199,11 +199,12 @@ def short_run(request, bases, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         fakes, begun = use_fakes(patch, script), []
         update, reset = script.update_actor, VectorEnv.reset
-        recorded = lambda *args: rates.append(args[3].param_groups[0]["lr"]) or update(*args)
+        rate = lambda args: (args[3].param_groups[0]["lr"], *args[6:])  # on Gym with the transport's
+        recorded = lambda *args: rates.append(rate(args)) or update(*args)
         patch.setattr(script, "update_actor", recorded)
         noted = lambda envs, seed: begun.append(range(seed, seed + envs.num_envs)) or reset(envs, seed)
         patch.setattr(VectorEnv, "reset", noted)
-        result = main(script, flags(task, bases[task], runs, actor_lr_end=0.5))
+        result = main(script, flags(task, bases[task], runs, anneal=0.5))
     signal.signal(signal.SIGINT, handler)
     begun = fakes[0].begun if fakes else [begun[i] for i in (0, 1, 3, 2)]  # the last is an evaluation
     known = dict(task=task, script=script, path=only_run(runs), result=result)
@@ -212,7 +213,9 @@ def short_run(request, bases, tmp_path_factory):
 
 def test_training_follows_its_schedules(short_run):
     rates = [1e-3 * share for share in (1 / 3 * 0.75, 2 / 3 * 0.75, 1 - 0.5 * 3 / 4, 1 - 0.5 * 3 / 4)]
-    assert short_run.rates == pytest.approx(rates)  # they rise over three steps, then fall by half
+    assert [rate for rate, *_ in short_run.rates] == pytest.approx(rates)  # a rise, a fall by half
+    if short_run.script is rldt_gym:
+        assert [rest for _, *rest in short_run.rates] == [[0.75], [0.75], [0.625], [0.625]]
     rows = metrics(short_run.path)
     score = "eval_return" if short_run.task == "hopper" else "eval_success_sampled"
     for i, row in enumerate(rows):
@@ -289,7 +292,7 @@ def test_crashed_run_goes_on_as_one_that_did_not(short_run, bases, tmp_path, mon
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, name, crash)
         with pytest.raises(RuntimeError, match="crash"):
-            main(script, flags(short_run.task, base, tmp_path / "runs", actor_lr_end=0.5))
+            main(script, flags(short_run.task, base, tmp_path / "runs", anneal=0.5))
     run = only_run(tmp_path / "runs")
     kept = [content(path)["progress"]["iteration"] for path in run.glob("checkpoint0.*.pt")]
     assert kept == saved

@@ -55,7 +55,7 @@ def test_every_number_is_bounded_and_both_bounds_are_accepted(cls):
 
 LEAST = {
     "fractions": ["--gamma=0", "--td-lambda=0", "--target-momentum=0", "--zero-fraction=0", "--alpha=0"],
-    "steps": ["--actor-lr=0", "--critic-lr=0", "--actor-lr-end=0", "--reference-every=0"],
+    "steps": ["--actor-lr=0", "--critic-lr=0", "--anneal=0", "--reference-every=0"],
     "sizes": ["--segments=1", "--critic-batch=1", "--actor-batch=1", "--n-particles=1", "--rounds=1"],
     "counts": ["--critic-steps=1", "--actor-steps=0", "--buffer-iterations=1", "--warmup-iterations=0"],
     "rollouts": ["--num-envs=1", "--rollout-chunks=1", "--exploration-steps=0", "--eval-every=1"],
