@@ -217,19 +217,6 @@ def plot_gradient_norms(plt, rows: list[dict], path: Path):
     save_figure(figure, path)
 
 
-def plot_pretraining(plt, rows: list[dict], path: Path):
-    """Success of a clone from x_0 = 0, with its interval, against training steps."""
-    figure, axis = plt.subplots(figsize=(6, 4))
-    columns = ("step", "success_zero", "success_zero_low", "success_zero_high")
-    for variant, points in group(rows, "variant").items():
-        x, y, low, high = ([float(point[column]) for point in points] for column in columns)
-        axis.plot(x, y, "o-", label=f"{points[0]['task']}, {variant}")
-        axis.fill_between(x, low, high, alpha=0.15)
-    axis.set(xlabel="training steps", ylabel="success rate from $x_0=0$ (MuJoCo)", ylim=(-0.02, 1.02))
-    axis.legend(loc="center right", fontsize=8)
-    save_figure(figure, path)
-
-
 def plot_comparison(plt, rows: list[dict], curves: dict, path: Path):
     """Return of every method from x_0 = 0."""
 
@@ -370,7 +357,7 @@ def success_table(rows: list[dict]) -> str:
 
 def main(args: Args):
     plt, curves = pyplot(), load_curves(args.results / "curves.csv")
-    names = "gym ablations robomimic furniture baselines gradient_norms pretraining_furniture"
+    names = "gym ablations robomimic furniture baselines gradient_norms"
     tables = {name: read_csv(args.results / f"{name}.csv") for name in names.split()}
     if not any(tables.values()):
         raise SystemExit(f"{args.results}: no results; run benchmark.run first.")
@@ -389,8 +376,6 @@ def main(args: Args):
             plot_kernels(plt, rows, curves, table, args.images / f"kernels{suffix}.png")
     if rows := tables["gradient_norms"]:
         plot_gradient_norms(plt, rows, args.images / "gradient_norms.png")
-    if rows := tables["pretraining_furniture"]:
-        plot_pretraining(plt, rows, args.images / "pretraining_furniture.png")
     if rows := tables["baselines"]:
         rows = sorted(rows, key=lambda row: list(METHODS).index(row["method"]))
         plot_comparison(plt, rows, curves, args.images / "baselines.png")

@@ -5,6 +5,7 @@
     python -m benchmark.run baselines                  # every method on Gym, for equal time
     python -m benchmark.run ablations                  # one setting of RLDT changed at a time
     python -m benchmark.run search                     # settings of each method, on seeds of their own
+    python -m benchmark.run controls                   # what each addition gives on sparse rewards
     python -m benchmark.run gym --address auto         # on a Ray cluster, this checkout on every node
 
 A row per run goes to benchmark/results/<experiment>.csv, its curve to curves.csv beside it. What the CSV
@@ -27,8 +28,8 @@ from benchmark.tools import RESULTS, ROOT, read_csv
 
 GYM = ("Hopper-v4", "Walker2d-v4", "HalfCheetah-v4")
 METHODS = {  # module and flags
-    "rldt": ("rldt_gym", ""),
-    "rldt-delta": ("rldt_gym", "--kernel delta"),
+    "rldt": ("rldt", ""),  # the script of the task
+    "rldt-delta": ("rldt", "--kernel delta"),
     "qam": ("baselines.qam", ""),
     "reinflow": ("baselines.reinflow", ""),
     "dppo": ("baselines.dppo", ""),
@@ -58,6 +59,14 @@ TRIES = {  # four settings of each method, numbered from 1; the best become its 
     "dsrl": ("", "--bound 1", "--bound 2.5", "--actor-steps 32"),
     "sac": ("", "--lr 1e-4", "--gradient-steps 100", "--entropy-start 0.01"),
 }  # fmt: skip
+RECIPE = (  # all that may be added on sparse rewards
+    "--demos --bc-weight 0.1 --critics 4 --best-of 16 --q-gradient particles --n-particles 16"
+    " --actor-batch 64 --transport-scale 20 --reference-every 0 --warmup-iterations 12 --actor-lr 1e-4"
+)
+CONTROLS = {  # what undoes a part of it
+    "all": "", "no-demos": "--no-demos", "no-cloning": "--bc-weight 0", "two-critics": "--critics 2",
+    "no-best-of": "--best-of 1", "no-field": "--transport-scale 0", "derivative": "--q-gradient critic",
+}  # fmt: skip
 SEARCH = {
     f"{method}#{number}": (METHODS[method][0], f"{METHODS[method][1]} {flags}".strip())
     for method, options in TRIES.items()
@@ -74,13 +83,14 @@ class Experiment:
     curves: bool = True  # keep them in curves.csv
 
 
-ROBOMIMIC = {"rldt": ("rldt_robomimic", ""), "rldt-delta": ("rldt_robomimic", "--kernel delta")}
-FURNITURE = {"rldt": ("rldt_furniture", ""), "rldt-delta": ("rldt_furniture", "--kernel delta")}
-SHORT = {name: ("rldt_gym", f"{flags} --iterations 24".strip()) for name, flags in VARIANTS.items()}
+RLDT = {name: METHODS[name] for name in ("rldt", "rldt-delta")}
+PARTS = {f"control-{name}": ("rldt", f"{RECIPE} {flags}") for name, flags in CONTROLS.items()}
+SHORT = {name: ("rldt", f"{flags} --iterations 24".strip()) for name, flags in VARIANTS.items()}
 EXPERIMENTS = {
     "gym": Experiment({"rldt": METHODS["rldt"]}, GYM, (1, 2, 3, 4, 5)),
-    "robomimic": Experiment(ROBOMIMIC, ("lift-image", "square-state"), (1, 2, 3)),
-    "furniture": Experiment(FURNITURE, ("one_leg-low", "lamp-low"), (1, 2, 3)),
+    "robomimic": Experiment(RLDT, ("lift-image", "square-state"), (1, 2, 3)),
+    "furniture": Experiment(RLDT, ("one_leg-low", "lamp-low"), (1, 2, 3)),
+    "controls": Experiment(PARTS, ("one_leg-low", "square-state"), (1, 2, 3)),
     "baselines": Experiment(METHODS, GYM, (1, 2, 3), timed=True),
     "ablations": Experiment(SHORT, ("Hopper-v4", "Walker2d-v4"), (1, 2, 3, 4, 5), curves=False),
     "search": Experiment(SEARCH, ("Hopper-v4", "Walker2d-v4"), (11, 12), timed=True, curves=False),
@@ -124,13 +134,14 @@ class Cell:
 
     def command(self, runs: Path) -> list[str]:
         task, _, kind = self.task.rpartition("-")
-        flags = ["--env-id", self.task]
-        if self.module == "rldt_robomimic":
-            flags = ["--task", task, "--obs", kind]
-        if self.module == "rldt_furniture":
-            flags = ["--furniture", task, "--randomness", kind]
+        script, flags = "rldt_gym", ["--env-id", self.task]
+        if kind in ("state", "image"):
+            script, flags = "rldt_robomimic", ["--task", task, "--obs", kind]
+        if kind in ("low", "med"):
+            script, flags = "rldt_furniture", ["--furniture", task, "--randomness", kind]
+        module = script if self.module == "rldt" else self.module
         flags += ["--seed", str(self.seed), "--exp-name", self.method, "--runs", str(runs.resolve())]
-        return [sys.executable, "-m", self.module, *flags, *shlex.split(self.flags)]
+        return [sys.executable, "-m", module, *flags, *shlex.split(self.flags)]
 
 
 def cells(args: Args) -> list[Cell]:
