@@ -29,10 +29,8 @@ def arguments(script, **changes):
     if script is not rldt_gym:
         fixed |= dict(horizon=20, q_gradient="critic", transport_scale=1.0)
         fixed |= dict(demos=False, bc_weight=0.1)
-    if script is rldt_furniture:
-        fixed |= dict(furniture="lamp", backend="mujoco")
-    if script is rldt_robomimic:
-        fixed |= dict(task="lift")
+        lamp = dict(furniture="lamp", backend="mujoco")
+        fixed |= lamp if script is rldt_furniture else dict(task="lift")
     return script.Args(**fixed | changes)
 
 
