@@ -356,8 +356,7 @@ def actor_losses(velocity, reference, critic: Critic, obs, trajectory, args: Arg
 def update_actor(policy, reference, critic: Critic, optimizer, obs, args: Args, decay=1.0) -> dict:
     """Samples P particles in each state of obs (B, obs_dim), then takes a step on eq. (16).
 
-    `decay` is a factor on the transport: the step size alone does not slow a policy down, for Adam
-    reaches the balance of the three losses all the same.
+    `decay` is a factor on the transport, which falls along a run as the step size does.
     """
     x0 = start_noise((len(obs), args.n_particles, policy.action_size), args)
     with torch.no_grad(), autocast(args):

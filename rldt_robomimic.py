@@ -58,7 +58,7 @@ class TaskArgs:
     # base policy
     base: Path | None = None  # base policy (.safetensors); default: the shipped one, or pretrained here
     dataset: Path | None = None  # to pretrain on: robomimic HDF5; default: a scripted expert's
-    encoder: Literal["frozen", "own"] = "frozen"  # own: it learns, and the critic has one, too
+    encoder: Literal["frozen", "own"] = "frozen"  # of images; own: it learns, the critic has another
 
     # rollouts and evaluation
     num_envs: Count = 4  # simulators, each a process of 0.5 to 1.2 GB (paper: 64)

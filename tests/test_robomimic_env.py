@@ -406,8 +406,9 @@ def test_numbers_that_are_not_finite_end_the_run(without_simulators, shared_env)
     for chunks, fault in (CHUNKS + np.nan, "The policy .*action"), (CHUNKS, "The sim.* 0 .*observation"):
         with pytest.raises(SystemExit, match=f"^{fault}"):
             envs.step(chunks)
-    with pytest.raises(SystemExit, match="non-finite observation"):
-        without_simulators(reset=lambda self, seed: broken).reset(15)
+    for obs in broken, {"state": np.zeros(19), "object": np.full(10, np.nan)}:
+        with pytest.raises(SystemExit, match="non-finite observation"):
+            without_simulators(reset=lambda self, seed, obs=obs: obs).reset(15)
     env = shared_env()
     env.reset(1)
     env.env.env.sim.data.qvel[:] = np.nan  # MuJoCo would go on from its initial state
