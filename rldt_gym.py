@@ -63,11 +63,10 @@ class TaskArgs:
 
 
 @dataclass
-class Args(TaskArgs):
-    """Settings of RLDT. Where a default differs from the paper's, docs/rldt_gym.md says why."""
+class CriticArgs(TaskArgs):
+    """Settings of methods with RLDT's critic. Where they differ from the paper's, docs/ says why."""
 
-    # exploration and replay
-    exploration_steps: Size = 2  # noise |a - a_dagger_k|, k of this many last Euler steps (authors: 2)
+    # replay
     buffer_iterations: Count = 40  # rollouts kept in the replay (paper: 20)
     segments: Count = 128  # of SEGMENT chunks, drawn from the replay per round (authors: 100 of 500)
 
@@ -82,19 +81,23 @@ class Args(TaskArgs):
     critic_layer_norm: bool = True  # without: no LayerNorm, and weights from N(0, 0.1^2) (authors)
     warmup_iterations: Size = 3  # training iterations before the actor starts (authors: none on Gym)
 
-    # actor
+
+@dataclass
+class Args(CriticArgs):
+    # exploration and actor
+    exploration_steps: Size = 2  # noise |a - a_dagger_k|, k of this many last Euler steps (authors: 2)
     actor_steps: Size = 8  # per round (authors: 2)
     actor_batch: Count = 64  # states per actor step, n_particles particles in each (authors: 6250)
     n_particles: Count = 4  # P, particles per state (paper: 8, and 4 are enough)
     kernel: Literal["rbf", "delta"] = "rbf"  # of the field: rbf, or delta (RLDT-Delta)
     alpha: Weight = 1e-3  # temperature, the weight of the repulsion relative to |grad Q| (paper: 1e-3)
     transport_loss: Literal["literal", "authors"] = "authors"  # eq. (13), or the authors' form of it
-    gradient_norm: Weight = 1.0  # mean |grad Q| is scaled to this at each step; 0: not (authors)
+    gradient_norm: Weight = 1.0  # what the first mean |grad Q| is scaled to; 0: not scaled (authors)
     consistency_weight: Weight = 0.5  # of eq. (14) (paper: 0.5)
     constraint_weight: Weight = 0.2  # of eq. (15) (paper: 0.2)
     reference_every: Size = 1  # iterations until the constraint's policy follows (authors: 1); 0: never
     actor_lr: Weight = 1e-4  # Adam step size (paper: 2e-5)
-    anneal: Share = 0.1  # factor on actor_lr and on transport, reached linearly at the end (authors: 1)
+    anneal: Share = 0.1  # factor on actor_lr, reached linearly at the end (authors: 1)
 
 
 PRESETS = {
@@ -302,10 +305,11 @@ def start_noise(shape, args: TaskArgs) -> torch.Tensor:
     return x0 * (torch.rand(*shape[:-1], 1, device=args.device) >= args.zero_fraction)
 
 
-def actor_losses(velocity, reference, critic: Critic, obs, trajectory, args: Args, k=None):
+def actor_losses(velocity, reference, critic: Critic, obs, trajectory, args: Args, unit=0.0, k=None):
     """The three losses of eq. (16) on states obs (B, obs_dim) with trajectories (K + 1, B, P, D).
 
-    Each particle has one step k (B, P) of its trajectory, drawn where it is not given.
+    Each particle has one step k (B, P) of its trajectory, drawn where it is not given. The field is in
+    units of `unit`, a length of grad Q; 0: its mean here.
     """
     K, (_, B, P, D) = len(trajectory) - 1, trajectory.shape
     device, action = obs.device, trajectory[-1]  # a, (B, P, D)
@@ -330,7 +334,7 @@ def actor_losses(velocity, reference, critic: Critic, obs, trajectory, args: Arg
     (grad_q,) = torch.autograd.grad(q.sum(), particles)
     grad_q_norm = grad_q.norm(dim=-1).mean()
     if args.gradient_norm:  # moves are as long on a task with large values as on one with small ones
-        grad_q = grad_q * (args.gradient_norm / grad_q_norm.clamp_min(1e-8))
+        grad_q = grad_q * (args.gradient_norm / (unit or grad_q_norm.clamp_min(1e-8)))
     phi = transport_field(query, particles.detach(), grad_q, args.alpha, args.kernel)  # eq. (6)
     if args.transport_loss == "literal":
         transport = (a_dagger - (query + phi)).square().sum(-1).mean() / K  # eq. (13)
@@ -353,17 +357,14 @@ def actor_losses(velocity, reference, critic: Critic, obs, trajectory, args: Arg
     return transport, consistency, constraint, {key: value.detach() for key, value in metrics.items()}
 
 
-def update_actor(policy, reference, critic: Critic, optimizer, obs, args: Args, decay=1.0) -> dict:
-    """Samples P particles in each state of obs (B, obs_dim), then takes a step on eq. (16).
-
-    `decay` is a factor on the transport, which falls along a run as the step size does.
-    """
+def update_actor(policy, reference, critic: Critic, optimizer, obs, args: Args, unit=0.0) -> dict:
+    """Samples P particles in each state of obs (B, obs_dim), then takes a step on eq. (16)."""
     x0 = start_noise((len(obs), args.n_particles, policy.action_size), args)
     with torch.no_grad(), autocast(args):
         trajectory = policy.sample(obs[:, None].expand(-1, args.n_particles, -1), x0, trajectory=True)
-    losses = actor_losses(policy.velocity, reference.velocity, critic, obs, trajectory, args)
+    losses = actor_losses(policy.velocity, reference.velocity, critic, obs, trajectory, args, unit)
     transport, consistency, constraint, metrics = losses
-    loss = decay * transport + args.consistency_weight * consistency  # eq. (16)
+    loss = transport + args.consistency_weight * consistency  # eq. (16)
     loss += args.constraint_weight * constraint
     optimizer.zero_grad()
     loss.backward()
@@ -420,7 +421,7 @@ def main(args: Args) -> dict | None:
     actor_optimizer = torch.optim.Adam(policy.velocity.parameters(), args.actor_lr, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_lr, fused=True)
     replay = Replay(args, policy.obs_dim, policy.action_size)
-    state = dict(env_steps=0, trained=0, actor_steps=0, reward_scale=1.0, rewarded=0)
+    state = dict(env_steps=0, trained=0, actor_steps=0, reward_scale=1.0, rewarded=0, unit=0.0)
     run.checkpoints(
         state, policy, reference=reference, critic=critic, target=target, envs=envs, replay=replay,
         actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer,
@@ -461,8 +462,11 @@ def main(args: Args) -> dict | None:
                         decay = 1 + (args.anneal - 1) * spent
                         rise = min(1.0, state["actor_steps"] / ACTOR_WARMUP)
                         actor_optimizer.param_groups[0]["lr"] = args.actor_lr * decay * rise
-                        rest = actor_optimizer, obs[i], args, decay
+                        rest = actor_optimizer, obs[i], args, state["unit"]
                         run.add(update_actor(policy, reference, critic, *rest))
+            norms = run.metrics.get("diagnostics/grad_q_norm")
+            if norms and not state["unit"]:  # that of the actor's first iteration
+                state["unit"] = average(torch.stack(norms).double().mean()).item()
             # 4. the reference of the constraint follows, or stays the base
             state["trained"] += 1
             run.add({"diagnostics/base_distance": policy.distance(base, obs[:512])})

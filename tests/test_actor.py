@@ -26,20 +26,21 @@ class QuadraticCritic:
         return torch.stack([q, q / 2])
 
 
-def call_losses(script, velocity, reference, critic, state, trajectory, args, *k):
+def call_losses(script, velocity, reference, critic, state, trajectory, args, **given):
     """actor_losses in states (B, OBS)."""
     conds = 3 * [state] if script is rldt_robomimic else [with_stage(script, state)]
-    return script.actor_losses(velocity, reference, critic, *conds, trajectory, args, *k)
+    return script.actor_losses(velocity, reference, critic, *conds, trajectory, args, **given)
 
 
-def losses(script, **settings):
+def losses(script, given=(), **settings):
     """The three losses on random trajectories, with all that went into them."""
     velocity, reference = (VelocityMLP(D, OBS, 8, 3, 4, "silu").double() for _ in range(2))
     state, start = torch.randn(B, OBS).double(), torch.randn(B, P, D).double()
     states = state[:, None].expand(-1, P, -1)
     trajectory = sample(velocity, states, start, K, trajectory=True)
     k, args = torch.randint(K, (B, P)), arguments(script, alpha=0.3, **settings)
-    result = call_losses(script, velocity, reference, QuadraticCritic(), state, trajectory, args, k)
+    networks, given = (velocity, reference, QuadraticCritic()), dict(given, k=k)
+    result = call_losses(script, *networks, state, trajectory, args, **given)
     x = trajectory[k, torch.arange(B)[:, None], torch.arange(P)]
     return velocity, states, trajectory, x, k / K, result
 
@@ -48,22 +49,25 @@ def gradients(velocity, scalar, weights=None):
     return torch.autograd.grad(scalar, list(velocity.parameters()), weights, retain_graph=True)
 
 
-@pytest.mark.parametrize("script, form, field", [
-    (rldt_gym, "literal", 0), (rldt_gym, "authors", 0), (rldt_gym, "authors", 2.5),
-    (rldt_robomimic, "authors", "critic"), (rldt_robomimic, "authors", "particles"),
-    (rldt_furniture, "authors", "critic"), (rldt_furniture, "authors", "particles"),
+@pytest.mark.parametrize("script, form, field, unit", [
+    (rldt_gym, "literal", 0, 0), (rldt_gym, "authors", 0, 3), (rldt_gym, "authors", 2.5, 0),
+    (rldt_gym, "authors", 2.5, 3.0),
+    (rldt_robomimic, "authors", "critic", 0), (rldt_robomimic, "authors", "particles", 0),
+    (rldt_furniture, "authors", "critic", 0), (rldt_furniture, "authors", "particles", 0),
 ])  # fmt: skip
 @pytest.mark.parametrize("kernel", ["rbf", "delta"])
-def test_transport_loss_has_the_weighted_fields_gradient(script, form, field, kernel):
+def test_transport_loss_has_the_weighted_fields_gradient(script, form, field, unit, kernel):
+    given = dict(unit=unit) if unit else {}
     on_gym = dict(transport_loss=form, gradient_norm=field)
     choices = on_gym if script is rldt_gym else dict(q_gradient=field, transport_scale=10.0)
-    velocity, states, trajectory, x, t, (transport, *_) = losses(script, kernel=kernel, **choices)
+    velocity, states, trajectory, x, t, (transport, *_) = losses(script, given, kernel=kernel, **choices)
     query = expected_target(x, t, velocity(x, t, states)).detach()
     particles = query if kernel == "delta" else trajectory[-1]
     grad_q = 1.5 * (1 - particles)
     if field == "particles":
         grad_q = particle_gradient(-0.75 * (particles - 1).square().sum(-1), particles)
-    scale = 10 if script is not rldt_gym else field / grad_q.norm(dim=-1).mean() if field else 1
+    length = unit or grad_q.norm(dim=-1).mean()
+    scale = 10 if script is not rldt_gym else field / length if field else 1
     phi = transport_field(query, particles, scale * grad_q, 0.3, kernel)
     rest = (1 - t)[..., None]
     weight = 2 * rest if form == "literal" else 1 / rest  # eq. (13), and the authors' form of it
@@ -134,7 +138,7 @@ def test_update_actor_steps_along_the_weighted_sum_of_the_losses(monkeypatch, sc
     actor_losses, parts, starts = script.actor_losses, [], {}
 
     def recorded(velocity, theirs, critic, *rest):
-        trajectory = rest[-2]
+        trajectory = rest[len(rest) - 3 if script is rldt_gym else -2]
         assert not trajectory.requires_grad
         starts["particles"] = trajectory[0]
 
@@ -151,11 +155,9 @@ def test_update_actor_steps_along_the_weighted_sum_of_the_losses(monkeypatch, sc
     parameters = list(policy.velocity.parameters())
     before, optimizer = [p.detach().clone() for p in parameters], torch.optim.SGD(parameters, 0.1)
     obs = observed(script, torch.randn(200, OBS))
-    decay = [0.3] if script is rldt_gym else []  # of the transport alone
-    rows = obs, *nothing_good(script), args, *decay
+    rows = obs, *nothing_good(script), args
     metrics = script.update_actor(policy, reference, QuadraticCritic(), optimizer, *rows)
-    share = sum(decay) or 1
-    total = [share * a + 0.7 * b + 0.1 * c for a, b, c in zip(*parts, strict=True)]  # eq. (16)
+    total = [a + 0.7 * b + 0.1 * c for a, b, c in zip(*parts, strict=True)]  # eq. (16)
     expected = [b - 0.1 * g for b, g in zip(before, total, strict=True)]
     torch.testing.assert_close([p.detach() for p in parameters], expected)
     norm = torch.cat([g.flatten() for g in total]).norm()

@@ -60,6 +60,16 @@ def test_rollouts_without_a_reward_leave_the_scale_as_it_is():
     assert scales == pytest.approx([1, 4, 4, 4])
 
 
+def test_field_is_in_units_of_the_gradient_at_first(tiny_args, monkeypatch, only_run):
+    units = recorded(monkeypatch, rldt_gym, "update_actor", lambda *args: args[-1])
+    rldt_gym.main(tiny_args(iterations=5, eval_every=9))
+    rows = [row for row in metrics(only_run()) if row["diagnostics/grad_q_norm"]]
+    first, steps = float(rows[0]["diagnostics/grad_q_norm"]), len(units) // len(rows)
+    assert units[:steps] == [0] * steps and len(rows) > 1
+    assert units[steps:] == [pytest.approx(first)] * (len(units) - steps)
+    assert float(rows[1]["diagnostics/grad_q_norm"]) != pytest.approx(first)
+
+
 def test_critic_takes_more_steps_and_a_longer_lambda_before_the_actor_starts(tiny_args, monkeypatch):
     lambdas = []
     target = lambda *args: lambdas.append(args[4]) or args[2]["obs"].sum(-1)  # a target for each row
