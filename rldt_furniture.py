@@ -74,12 +74,10 @@ class TaskArgs:
 
 
 @dataclass
-class Args(TaskArgs):
-    """Settings of RLDT. Where a default differs from the paper's, docs/rldt_furniture.md says why."""
+class CriticArgs(TaskArgs):
+    """Settings of methods with RLDT's critic. Where they differ from the paper's, docs/ says why."""
 
-    # exploration and replay
-    exploration_steps: Size = 0  # noise |a - a_dagger_k|, k of this many last Euler steps (authors: 2)
-    best_of: Count = 1  # samples; half of the environments act on their best quarter (authors: 1)
+    # replay
     buffer_iterations: Count = 60  # rollouts kept in the replay (authors: 20)
     demos: bool = False  # demonstrations are in the replay, as episodes that reach all (authors: not)
     segments: Count = 128  # of SEGMENT chunks, drawn from the replay per round
@@ -96,7 +94,12 @@ class Args(TaskArgs):
     critic_layer_norm: bool = True  # without: no LayerNorm, and weights from N(0, 0.1^2) (authors)
     warmup_iterations: Size = 22  # training iterations before the actor starts (paper: 2)
 
-    # actor
+
+@dataclass
+class Args(CriticArgs):
+    # exploration and actor
+    exploration_steps: Size = 0  # noise |a - a_dagger_k|, k of this many last Euler steps (authors: 2)
+    best_of: Count = 1  # samples; half of the environments act on their best quarter (authors: 1)
     actor_steps: Size = 6  # per round (authors: 2)
     actor_batch: Count = 64  # states per actor step, n_particles particles in each (authors: 6250)
     n_particles: Count = 16  # P, particles per state (paper: 8)

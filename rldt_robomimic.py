@@ -71,12 +71,10 @@ class TaskArgs:
 
 
 @dataclass
-class Args(TaskArgs):
-    """Settings of RLDT. Where a default differs from the paper's, docs/rldt_robomimic.md says why."""
+class CriticArgs(TaskArgs):
+    """Settings of methods with RLDT's critic. Where they differ from the paper's, docs/ says why."""
 
-    # exploration and replay
-    exploration_steps: Size = 2  # noise |a - a_dagger_k|, k of this many last Euler steps (authors: 2)
-    best_of: Count = 1  # samples; half of the simulators act on their best quarter (authors: 1)
+    # replay
     buffer_iterations: Count = 20  # rollouts kept in the replay (paper: 10)
     demos: bool = False  # demonstrations are in the replay, as episodes that succeed (authors: not)
     segments: Count = 128  # of SEGMENT chunks, drawn from the replay per round
@@ -93,7 +91,12 @@ class Args(TaskArgs):
     critic_layer_norm: bool = True  # without: no LayerNorm, and weights from N(0, 0.1^2) (authors)
     warmup_iterations: Size = 12  # training iterations before the actor starts (paper: 2)
 
-    # actor
+
+@dataclass
+class Args(CriticArgs):
+    # exploration and actor
+    exploration_steps: Size = 2  # noise |a - a_dagger_k|, k of this many last Euler steps (authors: 2)
+    best_of: Count = 1  # samples; half of the simulators act on their best quarter (authors: 1)
     actor_steps: Size = 4  # per round (authors: 2)
     actor_batch: Count = 512  # states per actor step, n_particles particles in each (authors: 6250)
     n_particles: Count = 4  # P, particles per state (paper: 8)
@@ -594,19 +597,19 @@ def evaluate(policy: Policy, envs: RobomimicVectorEnv, args: Args, episodes: int
 
 
 # --------------------------------------------------------------------------------------- main
-def resolve(args: Args):
+def resolve(args: TaskArgs):
     """Fills in what depends on the task."""
     args.horizon = args.horizon or TASKS[args.task].horizon
     args.rollout_chunks = args.rollout_chunks or (200 if args.task == "lift" else 400)
     if args.iterations == 0 and args.wall_budget_s == 0:
         args.iterations = 40 if args.task == "lift" else 120
-    if args.q_gradient == "particles" and args.n_particles < 2:
-        raise SystemExit("--q-gradient particles needs --n-particles of at least 2, better 16")
 
 
 def main(args: Args) -> dict | None:
     set_up(args)
     resolve(args)
+    if args.q_gradient == "particles" and args.n_particles < 2:
+        raise SystemExit("--q-gradient particles needs --n-particles of at least 2, better 16.")
     if args.evaluate:
         measure = lambda policy, **of: evaluate(policy, make_envs(args, policy), args, **of)
         return evaluate_stored(args, Policy, measure)

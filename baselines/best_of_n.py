@@ -1,72 +1,70 @@
-"""Best of N (EMaQ, Ghasemipour et al. 2021): the base policy stays; a critic chooses among its samples.
+"""Best of N (EMaQ, Ghasemipour et al. 2021; QC, Li et al. 2025): a critic chooses among samples.
 
-    python -m baselines.best_of_n --env-id Hopper-v4
+    python -m baselines.best_of_n --task Hopper-v4  # or one_leg-low, square-state, transport-state
 
-Rollouts, replay and critic are RLDT's; there is no actor to update. docs/baselines.md has the equations.
+The base policy stays as it is (EMaQ), or goes on cloning what is in the replay (QC, `--clone-steps`).
+Rollouts, replay and critic are RLDT's. docs/baselines.md has the equations.
 """
 
-import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import ClassVar
 
-import numpy as np
 import torch
 
-import rldt_gym as family
-from common.flow import sample
-from common.runs import Run, derive_seed, evaluate_stored
-from common.settings import Count, Share, Size, Weight, launch, set_up
+import rldt_gym
+from baselines import families, offpolicy
+from common.flow import FlowPolicy, flow_matching_loss, sample
+from common.runs import autocast, average_gradients
+from common.settings import Count, Size, Weight
 
 
 # ---------------------------------------------------------------------------------- arguments
 @dataclass
-class Args(family.TaskArgs):
+class Args:
     """Those of replay and critic are RLDT's."""
 
     exp_name: str = "best-of-n"  # name of the experiment, part of the run directory's name
 
-    # acting and replay
-    candidates: Count = 4  # N, samples of the base from which the critic takes one (EMaQ: 5 to 100)
-    buffer_iterations: Count = 40  # rollouts kept in the replay (paper: 20)
-    segments: Count = 128  # of SEGMENT chunks, drawn from the replay per round (authors: 100 of 500)
-    exploration_steps = 0  # no setting: the candidates are noise enough
+    # acting
+    candidates: Count = 4  # N, samples of which the critic takes one (EMaQ: 5 to 100; QC: 32)
+    exploration_steps: ClassVar[int] = 0  # no setting: the candidates are noise enough
 
-    # critic
-    gamma: Share = 0.97  # discount per chunk (paper: 0.99)
-    td_lambda: Share = 0.5  # lambda of TD(lambda) (authors: 0)
-    target_momentum: Share = 0.99  # Polyak momentum of the targets per critic step (paper: 0.998)
-    rounds: Count = 16  # per iteration: draw segments, critic steps (authors: 16)
-    critic_steps: Count = 32  # per round (paper: 64)
-    critic_batch: Count = 1024  # chunks per critic step (authors: 50 000, all that were drawn)
-    critic_lr: Weight = 5e-4  # Adam step size (paper: 1e-3 or 5e-4)
-    critic_layer_norm: bool = True  # without: no LayerNorm, and weights from N(0, 0.1^2) (authors)
-    warmup_iterations: Size = 3  # training iterations before the critic chooses
+    # cloning
+    clone_steps: Size = 0  # of eq. (2) per round (EMaQ: 0; QC: as many as critic steps)
+    clone_batch: Count = 256  # replayed chunks per step (QC: 256)
+    clone_lr: Weight = 3e-4  # Adam step size (QC: 3e-4)
 
 
-PRESETS = {
-    "paper": dict(
-        iterations=70, bf16=False, rollout_chunks=500, zero_fraction=0.0, eval_every=5,
-        eval_episodes=100, candidates=32, buffer_iterations=20, segments=3125, gamma=0.99,
-        td_lambda=0.0, target_momentum=0.998, critic_steps=64, critic_batch=50_000, critic_lr=1e-3,
-        critic_layer_norm=False, warmup_iterations=2,
-    )
-}  # fmt: skip
+SHARED = offpolicy.SHARED
+PRESETS = {"paper": dict(candidates=32, warmup_iterations=2)}
 
 
 # ------------------------------------------------------------------------------------- policy
-class BestOfN(family.FlowPolicy):
-    """A flow policy that stays as it is, and a critic that chooses among `candidates` samples."""
+def narrow(critic: type, obs_dim: int) -> type:
+    """A critic that sees the policy's state alone; furniture's also sees the pairs assembled."""
 
-    def __init__(self, *sizes, critic_layer_norm=True, **network):
+    class Narrow(critic):
+        def forward(self, seen: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+            return super().forward(seen[..., :obs_dim], action)
+
+    return Narrow
+
+
+class BestOfN(FlowPolicy):
+    """A flow policy, and a critic of these sizes that chooses among `candidates` samples."""
+
+    script = rldt_gym  # of the critic
+
+    def __init__(self, *sizes, critic_sizes: Sequence, **network):
         super().__init__(*sizes, **network)
-        self.config["critic_layer_norm"] = critic_layer_norm
-        self.critic = family.Critic(self.obs_dim, self.action_size, critic_layer_norm)
-        self.register_buffer("candidates", torch.tensor(1))  # N; 1 is the base policy itself
-        self.velocity.requires_grad_(False)
+        self.config["critic_sizes"] = list(critic_sizes)
+        self.critic = narrow(self.script.Critic, self.obs_dim)(*critic_sizes)
+        self.register_buffer("candidates", torch.tensor(1))  # N; 1 is the flow policy itself
 
     @torch.no_grad()
     def sample(self, cond: torch.Tensor, x0: torch.Tensor | None = None, trajectory=False):
-        """The candidate (B, D) of the highest smaller Q at cond (B, obs_dim), or its trajectory.
+        """The candidate (B, D) of the highest smallest Q at cond (B, obs_dim), or its trajectory.
 
         The first candidate starts from x0 (B, D) where it is given, the others from noise.
         """
@@ -81,75 +79,50 @@ class BestOfN(family.FlowPolicy):
         return points[..., torch.arange(B, device=cond.device), q.argmax(1), :]
 
 
-def make_policy(base: family.FlowPolicy, args: Args) -> BestOfN:
-    """The base policy with a new critic."""
-    policy = BestOfN(**base.config, critic_layer_norm=args.critic_layer_norm)
-    policy.load_state_dict(base.state_dict(), strict=False)
-    return policy.to(args.device)
+def update_clone(policy: BestOfN, optimizer, obs, action, args) -> dict[str, torch.Tensor]:
+    """One step on eq. (2) with chunks of the replay, obs (B, obs_dim) and action (B, D)."""
+    with autocast(args):
+        loss = flow_matching_loss(policy.velocity, action, obs)
+    optimizer.zero_grad()
+    loss.backward()
+    average_gradients(policy.velocity.parameters())
+    optimizer.step()
+    return {"losses/cloning": loss.detach()}
 
 
-def evaluate(policy: BestOfN, args: Args, episodes: int, seed: int) -> dict[str, float]:
-    """The family's evaluation, whose candidates are the same ones whenever it is asked for."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed + 1)
-        return family.evaluate(policy, args, episodes, seed)
+# ------------------------------------------------------------------------------------- method
+class Choice(offpolicy.Method):
+    policy_class = BestOfN
+
+    def __init__(self, base, family, args):
+        super().__init__(base, family, args)
+        velocity = self.policy.velocity.requires_grad_(args.clone_steps > 0)
+        self.optimizer = torch.optim.Adam(velocity.parameters(), args.clone_lr, fused=True)
+        self.parts = dict(clone_optimizer=self.optimizer)
+
+    def make_policy(self, policy_class, family):
+        _, *sizes = family.critic_sizes(self.base)
+        critic_sizes = self.base.obs_dim, *sizes
+        policy = policy_class(**self.base.config, critic_sizes=critic_sizes)
+        policy.load_state_dict(self.base.state_dict(), strict=False)
+        return policy.to(self.args.device)
+
+    def make_critic(self, family):
+        return self.policy.critic
+
+    def begin(self, warm):
+        self.policy.candidates.fill_(1 if warm else self.args.candidates)  # the critic knows nothing yet
+
+    def update(self, seen, action, target, warm, spent):
+        for _ in range(self.args.clone_steps):
+            i = torch.randint(len(seen), (self.args.clone_batch,), device=seen.device)
+            obs = seen[i, : self.policy.obs_dim]
+            yield update_clone(self.policy, self.optimizer, obs, action[i], self.args)
 
 
-# --------------------------------------------------------------------------------------- main
-def main(args: Args) -> dict | None:
-    set_up(args)
-    if args.iterations == 0 and args.wall_budget_s == 0:
-        args.iterations = 24 if args.env_id == "Hopper-v4" else 78
-    measure = partial(evaluate, args=args)
-    if args.evaluate:
-        return evaluate_stored(args, BestOfN, measure)
-
-    envs = family.make_envs(args, args.num_envs)
-    run = Run(args, f"{args.env_id}__{args.exp_name}__{args.seed}")
-    policy = make_policy(family.get_base(args, run, envs), args)
-    critic = policy.critic
-    target = copy.deepcopy(critic).requires_grad_(False)
-    optimizer = torch.optim.Adam(critic.parameters(), args.critic_lr, fused=True)
-    replay = family.Replay(args, policy.obs_dim, policy.action_size)
-    state = dict(env_steps=0, trained=0, reward_scale=1.0, rewarded=0)
-    run.checkpoints(state, policy, target=target, envs=envs, replay=replay, optimizer=optimizer)
-
-    for iteration, spent in run.iterations():
-        row, warm = {}, state["trained"] < args.warmup_iterations
-        policy.candidates.fill_(1 if warm else args.candidates)  # the base, until the critic knows it
-        if iteration % args.eval_every == 0 or spent == 1:
-            row = run.evaluate("eval_return", measure)
-            envs.reset(derive_seed(args.seed, "rollouts", iteration, run.rank))
-        else:
-            # 1. roll out the best of N candidates
-            with run.timer(row, "rollout_s"):
-                steps, returns = family.collect(policy, envs, replay.next(), args)
-            state["env_steps"] += steps * run.world
-            if returns:
-                row["train_return"] = np.mean(returns)
-            reward_scale = family.average_magnitude(state, replay.newest()["reward"])
-            row["diagnostics/reward_scale"] = reward_scale
-
-            # 2. the critic: TD(lambda) targets of the best of N, then steps on minibatches of them
-            with run.timer(row, "critic_s"):
-                for _ in range(args.rounds):
-                    batch = replay.draw(args.segments)
-                    lam = family.WARMUP_LAMBDA if warm else args.td_lambda
-                    y = family.critic_target(policy, target, batch, reward_scale, lam, args).flatten()
-                    obs, action = batch["obs"].flatten(0, 1), batch["action"].flatten(0, 1)
-                    for _ in range(args.critic_steps * (family.WARMUP_FACTOR if warm else 1)):
-                        i = torch.randint(len(y), (args.critic_batch,), device=args.device)
-                        rows = obs[i], action[i], y[i]
-                        run.add(family.update_critic(critic, target, optimizer, *rows, args))
-            state["trained"] += 1
-        run.log(row, state["env_steps"])
-        run.save()
-
-    envs.close()
-    if args.capture_video and run.rank == 0:
-        family.record_video(policy, args.env_id, run.path / "videos")
-    return run.finish("eval_return", measure, task=args.env_id, env_steps=state["env_steps"])
+def main(args) -> dict | None:
+    return offpolicy.main(args, Choice)
 
 
 if __name__ == "__main__":
-    launch(main, Args, PRESETS, __doc__)
+    families.launch(main, SHARED, Args, PRESETS, __doc__)

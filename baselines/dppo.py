@@ -1,7 +1,7 @@
 """DPPO (Diffusion Policy Policy Optimization, Ren et al. 2024, arXiv 2409.00588).
 
-    python -m baselines.dppo --env-id Hopper-v4                     # on the flow that RLDT starts from
-    python -m baselines.dppo --env-id Hopper-v4 --form diffusion    # the original, on a diffusion policy
+    python -m baselines.dppo --task Hopper-v4       # or one_leg-low, square-state, transport-state
+    python -m baselines.dppo --task Hopper-v4 --form diffusion      # the original, on a diffusion policy
 
 finetunes a pretrained policy by PPO in the decision process of its last denoising steps, each a
 Gaussian. baselines/ppo.py has the loop, docs/baselines.md the equations.
@@ -18,12 +18,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import rldt_gym as family
-from baselines import ppo
-from common.flow import fit
+from baselines import families, ppo
+from common.flow import FlowPolicy, fit
 from common.runs import autocast, average_gradients
-from common.settings import Count, Share, Size, Weight, launch
-from demos import dataset
+from common.settings import Count, Share, Size, Weight
+from demos.dataset import chunk_starts
+from rldt_gym import PRETRAINING
 
 Deviation = Annotated[float, 1e-6, 1e9]  # the type of a setting, with its bounds
 
@@ -46,6 +46,7 @@ class Args(ppo.PPOArgs):
     actor_lr_end: Weight = 1.0  # factor on actor_lr, reached linearly at the end (official: 1)
 
 
+SHARED = ppo.SHARED
 PRESETS = {
     "paper": dict(
         iterations=1000, bf16=False, rollout_chunks=500, zero_fraction=0.0, eval_every=10,
@@ -68,7 +69,7 @@ def noise_schedule(K: int) -> tuple[torch.Tensor, torch.Tensor]:
     return alpha_bar.float(), alpha.float()
 
 
-def noise_loss(policy: family.FlowPolicy, action: torch.Tensor, obs: torch.Tensor) -> torch.Tensor:
+def noise_loss(policy: FlowPolicy, action: torch.Tensor, obs: torch.Tensor) -> torch.Tensor:
     """Mean squared error of the noise in actions (B, D) at obs (B, obs_dim) (Ho et al. 2020)."""
     K, device = policy.euler_steps, action.device
     k = torch.randint(K, (len(action),), device=device)
@@ -77,17 +78,17 @@ def noise_loss(policy: family.FlowPolicy, action: torch.Tensor, obs: torch.Tenso
     return F.mse_loss(policy.velocity(x, k / K, obs), noise)
 
 
-class DenoisingPolicy(family.FlowPolicy):
+class DenoisingPolicy(FlowPolicy):
     """A policy whose point k of K + 1 is x_k, from noise x_0 to the action x_K, in both forms.
 
     `flow` steps along a velocity. `diffusion` steps along the posterior of a DDPM (Ho et al. 2020), and
     its network predicts the noise. The steps before the last `tuned_steps` stay the base's, `frozen`.
     """
 
-    def __init__(self, *sizes, form="flow", tuned_steps=0, **network):
+    def __init__(self, *sizes, form="flow", tuned_steps=0, bound=1.0, **network):
         super().__init__(*sizes, **network)
-        self.config |= dict(form=form, tuned_steps=tuned_steps)
-        self.form, self.tuned_steps = form, tuned_steps
+        self.config |= dict(form=form, tuned_steps=tuned_steps, bound=bound)
+        self.form, self.tuned_steps, self.bound = form, tuned_steps, bound
         self.frozen = copy.deepcopy(self.velocity).requires_grad_(False)
         alpha_bar, alpha = noise_schedule(self.euler_steps)
         self.register_buffer("alpha_bar", alpha_bar, persistent=False)
@@ -101,7 +102,7 @@ class DenoisingPolicy(family.FlowPolicy):
         now, after, alpha = self.alpha_bar[k], self.alpha_bar[k + 1], self.alpha[k]
         action = (x - (1 - now).sqrt()[..., None] * output) / now.sqrt()[..., None]
         to_action, to_x = after.sqrt() * (1 - alpha) / (1 - now), alpha.sqrt() * (1 - after) / (1 - now)
-        mean = to_action[..., None] * action.clamp(-1, 1) + to_x[..., None] * x
+        mean = to_action[..., None] * action.clamp(-self.bound, self.bound) + to_x[..., None] * x
         return mean, ((1 - alpha) * (1 - after) / (1 - now)).sqrt()
 
     def network(self, k: int) -> nn.Module:
@@ -124,26 +125,28 @@ class DenoisingPolicy(family.FlowPolicy):
         return x
 
 
-def make_policy(base: family.FlowPolicy, args: Args) -> DenoisingPolicy:
+def make_policy(policy_class: type, base: FlowPolicy, family: families.Family) -> DenoisingPolicy:
     """The base policy, whose last steps are to be tuned."""
+    args = family.args
     if args.tuned_steps > base.euler_steps:
         raise SystemExit(f"--tuned-steps {args.tuned_steps}: the base has {base.euler_steps} steps.")
     tuned = args.tuned_steps or base.euler_steps // 2
-    policy = DenoisingPolicy(**base.config, form=args.form, tuned_steps=tuned)
+    form = dict(form=args.form, tuned_steps=tuned, bound=family.bound)
+    policy = policy_class(**base.config, **form)
     policy.load_state_dict(base.state_dict(), strict=False)
     policy.frozen.load_state_dict(base.velocity.state_dict())
     return policy
 
 
 # -------------------------------------------------------------------------------- base policy
-def pretrain(args: Args, data: dataset.Demonstrations, checkpoint: Path, epochs, batch, lr, **sizes):
+def pretrain(family, checkpoint: Path, epochs: int, batch: int, lr: float, **sizes) -> FlowPolicy:
     """The family's pretraining, by the loss of the noise: the base of the diffusion."""
-    policy = family.FlowPolicy(data.observations.shape[1], data.actions.shape[1], **sizes)
-    policy.to(args.device)
-    policy.set_limits(**data.limits())
-    first = dataset.chunk_starts(data.episode_ends, policy.chunk)  # (n,)
-    obs = policy.normalize(data.observations[first])  # (n, obs_dim)
-    action = policy.from_env(data.actions[first[:, None] + np.arange(policy.chunk)])  # (n, D)
+    data, args = family.demonstrations(), family.args
+    policy = FlowPolicy(data.obs.shape[1], data.action.shape[1], **sizes).to(args.device)
+    policy.set_limits(**data.limits)
+    first = chunk_starts(data.episode_ends, policy.chunk)  # (n,)
+    obs = policy.normalize(data.obs[first])  # (n, obs_dim)
+    action = policy.from_env(data.action[first[:, None] + np.arange(policy.chunk)])  # (n, D)
     held_out, train = torch.randperm(len(obs), device=args.device).tensor_split([len(obs) // 20])
 
     def loss():
@@ -153,20 +156,22 @@ def pretrain(args: Args, data: dataset.Demonstrations, checkpoint: Path, epochs,
     averaged = fit(policy, loss, max(1, epochs * len(train) // batch), lr, args, checkpoint)
     with torch.no_grad():
         validation = noise_loss(averaged, action[held_out], obs[held_out]).item()
-    averaged.info = dict(env_id=args.env_id, form="diffusion", validation_loss=validation)
+    averaged.info = dict(task=family.task, form="diffusion", validation_loss=validation)
     return averaged
 
 
-def get_base(args: Args, run, envs) -> family.FlowPolicy:
+def get_base(family: families.Family, run) -> FlowPolicy:
     """The family's base policy; the diffusion's is pretrained here unless --base gives one."""
-    kept = run.path / "base.safetensors"
+    kept, args = run.path / "base.safetensors", family.args
+    if args.form == "diffusion" and not isinstance(family, families.Gym):
+        raise SystemExit("--form diffusion: has a base on Gym's tasks alone; use --form flow.")
     if args.form == "diffusion" and run.rank == 0 and not args.base and not kept.exists():
-        settings = family.PRETRAINING[args.preset] | dict(euler_steps=DIFFUSION_STEPS)
-        data, checkpoint = dataset.get(args.env_id, args.dataset, envs), run.path / "pretraining.pt"
-        policy = pretrain(args, data, checkpoint, **settings)
+        checkpoint = run.path / "pretraining.pt"
+        settings = PRETRAINING[args.preset] | dict(euler_steps=DIFFUSION_STEPS)
+        policy = pretrain(family, checkpoint, **settings)
         policy.save(kept, **policy.info)
         checkpoint.unlink(missing_ok=True)
-    base = family.get_base(args, run, envs)
+    base = family.base(run)
     form = base.info.get("form", "flow")
     if form != args.form:
         raise SystemExit(f"{args.base}: a {form} policy, the run wants a {args.form}.")
@@ -204,7 +209,7 @@ def make_batch(policy: DenoisingPolicy, rollout: dict, args: Args) -> dict[str, 
     batch = {"x": chain[:, :-1].flatten(0, 1), "x_next": chain[:, 1:].flatten(0, 1)}
     k = torch.arange(K - policy.tuned_steps, K, device=chain.device)
     batch["k"] = k.repeat(len(chain))
-    for name in ("obs", "advantage", "target"):
+    for name in ("obs", "seen", "advantage", "target"):
         batch[name] = rollout[name].flatten(0, 1).repeat_interleave(len(k), 0)
     old = []
     for i in torch.arange(len(batch["k"]), device=chain.device).split(args.batch):
@@ -229,10 +234,10 @@ def update_actor(policy: DenoisingPolicy, optimizer, batch: dict, args: Args) ->
 
 
 # --------------------------------------------------------------------------------------- main
-def main(args: Args) -> dict | None:
+def main(args) -> dict | None:
     functions = make_policy, act, make_batch, update_actor, get_base
     return ppo.main(args, ppo.Method(DenoisingPolicy, *functions))
 
 
 if __name__ == "__main__":
-    launch(main, Args, PRESETS, __doc__)
+    families.launch(main, SHARED, Args, PRESETS, __doc__)

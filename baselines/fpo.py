@@ -1,7 +1,7 @@
 """FPO (Flow Policy Optimization, McAllister et al. 2025, arXiv 2507.21053) and FPO++.
 
-    python -m baselines.fpo --env-id Hopper-v4                  # FPO++: a ratio per sample, and ASPO
-    python -m baselines.fpo --env-id Hopper-v4 --form fpo       # FPO: one ratio per action
+    python -m baselines.fpo --task Hopper-v4                    # FPO++: a ratio per sample, and ASPO
+    python -m baselines.fpo --task one_leg-low --form fpo       # FPO: one ratio per action
 
 finetunes a pretrained flow policy by PPO whose likelihood ratio is that of flow-matching losses.
 baselines/ppo.py has the loop, docs/baselines.md the equations.
@@ -14,11 +14,10 @@ from typing import Literal
 import torch
 import torch.nn as nn
 
-import rldt_gym as family
-from baselines import ppo
-from common.flow import interpolate
+from baselines import families, ppo
+from common.flow import FlowPolicy, interpolate
 from common.runs import autocast, average_gradients
-from common.settings import Count, Share, Size, Weight, launch
+from common.settings import Count, Share, Size, Weight
 
 
 # ---------------------------------------------------------------------------------- arguments
@@ -40,6 +39,7 @@ class Args(ppo.PPOArgs):
     actor_lr_end: Weight = 1.0  # factor on actor_lr, reached linearly at the end (official: 1)
 
 
+SHARED = ppo.SHARED
 PRESETS = {
     "paper": dict(
         iterations=80, bf16=False, num_envs=100, rollout_chunks=500, eval_every=5, eval_episodes=100,
@@ -60,11 +60,11 @@ MAX_GRAD_NORM = 1.0  # to which the actor's gradient is scaled down (official FP
 
 
 # -------------------------------------------------------------------- exploration and rollout
-def make_policy(base: family.FlowPolicy, args: Args) -> family.FlowPolicy:
+def make_policy(policy_class: type, base: FlowPolicy, family: families.Family) -> FlowPolicy:
     return copy.deepcopy(base)
 
 
-def act(policy: family.FlowPolicy, obs: torch.Tensor, x0: torch.Tensor, args: Args):
+def act(policy: FlowPolicy, obs: torch.Tensor, x0: torch.Tensor, args: Args):
     """Actions (N, D) of the flow, which are kept."""
     with autocast(args):
         action = policy.sample(obs, x0)
@@ -72,7 +72,7 @@ def act(policy: family.FlowPolicy, obs: torch.Tensor, x0: torch.Tensor, args: Ar
 
 
 # -------------------------------------------------------------------------------------- actor
-def cfm_losses(policy: family.FlowPolicy, batch: dict, args: Args) -> torch.Tensor:
+def cfm_losses(policy: FlowPolicy, batch: dict, args: Args) -> torch.Tensor:
     """Flow-matching losses (B, N) of actions (B, D) at their N pairs noise (B, N, D) and t (B, N).
 
     The mean over the numbers of an action is summed over the actions of a chunk. FPO weighs it by t^2:
@@ -89,9 +89,10 @@ def cfm_losses(policy: family.FlowPolicy, batch: dict, args: Args) -> torch.Tens
 
 
 @torch.no_grad()
-def make_batch(policy: family.FlowPolicy, rollout: dict, args: Args) -> dict[str, torch.Tensor]:
+def make_batch(policy: FlowPolicy, rollout: dict, args: Args) -> dict[str, torch.Tensor]:
     """A rollout (T, N, ...) as rows (T * N, ...), with pairs (epsilon, t) and losses at these."""
-    batch = {name: rollout[name].flatten(0, 1) for name in ("obs", "action", "advantage", "target")}
+    names = "obs", "seen", "action", "advantage", "target"
+    batch = {name: rollout[name].flatten(0, 1) for name in names}
     shape, device = (len(batch["obs"]), args.samples), batch["obs"].device
     batch["noise"] = torch.randn(*shape, policy.action_size, device=device)
     batch["t"] = torch.randint(policy.euler_steps, shape, device=device) / policy.euler_steps
@@ -114,7 +115,7 @@ def surrogate(ratio: torch.Tensor, advantage: torch.Tensor, args: Args) -> torch
     return torch.where(advantage > 0, clipped, pulled_back)  # (F2) of docs/baselines.md
 
 
-def update_actor(policy: family.FlowPolicy, optimizer, batch: dict, args: Args) -> dict:
+def update_actor(policy: FlowPolicy, optimizer, batch: dict, args: Args) -> dict:
     """One step of PPO with the ratio exp(L_old - L_theta), of the mean losses or per sample."""
     log_ratio = batch["old_losses"] - cfm_losses(policy, batch, args)  # (B, N)
     if args.form == "fpo":
@@ -136,12 +137,12 @@ def update_actor(policy: family.FlowPolicy, optimizer, batch: dict, args: Args) 
 
 
 # --------------------------------------------------------------------------------------- main
-def main(args: Args) -> dict | None:
+def main(args) -> dict | None:
     args.samples = args.samples or SAMPLES[args.form, args.preset]
     args.clip = args.clip or TRUST[args.form, args.preset]
     functions = make_policy, act, make_batch, update_actor
-    return ppo.main(args, ppo.Method(family.FlowPolicy, *functions))
+    return ppo.main(args, ppo.Method(FlowPolicy, *functions))
 
 
 if __name__ == "__main__":
-    launch(main, Args, PRESETS, __doc__)
+    families.launch(main, SHARED, Args, PRESETS, __doc__)

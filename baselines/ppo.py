@@ -5,29 +5,26 @@ docs/baselines.md has the equations.
 """
 
 import itertools
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn as nn
 
-import rldt_gym as family
+import rldt_furniture
+import rldt_gym
+import rldt_robomimic
+from baselines.families import Family, Recorder, family_of, mix
 from common.flow import FlowPolicy, ResidualBlock
-from common.runs import Run, average, average_gradients, derive_seed, evaluate_stored
+from common.runs import Run, average, average_gradients, evaluate_stored
 from common.settings import Count, Share, Size, Weight, set_up
 
 
 # ---------------------------------------------------------------------------------- arguments
 @dataclass
-class PPOArgs(family.TaskArgs):
+class PPOArgs:
     """Settings of the PPO family, each method's own besides."""
-
-    num_envs: Count = 40  # parallel environments, per process under torchrun (DPPO: 40)
-    rollout_chunks: Count = 250  # chunks of actions per environment and iteration (DPPO: 500)
 
     # value
     gamma: Share = 0.99  # discount per chunk (DPPO: 0.99)
@@ -41,18 +38,38 @@ class PPOArgs(family.TaskArgs):
     target_kl: Weight = 1.0  # KL divergence beyond which an iteration's updates end (DPPO: 1)
     lr_warmup: Count = 2  # training iterations over which the step size rises linearly (DPPO: 10)
 
+    # no settings: the method's own noise explores, and one rollout is kept
+    exploration_steps: ClassVar[int] = 0
+    buffer_iterations: ClassVar[int] = 1
+    demos: ClassVar[bool] = False
+
+
+@dataclass
+class GymArgs(rldt_gym.TaskArgs):
+    """The rollouts of DPPO; other tasks' are RLDT's."""
+
+    # rollouts and evaluation
+    num_envs: Count = 40  # parallel environments, per process under torchrun (DPPO: 40)
+    rollout_chunks: Count = 250  # chunks of actions per environment and iteration (DPPO: 500)
+
+
+SHARED = {
+    "rldt_gym": GymArgs, "rldt_robomimic": rldt_robomimic.TaskArgs,
+    "rldt_furniture": rldt_furniture.TaskArgs,
+}  # fmt: skip
+
 
 # -------------------------------------------------------------------------------------- value
 class Value(nn.Module):
-    """V(s) of normalised observations (..., obs_dim) -> (...), the residual MLP of DPPO."""
+    """V(s) of what critics see (..., size) -> (...), the residual MLP of DPPO."""
 
-    def __init__(self, obs_dim: int, width=256, depth=3):
+    def __init__(self, size: int, width=256, depth=3):
         super().__init__()
         blocks = [ResidualBlock(width, "mish", False) for _ in range((depth - 1) // 2)]
-        self.layers = nn.Sequential(nn.Linear(obs_dim, width), *blocks, nn.Linear(width, 1))
+        self.layers = nn.Sequential(nn.Linear(size, width), *blocks, nn.Linear(width, 1))
 
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        return self.layers(obs)[..., 0]
+    def forward(self, seen: torch.Tensor) -> torch.Tensor:
+        return self.layers(seen)[..., 0]
 
 
 class RewardScale(nn.Module):
@@ -110,14 +127,15 @@ def advantages(value: Value, reward_scale: RewardScale, rollout: dict, args: PPO
     """The advantages of a rollout's chunks and the targets of their values, (T, N) each."""
     terminated, truncated = rollout["terminated"], rollout["truncated"]
     reward = reward_scale(rollout["reward"], terminated + truncated)  # (T, N)
-    v, next_v = value(torch.stack([rollout["obs"], rollout["next_obs"]]))
+    v, next_v = value(torch.stack([rollout["seen"], rollout["next_seen"]]))
     advantage = gae(reward, terminated, truncated, v, next_v, args.gamma, args.gae_lambda)
+    advantage = advantage * rollout["valid"]
     return {"advantage": advantage, "target": advantage + v}
 
 
 def update_value(value: Value, optimizer, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """One step of V(s) toward A + V(s), `target` (B,)."""
-    loss = 0.5 * (value(batch["obs"]) - batch["target"]).square().mean()
+    loss = 0.5 * (value(batch["seen"]) - batch["target"]).square().mean()
     optimizer.zero_grad()
     loss.backward()
     average_gradients(value.parameters())
@@ -150,31 +168,17 @@ def gradient_norm(parameters) -> torch.Tensor:
 
 
 # -------------------------------------------------------------------- exploration and rollout
-@torch.no_grad()
-def collect(policy: FlowPolicy, act: Callable, envs, args: PPOArgs) -> tuple[dict, int, list[float]]:
-    """A rollout, values (T, N, ...), its environment steps and the returns of episodes that ended."""
-    rollout, steps, returns, device = defaultdict(list), 0, [], args.device
-    for _ in range(args.rollout_chunks):
-        obs = policy.normalize(envs.obs)  # (N, obs_dim)
-        x0 = torch.randn(len(obs), policy.action_size, device=device)
-        x0[: round(args.zero_fraction * len(obs))] = 0
-        action, kept = act(policy, obs, x0, args)
-        step = envs.step(policy.to_env(action))
-        row = dict(obs=obs, next_obs=policy.normalize(step.next_obs), reward=step.reward,
-                   terminated=step.terminated, truncated=step.truncated) | kept  # fmt: skip
-        for name, x in row.items():
-            rollout[name].append(torch.as_tensor(x, dtype=torch.float32, device=device))
-        returns.extend(step.score[step.terminated | step.truncated])
-        steps += int(step.length.sum())
-    return {name: torch.stack(x) for name, x in rollout.items()}, steps, returns
-
-
-# --------------------------------------------------------------------------------- evaluation
-def evaluate(policy: FlowPolicy, args: PPOArgs, episodes: int, seed: int) -> dict[str, float]:
-    """The family's evaluation; noise that a policy draws is the same whenever it is asked for."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed + 1)
-        return family.evaluate(policy, args, episodes, seed)
+def collect(family: Family, policy: FlowPolicy, act: Callable, storage, run: Run, iteration: int, row):
+    """A rollout, values (T, N, ...), and its environment steps; the row learns how episodes ended."""
+    recorder = Recorder(policy, lambda obs, x0: act(policy, obs, x0, family.args))
+    kept = storage.next()
+    steps = family.rollout(recorder, kept, run, iteration, row)
+    rollout = family.transitions(kept)
+    rollout |= dict(seen=rollout.pop("obs"), next_seen=rollout.pop("next_obs"))
+    rollout["obs"] = rollout["seen"][..., : policy.obs_dim]
+    for name in recorder.kept[0]:
+        rollout[name] = torch.stack([kept[name] for kept in recorder.kept])
+    return rollout, steps
 
 
 # --------------------------------------------------------------------------------------- main
@@ -183,56 +187,55 @@ class Method(NamedTuple):
 
     policy_class: type[FlowPolicy]
     make_policy: Callable
-    """(base, args): a policy of that class, with the weights of the base policy."""
+    """(policy_class, base, family): a policy of that class, with the weights of the base policy."""
     act: Callable
     """(policy, obs, x0, args): actions (N, D) and, by name, what else the rollout is to keep."""
     make_batch: Callable
-    """(policy, rollout, args): rows of obs, advantage, target and what `update_actor` needs."""
+    """(policy, rollout, args): rows of obs, seen, advantage, target and what `update_actor` needs."""
     update_actor: Callable
     """(policy, optimizer, batch, args): a step on some of these rows; returns metrics."""
-    get_base: Callable = family.get_base
-    """(args, run, envs): the base policy."""
+    get_base: Callable = lambda family, run: family.base(run)
+    """(family, run): the base policy."""
     schedule: Callable = lambda policy, spent, args: {}
     """(policy, spent, args): what changes over the run; returns metrics."""
 
 
-def main(args: PPOArgs, method: Method) -> dict | None:
+def main(args, method: Method) -> dict | None:
     set_up(args)
-    if args.iterations == 0 and args.wall_budget_s == 0:
-        args.iterations = 31 if args.env_id == "Hopper-v4" else 106
-    measure = partial(evaluate, args=args)
+    family = family_of(args, iterations=(31, 106))
+    policy_class = mix(method.policy_class, family)
     if args.evaluate:
-        return evaluate_stored(args, method.policy_class, measure)
+        return evaluate_stored(args, policy_class, family.measure)
 
-    envs = family.make_envs(args, args.num_envs)
-    run = Run(args, f"{args.env_id}__{args.exp_name}__{args.seed}")
-    base = method.get_base(args, run, envs)
-    value = Value(base.obs_dim).to(args.device)
-    policy = method.make_policy(base, args).to(args.device)
+    run = Run(args, f"{family.task}__{args.exp_name}__{args.seed}")
+    base = method.get_base(family, run)
+    value = Value(base.obs_dim + family.extra).to(args.device)
+    policy = method.make_policy(policy_class, base, family).to(args.device)
     reward_scale = RewardScale(args.num_envs, args.gamma).to(args.device)
     tuned = [p for p in policy.parameters() if p.requires_grad]
     actor_optimizer = torch.optim.Adam(tuned, args.actor_lr, fused=True)
     value_optimizer = torch.optim.Adam(value.parameters(), args.value_lr, fused=True)
+    storage = family.make_replay(policy)
     state = dict(env_steps=0, trained=0)
     run.checkpoints(
-        state, policy, value=value, reward_scale=reward_scale, envs=envs,
+        state, policy, value=value, reward_scale=reward_scale, **family.parts,
         actor_optimizer=actor_optimizer, value_optimizer=value_optimizer,
     )  # fmt: skip
 
     for iteration, spent in run.iterations():
         row = {}
         if iteration % args.eval_every == 0 or spent == 1:
-            row = run.evaluate("eval_return", measure)
-            envs.reset(derive_seed(args.seed, "rollouts", iteration, run.rank))
+            row = run.evaluate(family.score, family.measure)
+            family.reset(run, iteration)
             reward_scale.carry.zero_()
         else:
             # 1. roll out
             row |= method.schedule(policy, spent, args)
             with run.timer(row, "rollout_s"):
-                rollout, steps, returns = collect(policy, method.act, envs, args)
-            state["env_steps"] += steps * run.world
-            if returns:
-                row["train_return"] = np.mean(returns)
+                if family.starts_anew:
+                    reward_scale.carry.zero_()
+                rollout, steps = collect(family, policy, method.act, storage, run, iteration, row)
+            state["env_steps"] += steps
 
             with run.timer(row, "update_s"):
                 # 2. advantages of the rollout's chunks
@@ -261,8 +264,4 @@ def main(args: PPOArgs, method: Method) -> dict | None:
             run.add({"diagnostics/base_distance": policy.distance(base, obs)})
         run.log(row, state["env_steps"])
         run.save()
-
-    envs.close()
-    if args.capture_video and run.rank == 0:
-        family.record_video(policy, args.env_id, run.path / "videos")
-    return run.finish("eval_return", measure, task=args.env_id, env_steps=state["env_steps"])
+    return family.finish(run, policy, state)

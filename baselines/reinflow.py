@@ -1,6 +1,6 @@
 """ReinFlow (Zhang et al. 2025, arXiv 2505.22094).
 
-    python -m baselines.reinflow --env-id Hopper-v4
+    python -m baselines.reinflow --task Hopper-v4   # or one_leg-low, square-state, transport-state
 
 finetunes a pretrained flow policy by PPO on its chain of Euler steps, to which a small network adds
 Gaussian noise of learned size. baselines/ppo.py has the loop, docs/baselines.md the equations.
@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-import rldt_gym as family
-from baselines import ppo
-from common.flow import time_embedding
+from baselines import families, ppo
+from common.flow import FlowPolicy, time_embedding
 from common.runs import autocast, average_gradients
-from common.settings import Count, Size, Weight, launch
+from common.settings import Count, Size, Weight
 
 
 # ---------------------------------------------------------------------------------- arguments
@@ -41,6 +40,7 @@ class Args(ppo.PPOArgs):
     actor_lr_end: Weight | None = None  # factor on actor_lr, reached linearly at the end; None: official
 
 
+SHARED = ppo.SHARED
 PRESETS = {
     "paper": dict(
         iterations=1000, bf16=False, rollout_chunks=500, zero_fraction=0.0, eval_every=10,
@@ -78,22 +78,22 @@ class NoiseNet(nn.Module):
         return (0.5 * (low + (high - low) * share)).exp()
 
 
-class NoisyPolicy(family.FlowPolicy):
-    """A flow policy whose points are clipped to +-1 after every step, and its noise in training.
+class NoisyPolicy(FlowPolicy):
+    """A flow policy whose points are clipped to +-bound after every step, and its noise in training.
 
     `frozen` is the velocity of the base policy.
     """
 
-    def __init__(self, obs_dim, action_dim, chunk, euler_steps, time_dim, clipped=True, **network):
+    def __init__(self, obs_dim, action_dim, chunk, euler_steps, time_dim, bound=1.0, **network):
         noise = NoiseNet(time_dim, obs_dim, chunk * action_dim)
         super().__init__(obs_dim, action_dim, chunk, euler_steps, time_dim=time_dim, **network)
-        self.config["clipped"] = clipped  # other policies do not load this one
+        self.config["bound"], self.bound = bound, bound  # other policies do not load this one
         self.noise = noise
         self.frozen = copy.deepcopy(self.velocity).requires_grad_(False)
 
     def step(self, velocity, x: torch.Tensor, t: torch.Tensor, obs: torch.Tensor) -> torch.Tensor:
         """Where a step goes without noise, clip(x + v(x, t, s) / K), x (..., D), t (...)."""
-        return (x + velocity(x, t, obs) / self.euler_steps).clamp(-1, 1)
+        return (x + velocity(x, t, obs) / self.euler_steps).clamp(-self.bound, self.bound)
 
     def transition(self, x: torch.Tensor, t: torch.Tensor, obs: torch.Tensor, args: Args):
         """Mean and deviation (..., D) of the next point, the latter between sigma_min and `limit`."""
@@ -117,10 +117,10 @@ class NoisyPolicy(family.FlowPolicy):
         return x
 
 
-def make_policy(base: family.FlowPolicy, args: Args) -> NoisyPolicy:
+def make_policy(policy_class: type, base: FlowPolicy, family: families.Family) -> NoisyPolicy:
     """The base policy with new noise; a flow can be integrated in any number of steps."""
-    steps = args.euler_steps or base.euler_steps
-    policy = NoisyPolicy(**base.config | dict(euler_steps=steps))
+    steps = family.args.euler_steps or base.euler_steps
+    policy = policy_class(**base.config | dict(euler_steps=steps, bound=family.bound))
     policy.load_state_dict(base.state_dict(), strict=False)
     policy.frozen.load_state_dict(base.velocity.state_dict())
     return policy
@@ -142,7 +142,7 @@ def act(policy: NoisyPolicy, obs: torch.Tensor, x0: torch.Tensor, args: Args):
         mean, sigma = policy.transition(x, torch.tensor(k / K, device=obs.device), obs, args)
         x = mean + sigma * torch.randn_like(x).clamp(-3, 3)
         chain.append(x)
-    action = chain[-1] = x.clamp(-1, 1)
+    action = chain[-1] = x.clamp(-policy.bound, policy.bound)
     return action, {"chain": torch.stack(chain, 1)}
 
 
@@ -166,7 +166,8 @@ def chain_log_prob(policy: NoisyPolicy, obs: torch.Tensor, chain: torch.Tensor, 
 @torch.no_grad()
 def make_batch(policy: NoisyPolicy, rollout: dict, args: Args) -> dict[str, torch.Tensor]:
     """A rollout (T, N, ...) as rows (T * N, ...), with the log-probabilities of their chains."""
-    batch = {name: rollout[name].flatten(0, 1) for name in ("obs", "chain", "advantage", "target")}
+    names = "obs", "seen", "chain", "advantage", "target"
+    batch = {name: rollout[name].flatten(0, 1) for name in names}
     old = []
     for obs, chain in zip(batch["obs"].split(args.batch), batch["chain"].split(args.batch), strict=True):
         old.append(chain_log_prob(policy, obs, chain, args)[0])
@@ -206,10 +207,11 @@ def update_actor(policy: NoisyPolicy, optimizer, batch: dict, args: Args) -> dic
 
 
 # --------------------------------------------------------------------------------------- main
-def main(args: Args) -> dict | None:
+def main(args) -> dict | None:
     if not 0 < args.sigma_min <= args.sigma_max:
         raise SystemExit("--sigma-min must be above 0 and at most --sigma-max")
-    for name, value in OFFICIAL.get(args.env_id, OFFICIAL["Hopper-v4"]).items():
+    official = OFFICIAL.get(getattr(args, "env_id", ""), OFFICIAL["Hopper-v4"])
+    for name, value in official.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     functions = make_policy, act, make_batch, update_actor
@@ -217,4 +219,4 @@ def main(args: Args) -> dict | None:
 
 
 if __name__ == "__main__":
-    launch(main, Args, PRESETS, __doc__)
+    families.launch(main, SHARED, Args, PRESETS, __doc__)

@@ -54,12 +54,12 @@ class Run:
     states: torch.Tensor  # (n, obs_dim) the normalised observations of the replay
 
 
-def load_run(path: Path, script=rldt_gym) -> Run:
+def load_run(path: Path, settings=rldt_gym.Args) -> Run:
     """Reads a run of rldt_gym.py, or of a baseline with the same critic and replay, onto the CPU.
 
     Raises SystemExit where there is no finished run.
     """
-    args = read_args(script.Args, path)
+    args = read_args(settings, path)
     args.device = "cpu"
     policy, base = (FlowPolicy.load(path / f"{name}.safetensors") for name in ("policy", "base"))
     (checkpoint,) = path.glob("checkpoint0.*.pt")

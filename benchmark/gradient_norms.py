@@ -20,6 +20,7 @@ import tyro
 
 import rldt_gym
 from baselines import qam as method
+from baselines.families import settings_of
 from benchmark.critic_diagnostics import Run, load_run
 from benchmark.tools import RESULTS, write_csv
 from common.flow import FlowPolicy
@@ -71,7 +72,8 @@ def qam_norms(policy: FlowPolicy, run: Run, inv_temp: float, args: Args) -> torc
         x0 = torch.randn(len(states), policy.action_size)
         with torch.no_grad():
             points = method.sample_memoryless(policy.velocity, base, states, x0, K)
-        adjoint, _, _ = method.lean_adjoint(base, run.target, states, points, inv_temp)
+        q_of = lambda action, seen=states: run.target(seen, action.clamp(-1, 1))
+        adjoint, _, _ = method.lean_adjoint(base, q_of, states, points, inv_temp)
         losses = method.adjoint_losses(policy.velocity, base, states, points, adjoint)
         result += torch.stack([norm(loss, policy) for loss in losses]) / args.batches
     return result
@@ -85,7 +87,7 @@ def main(args: Args):
         for loss in ("literal", "authors"):
             measured[run.name, stage, loss] = norms(policy, run, loss, args)
     if args.qam:
-        qam = load_run(args.qam, method)
+        qam = load_run(args.qam, settings_of(method.Args, rldt_gym.CriticArgs))
         for stage, policy in {"base policy": qam.base, "end of the run": qam.policy}.items():
             measured[qam.name, stage, "adjoint"] = qam_norms(policy, qam, qam.args.inv_temp, args)
     rows = []

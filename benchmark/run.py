@@ -3,6 +3,7 @@
     pip install -r baselines/requirements.txt
     python -m benchmark.run gym                        # RLDT on Gym; also: robomimic, furniture
     python -m benchmark.run baselines                  # every method on Gym, for equal time
+    python -m benchmark.run sparse                     # peers on sparse rewards, for equal time
     python -m benchmark.run ablations                  # one setting of RLDT changed at a time
     python -m benchmark.run search                     # settings of each method, on seeds of their own
     python -m benchmark.run controls                   # what each addition gives on sparse rewards
@@ -24,6 +25,7 @@ from typing import Literal
 
 import tyro
 
+from baselines import families
 from benchmark.tools import RESULTS, ROOT, read_csv
 
 GYM = ("Hopper-v4", "Walker2d-v4", "HalfCheetah-v4")
@@ -37,7 +39,9 @@ METHODS = {  # module and flags
     "fpo": ("baselines.fpo", "--form fpo"),
     "fpo++": ("baselines.fpo", "--form fpo++"),
     "best-of-n": ("baselines.best_of_n", ""),
+    "qc": ("baselines.best_of_n", "--candidates 32 --clone-steps 32"),
     "dsrl": ("baselines.dsrl", ""),
+    "dsrl-sac": ("baselines.dsrl", "--form sac"),
     "sac": ("baselines.sac", ""),
 }
 VARIANTS = {  # of RLDT, 24 iterations each: a whole run on Hopper
@@ -67,6 +71,7 @@ CONTROLS = {  # what undoes a part of it
     "all": "", "no-demos": "--no-demos", "no-cloning": "--bc-weight 0", "two-critics": "--critics 2",
     "no-best-of": "--best-of 1", "no-field": "--transport-scale 0", "derivative": "--q-gradient critic",
 }  # fmt: skip
+SECONDS = {"Hopper-v4": 300, "one_leg-low": 2700, "square-state": 2700, "transport-state": 3600}
 SEARCH = {
     f"{method}#{number}": (METHODS[method][0], f"{METHODS[method][1]} {flags}".strip())
     for method, options in TRIES.items()
@@ -79,11 +84,16 @@ class Experiment:
     methods: dict[str, tuple[str, str]]  # module and flags
     tasks: tuple[str, ...]
     seeds: tuple[int, ...]
-    timed: bool = False  # runs end after five minutes on Hopper and ten on other tasks
+    timed: bool = False  # runs end after the SECONDS of their task
     curves: bool = True  # keep them in curves.csv
 
 
 RLDT = {name: METHODS[name] for name in ("rldt", "rldt-delta")}
+PEERS = {name: METHODS[name] for name in ("rldt", "dppo", "qam", "dsrl", "best-of-n", "qc", "dsrl-sac")}
+PEERS |= {
+    f"{name}-demos": (PEERS[name][0], f"{PEERS[name][1]} --demos".strip())
+    for name in ("qam", "dsrl", "best-of-n", "qc")
+}
 PARTS = {f"control-{name}": ("rldt", f"{RECIPE} {flags}") for name, flags in CONTROLS.items()}
 SHORT = {name: ("rldt", f"{flags} --iterations 24".strip()) for name, flags in VARIANTS.items()}
 EXPERIMENTS = {
@@ -92,6 +102,7 @@ EXPERIMENTS = {
     "furniture": Experiment(RLDT, ("one_leg-low", "lamp-low"), (1, 2, 3)),
     "controls": Experiment(PARTS, ("one_leg-low", "square-state"), (1, 2, 3)),
     "baselines": Experiment(METHODS, GYM, (1, 2, 3), timed=True),
+    "sparse": Experiment(PEERS, ("one_leg-low", "square-state"), (1, 2, 3), timed=True),
     "ablations": Experiment(SHORT, ("Hopper-v4", "Walker2d-v4"), (1, 2, 3, 4, 5), curves=False),
     "search": Experiment(SEARCH, ("Hopper-v4", "Walker2d-v4"), (11, 12), timed=True, curves=False),
 }
@@ -133,13 +144,9 @@ class Cell:
         return f"{self.task}__{self.method}__{self.seed}"
 
     def command(self, runs: Path) -> list[str]:
-        task, _, kind = self.task.rpartition("-")
-        script, flags = "rldt_gym", ["--env-id", self.task]
-        if kind in ("state", "image"):
-            script, flags = "rldt_robomimic", ["--task", task, "--obs", kind]
-        if kind in ("low", "med"):
-            script, flags = "rldt_furniture", ["--furniture", task, "--randomness", kind]
-        module = script if self.module == "rldt" else self.module
+        family, flags = families.flags_of(self.task)
+        module = family.script.__name__ if self.module == "rldt" else self.module
+        flags = flags if self.module == "rldt" else ["--task", self.task]
         flags += ["--seed", str(self.seed), "--exp-name", self.method, "--runs", str(runs.resolve())]
         return [sys.executable, "-m", module, *flags, *shlex.split(self.flags)]
 
@@ -154,8 +161,7 @@ def cells(args: Args) -> list[Cell]:
     found = []
     for seed in args.seeds or experiment.seeds:
         for task in args.tasks or experiment.tasks:
-            seconds = 300 if task == "Hopper-v4" else 600
-            budget = f"--wall-budget-s {seconds}" if experiment.timed else ""
+            budget = f"--wall-budget-s {SECONDS.get(task, 600)}" if experiment.timed else ""
             for method, (module, own) in experiment.methods.items():
                 wanted = not args.methods or {method, method.partition("#")[0]} & {*args.methods}
                 flags = " ".join(filter(None, (own, budget, args.extra)))

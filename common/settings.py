@@ -109,10 +109,10 @@ def set_up(args):
     torch.manual_seed(args.seed)
 
 
-def launch(main: Callable, cls, presets: dict[str, dict], doc: str):
+def launch(main: Callable, cls, presets: dict[str, dict], doc: str, parse=parse_args):
     """A script's command line. What may fail for reasons outside the code ends in one line."""
     try:
-        main(parse_args(cls, presets, doc))
+        main(parse(cls, presets, doc))
     except KeyboardInterrupt:
         raise SystemExit("Stopped. What was saved is kept: go on with --resume DIRECTORY") from None
     except (FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
@@ -127,7 +127,7 @@ def describe(cls, doc: str) -> str:
     """What --help prints: each setting as its class writes it, below the comment of its section."""
     lines = {"doc": doc.strip()}
     hints = get_type_hints(cls, include_extras=True)
-    for part in reversed(cls.__mro__[:-1]):
+    for part in reversed([part for part in cls.__mro__ if vars(part).get("__annotations__")]):
         for line in inspect.getsource(part).splitlines():
             if section := re.fullmatch(r"    # (.+)", line):
                 lines[section[1]] = f"\n{section[1]}"

@@ -16,6 +16,7 @@ from hypothesis import settings
 from safetensors.torch import load_file
 
 import rldt_gym
+from baselines import families
 from common.settings import parse_args
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,7 +29,10 @@ settings.load_profile("rldt")
 
 def parse(script, argv):
     """What a script makes of a command line."""
-    return parse_args(script.Args, script.PRESETS, script.__doc__, [str(word) for word in argv])
+    command = script.Args, script.PRESETS, script.__doc__, [str(word) for word in argv]
+    if hasattr(script, "SHARED"):  # a baseline
+        return families.parse_args(script.SHARED, *command)
+    return parse_args(*command)
 
 
 def metrics(run):

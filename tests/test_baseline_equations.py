@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from test_baselines import METHODS, TINY, arguments
 from torch.distributions import Normal
 
-from baselines import best_of_n, dppo, dsrl, fpo, ppo, qam, reinflow
+import rldt_gym
+from baselines import best_of_n, dppo, dsrl, families, fpo, ppo, qam, reinflow
 from common.flow import FlowPolicy, VelocityMLP, sample, time_embedding
-from envs.vector import VectorEnv
 
 
 # ------------------------------------------------------------------------- the PPO family's parts
@@ -102,18 +102,20 @@ def rolled_out(name, rollout_chunks=3, **changes):
     module, fields = METHODS[name], dict(rollout_chunks=rollout_chunks, bf16=False, zero_fraction=0.0)
     args = arguments(module, **TINY[name] | fields | changes)
     sizes = dict(obs_dim=11, action_dim=3, chunk=2, euler_steps=4, width=8, depth=3, time_dim=8)
+    own = dict(reinflow=reinflow.NoisyPolicy, dppo=dppo.DenoisingPolicy)
+    family = families.family_of(args)
     torch.manual_seed(2)
-    policy = module.make_policy(FlowPolicy(**sizes | changes.get("sizes", {})), args)
+    policy = module.make_policy(own.get(name), FlowPolicy(**sizes), family)
     policy.velocity, policy.limit = LinearFlow(11, 6), 0.2
     if name == "dppo":
         policy.frozen = LinearFlow(11, 6)
         with torch.no_grad():
             policy.frozen.b += 1.0
     policy.set_limits(obs_min=-5 * np.ones(11), obs_max=5 * np.ones(11))
-    envs = VectorEnv("Hopper-v4", 4)
-    envs.reset(5)
+    family.envs.reset(5)
+    storage = family.make_replay(policy)
     torch.manual_seed(2)
-    rollout, *_ = ppo.collect(policy, module.act, envs, args)
+    rollout, _ = ppo.collect(family, policy, module.act, storage, SimpleNamespace(world=1), 0, {})
     rollout |= {name: torch.randn(rollout_chunks, 4) for name in ("advantage", "target")}
     return policy, rollout, args
 
@@ -172,7 +174,7 @@ def test_reinflow_draws_its_chain_on_the_grid_on_which_it_computes_log_probabili
 
 
 def test_reinflow_holds_the_limit_of_its_noise_and_lowers_it_along_a_cosine():
-    args, policy = reinflow.Args(sigma_min=0.08, sigma_max=0.16), SimpleNamespace()
+    args, policy = arguments(reinflow, sigma_min=0.08, sigma_max=0.16), SimpleNamespace()
     limit = lambda spent: reinflow.set_limit(policy, spent, args)["diagnostics/sigma_limit"]
     assert limit(0) == limit(0.35) == policy.limit == pytest.approx(0.16)
     assert limit(1) == pytest.approx(0.08 + 0.7 * 0.08)
@@ -358,7 +360,8 @@ def test_lean_adjoint_is_the_product_of_the_jacobians():
     base = VelocityMLP(D, 2, 16, 3, 8, activation="mish").double()
     obs, points = torch.randn(B, 2).double(), 0.5 * torch.randn(K + 1, B, D).double()
     critic = Quadratic(torch.full((D,), 0.3))
-    adjoint, q, grad_q = qam.lean_adjoint(base, critic, obs, points, 2.5)
+    q_of = lambda action: critic(obs, action.clamp(-1, 1))
+    adjoint, q, grad_q = qam.lean_adjoint(base, q_of, obs, points, 2.5)
     assert adjoint.shape == (K, B, D)
     inside = points[-1].abs() < 1
     torch.testing.assert_close(grad_q, torch.where(inside, 0.3 - points[-1].clamp(-1, 1), 0.0).double())
@@ -411,10 +414,10 @@ def test_qam_tilts_the_base_by_the_critic():
             return base(x, t, obs) + self.slope[k][..., None] * x + self.shift[k][..., None]
 
     velocity = Moved()
-    policy = SimpleNamespace(velocity=velocity, euler_steps=K, action_size=1)
+    policy = SimpleNamespace(velocity=velocity, euler_steps=K, action_size=1, obs_dim=1)
     networks = policy, SimpleNamespace(velocity=base), Quadratic(torch.tensor([0.3]))
     optimizer = torch.optim.Adam(velocity.parameters(), 0.1)
-    args = qam.Args(device="cpu", bf16=False, inv_temp=b, zero_fraction=0.0)
+    args = arguments(qam, device="cpu", bf16=False, inv_temp=b, zero_fraction=0.0)
     for step in range(80):
         optimizer.param_groups[0]["lr"] = 0.2 * (1 - step / 80)
         qam.update_actor(*networks, optimizer, torch.zeros(512, 1), args)
@@ -424,7 +427,7 @@ def test_qam_tilts_the_base_by_the_critic():
 
 
 def test_qam_critic_target_is_the_mean_less_half_a_deviation_at_clipped_actions():
-    args = qam.Args(device="cpu", bf16=False, gamma=0.9)
+    args = arguments(qam, device="cpu", bf16=False, gamma=0.9)
     zero, seen = torch.zeros(2, 3), []
     batch = dict(reward=zero, terminated=zero, truncated=zero, next_obs=torch.randn(2, 3, 11))
 
@@ -434,7 +437,8 @@ def test_qam_critic_target_is_the_mean_less_half_a_deviation_at_clipped_actions(
             return super().forward(obs, action)
 
     policy = SimpleNamespace(sample=lambda obs: 3 * torch.randn(6, 6))
-    y = qam.critic_target(policy, Recorder(torch.zeros(6)), batch, 1.0, 0.0, args)
+    pessimistic = qam.Pessimistic(Recorder(torch.zeros(6)), args.pessimism, bound=1.0)
+    y = rldt_gym.critic_target(policy, pessimistic, batch, 1.0, 0.0, args)
     assert seen[0].abs().max() == 1
     expected = 0.9 * (-0.5 * seen[0].square().sum(1) - 0.5 - 0.5 * 0.5)
     torch.testing.assert_close(y.flatten(), expected)
@@ -442,7 +446,7 @@ def test_qam_critic_target_is_the_mean_less_half_a_deviation_at_clipped_actions(
 
 # ---------------------------------------------------------------------------------- best of N
 def test_best_of_n_takes_the_candidate_of_the_highest_smaller_q():
-    policy = best_of_n.BestOfN(2, 2, 1, 4, width=8, depth=3, time_dim=4)
+    policy = best_of_n.BestOfN(2, 2, 1, 4, critic_sizes=(2, 2, True), width=8, depth=3, time_dim=4)
     obs, x0 = torch.randn(7, 2), torch.zeros(7, 2)
     with torch.no_grad():
         assert torch.equal(policy.sample(obs, x0), sample(policy.velocity, obs, x0, 4))  # one candidate
@@ -463,7 +467,7 @@ def steered(D):
     """A policy with a linear flow and an actor that looks at the observation, and its arguments."""
     args = arguments(dsrl, bf16=False, device="cpu", zero_fraction=0.0)
     sizes = dict(obs_dim=2, action_dim=D, chunk=1, euler_steps=4, width=8, depth=3, time_dim=8)
-    policy = dsrl.make_policy(FlowPolicy(**sizes), args)
+    policy = dsrl.SteeredPolicy(**sizes, bound=args.bound)
     policy.velocity = LinearFlow(2, D).requires_grad_(False)
     torch.nn.init.normal_(policy.actor.layers[-1].weight, 0, 0.1)
     return policy, args

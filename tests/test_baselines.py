@@ -1,7 +1,6 @@
 """baselines/: settings and whole runs of each method but SAC, and what each learns."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,13 +9,14 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_same, metrics, parse
+from conftest import ROOT, metrics, parse
 from fakes import words
 from safetensors.torch import load_file
 from short_runs import checkpoint
 
 import rldt_gym
-from baselines import best_of_n, dppo, dsrl, fpo, ppo, qam, reinflow, sac
+from baselines import best_of_n, dppo, dsrl, families, fpo, ppo, qam, reinflow, sac
+from baselines.families import settings_of
 from common.flow import FlowPolicy
 from demos import dataset
 
@@ -34,8 +34,9 @@ def arguments(module, **fields):
 @pytest.mark.parametrize("name", METHODS)
 def test_paper_preset_changes_known_settings_and_flags_win(name):
     module = METHODS[name]
-    assert parse(module, []) == module.Args()
-    assert arguments(module, preset="paper") == module.Args(preset="paper", **module.PRESETS["paper"])
+    assert parse(module, []) == settings_of(module.Args, module.SHARED["rldt_gym"])()
+    paper = arguments(module, preset="paper")
+    assert {key: getattr(paper, key) for key in module.PRESETS["paper"]} == module.PRESETS["paper"]
     args = arguments(module, preset="paper", rollout_chunks=7)
     assert (args.rollout_chunks, args.bf16) == (7, False)
 
@@ -176,32 +177,7 @@ def test_evaluating_a_run_gives_the_scores_of_its_last_evaluation(finished, name
     assert len(scores) == 4
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_run_that_is_stopped_and_resumed(monkeypatch, finished, make_args, tmp_path, name):
-    """It equals one that was never stopped, to the last bit."""
-    places = {"best_of_n": (rldt_gym, "update_critic"), "sac": (sac, "update")}
-    module, function = places.get(name, (RUNS[name], "update_actor"))
-    update, calls = getattr(module, function), []
-
-    def pressed(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        return update(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, function, pressed)
-        with pytest.raises(SystemExit, match="Continue with --resume"):
-            RUNS[name].main(make_args(name, tmp_path))
-    (run,) = tmp_path.iterdir()
-    assert not (run / "result.json").exists()
-    result = RUNS[name].main(parse(RUNS[name], ["--resume", run]))
-    assert_same(run, finished(name)[0])
-    for key in "base_return", "final_return", "best_return", "env_steps":
-        assert result[key] == finished(name)[1][key]
-
-
-@pytest.mark.parametrize("name, chosen", [*((name, 1) for name in METHODS), ("best_of_n", 0)])
+@pytest.mark.parametrize("name, chosen", [("dppo", 1), ("qam", 1), ("best_of_n", 1), ("best_of_n", 0)])
 def test_best_policy_is_measured_again(scripted_evaluations, make_args, tmp_path, name, chosen):
     earlier = [[9.0, 8.0], [8.0, 9.0]][chosen]
     episodes, policies = scripted_evaluations(rldt_gym, [*earlier, 1.0, 5.0])
@@ -331,8 +307,14 @@ def weak_base(weak_demonstrations, tmp_path_factory):
             torch.manual_seed(0)
             settings = dict(epochs=60, batch=128, lr=1e-3, chunk=1, euler_steps=8)
             settings |= dict(width=32, depth=3, time_dim=8)
-            pretrain = dppo.pretrain if form == "diffusion" else rldt_gym.pretrain
-            policy = pretrain(arguments(dppo, **SMALL), weak_demonstrations, None, **settings)
+            args, data = arguments(dppo, **SMALL), weak_demonstrations
+            policy = rldt_gym.pretrain(args, data, None, **settings)
+            if form == "diffusion":
+                family = families.family_of(args)
+                family.demonstrations = lambda: families.Demonstrations(
+                    data.observations, data.actions, data.episode_ends, data.limits()
+                )
+                policy = dppo.pretrain(family, None, **settings)
             made[form] = tmp_path_factory.mktemp(form) / "base.safetensors"
             policy.save(made[form], **policy.info)
         return made[form]

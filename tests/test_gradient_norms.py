@@ -2,7 +2,9 @@ import pytest
 import torch
 from conftest import parse
 
+import rldt_gym
 from baselines import qam
+from baselines.families import settings_of
 from benchmark import gradient_norms
 from benchmark.critic_diagnostics import load_run
 from benchmark.tools import read_csv
@@ -23,7 +25,8 @@ def test_gradient_norms_of_rldt_and_qam(finished_run, tiny_flags, tmp_path):
             shares = [float(row["share"]) for row in steps]
             assert len(shares) == 4 and sum(shares) == pytest.approx(1, abs=1e-4)  # K = 4
 
-    loaded, args = load_run(other, qam), gradient_norms.Args(run=run, batches=1)
+    loaded = load_run(other, settings_of(qam.Args, rldt_gym.CriticArgs))
+    args = gradient_norms.Args(run=run, batches=1)
     norms = [gradient_norms.qam_norms(loaded.base, loaded, inv_temp, args) for inv_temp in (2.0, 4.0)]
     torch.testing.assert_close(2 * norms[0], norms[1])  # where v = v_base: linear in inv_temp
     assert (norms[0] > 0).all() and len(set(norms[0].tolist())) == 4  # each step has its own

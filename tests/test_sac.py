@@ -11,7 +11,7 @@ import torch
 from conftest import assert_same, metrics, parse
 from test_baselines import SMALL, TINY, arguments, weak_demonstrations  # noqa: F401
 
-from baselines import sac
+from baselines import families, sac
 from common.flow import FlowPolicy
 from demos import dataset
 from envs.interface import Step
@@ -65,9 +65,10 @@ def test_run_killed_before_its_first_checkpoint_clones_as_it_would_have(finished
 def test_actor_and_entropy_coefficient_stand_still_while_the_critics_are_trained_alone(make_args):
     args, during = make_args("runs"), []
     model = sac.make_sac(args, 11, 3)
-    model.replay_buffer = sac.Replay(args, 11, 3)
-    for value in model.replay_buffer.next().values():
+    replay = families.rldt_gym.Replay(args, 11, 3)
+    for value in replay.next().values():
         value.normal_()
+    model.replay_buffer = sac.Transitions(families.Gym, replay, 11)
     before, step = copy.deepcopy(model.policy.state_dict()), model.critic.optimizer.step
     model.critic.optimizer.step = lambda: (during.append(model.actor.mu.weight.clone()), step())
     for critic_only in True, False:
@@ -88,6 +89,7 @@ def test_cloned_actor_has_the_mean_and_the_spread_of_the_demonstrator():
     action[:2] = [[-1, -1], [1, 1]]  # the scaling is the identity
     policy = sac.GaussianPolicy(3, 2)
     data = dataset.Demonstrations(obs, action, np.array([4000]))
+    data = families.Demonstrations(obs, action, data.episode_ends, data.limits())
     sac.clone(policy, data, epochs=30, batch=128, lr=1e-3)
     obs = policy.normalize(obs)
     with torch.no_grad():
@@ -109,14 +111,15 @@ def test_replay_draws_from_all_that_it_holds_and_a_time_limit_is_no_end(make_arg
             return Step(self.obs, np.ones(2), *ends, np.ones(2, int), np.ones(2))
 
     args = make_args("runs", rollout_chunks=1, num_envs=2)
-    policy, replay = sac.GaussianPolicy(11, 3), sac.Replay(args, 11, 3)
-    steps, returns = sac.family.collect(policy, Envs(), replay.next(), args)
+    policy, replay = sac.GaussianPolicy(11, 3), families.rldt_gym.Replay(args, 11, 3)
+    steps, returns = families.rldt_gym.collect(policy, Envs(), replay.next(), args)
     assert (steps, returns) == (2, [1, 1])
-    drawn = replay.sample(50)
+    transitions = sac.Transitions(families.Gym, replay, 11)
+    drawn = transitions.sample(50)
     assert set(drawn.dones.flatten().tolist()) == {0, 1} and (drawn.rewards == 1).all()
     for n in 2, 3:  # the oldest rollout is written anew
         replay.next()["reward"].fill_(n)
-    assert set(replay.sample(50).rewards.flatten().tolist()) == {2, 3}
+    assert set(transitions.sample(50).rewards.flatten().tolist()) == {2, 3}
 
 
 def test_sac_improves_an_actor_that_does_not_look(monkeypatch, weak_demonstrations, tmp_path):  # noqa: F811
@@ -133,4 +136,4 @@ def test_sac_improves_an_actor_that_does_not_look(monkeypatch, weak_demonstratio
 def test_without_stable_baselines_the_command_that_installs_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "stable_baselines3", None)
     with pytest.raises(SystemExit, match=r"pip install -r baselines/requirements\.txt"):
-        sac.make_sac(sac.Args(device="cpu"), 3, 2)
+        sac.make_sac(sac.Args(), 3, 2)

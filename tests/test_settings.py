@@ -14,10 +14,12 @@ import rldt_furniture
 import rldt_gym
 import rldt_robomimic
 from baselines import best_of_n, dppo, dsrl, fpo, qam, reinflow, sac
+from baselines.families import settings_of
 from common.settings import bounds_of, parse_args
 
 BASELINES = best_of_n, dppo, dsrl, fpo, qam, reinflow, sac
-CLASSES = [module.Args for module in (rldt_gym, rldt_robomimic, rldt_furniture, *BASELINES)]
+CLASSES = [script.Args for script in (rldt_gym, rldt_robomimic, rldt_furniture)]
+CLASSES += [settings_of(module.Args, base) for module in BASELINES for base in module.SHARED.values()]
 CLASSES += pretrain_fm.FAMILIES.values()
 
 
