@@ -80,8 +80,8 @@ def test_every_method_runs_and_goes_on_where_it_was_stopped(
     assert_same(parts, whole)
 
 
-# An episode of three chunks that succeeds in its last, and a chunk of the next, which is not over.
-REWARD, ENDS = [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 1.0, 0.0]
+# An episode of three chunks that succeeds in its last, and a chunk that Isaac Gym goes on for.
+REWARD, ENDS, VALID = [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 1.0, 0.0], [1.0, 1.0, 1.0, 0.0]
 
 
 def played(family):
@@ -90,7 +90,7 @@ def played(family):
     replay = family.make_replay(policy)
     rollout = replay.next()
     rollout["action"].normal_()
-    for name, values in ("reward", REWARD), ("terminated", ENDS), ("valid", [1.0] * 4):
+    for name, values in ("reward", REWARD), ("terminated", ENDS), ("valid", VALID):
         rollout[name][:, 0] = torch.tensor(values)
     rollout[family.seen][:, 0, :4] = torch.arange(20).view(5, 4) / 20
     return policy, replay
@@ -111,11 +111,23 @@ def test_advantages_of_a_sparse_rollout_are_those_made_by_hand(start, place):
     assert found["advantage"][:, 0].tolist() == [1 / 16, 1 / 4, 1, 0]
     half = lambda seen: torch.full(seen.shape[:-1], 0.5)
     found = ppo.advantages(half, unscaled, rollout, args)
-    # deltas 0.5 V - V = -0.25, the same, 1 - V = 0.5, and -0.25 again
-    assert found["advantage"][:, 0].tolist() == [-0.25 - 0.0625 + 0.03125, -0.25 + 0.125, 0.5, -0.25]
-    rollout["valid"][1] = 0  # Isaac Gym goes on after success
-    found = ppo.advantages(half, unscaled, rollout, args)
-    assert (found["advantage"][1, 0], found["target"][1, 0]) == (0, 0.5)
+    # deltas 0.5 V - V = -0.25, the same, and 1 - V = 0.5; the last chunk counts for nothing
+    assert found["advantage"][:, 0].tolist() == [-0.25 - 0.0625 + 0.03125, -0.25 + 0.125, 0.5, 0]
+    assert found["target"][3, 0] == 0.5
+
+
+@pytest.mark.parametrize("place", ["hopper", "lamp"])
+def test_returns_are_carried_on_only_where_episodes_are(start, monkeypatch, place):
+    carried, advantages = [], ppo.advantages
+
+    def recorded(value, reward_scale, *rest):
+        carried.append(reward_scale.carry.abs().max().item())
+        return advantages(value, reward_scale, *rest)
+
+    monkeypatch.setattr(ppo, "advantages", recorded)
+    dppo.main(start("dppo", place))
+    assert len(carried) == 3 and carried[0] == 0
+    assert all((carry > 0) == (place == "hopper") for carry in carried[1:])
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -143,11 +155,11 @@ def test_targets_of_sparse_chunks_are_those_made_by_hand(start, monkeypatch, pla
             return torch.tensor([[0.6], [0.2]]).expand(2, len(seen))
 
     seen, action, y = family.draw(replay, *method.value_of(Constant()), {}, warm=False)
-    assert seen.shape == (12, 4 + family.extra) and action.shape == (12, 4)
-    last, end = 0.5 * value, 1.0
+    assert seen.shape == (9, 4 + family.extra) and action.shape == (9, 4)
+    end = 1.0
     second = 0.5 * (0.5 * value + 0.5 * end)
     first = 0.5 * (0.5 * value + 0.5 * second)
-    expected = torch.tensor([first, second, end, last]).repeat_interleave(3)
+    expected = torch.tensor([first, second, end]).repeat_interleave(3)
     torch.testing.assert_close(y, expected)
     metrics = list(method.update(seen, action, method.critic, False, 0.0))
     assert all(torch.isfinite(x).all() for row in metrics for x in row.values())
