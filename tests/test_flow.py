@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import rldt_gym
-from common.checkpoints import read_tensors, write_tensors
+from common.checkpoints import read_checked, read_tensors, write_checked, write_tensors
 from common.flow import (
     ACTIVATIONS,
     FlowPolicy,
@@ -35,27 +35,16 @@ def test_expected_target_is_the_action_from_every_point_of_a_straight_path(t, se
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
-def test_euler_sampler_evaluates_the_velocity_at_the_start_of_every_step(steps):
-    seen = []
-
-    def velocity(x, t, cond):
-        seen.append(t.item())
-        return -x
-
-    x0 = torch.ones(1, 1, dtype=torch.float64)
-    action = sample(velocity, torch.zeros(1, 0), x0, steps)
-    assert seen == pytest.approx([k / steps for k in range(steps)])
-    assert action.item() == pytest.approx((1 - 1 / steps) ** steps)
-
-
-def test_trajectory_holds_all_points_from_the_start_to_the_action():
+def test_trajectory_holds_the_euler_steps_from_the_start_to_the_action(steps):
     velocity = VelocityMLP(3, 4, width=8)
     x0, cond = torch.randn(5, 2, 3), torch.randn(5, 2, 4)
-    points = sample(velocity, cond, x0, 6, trajectory=True)
-    assert points.shape == (7, 5, 2, 3)
+    points = sample(velocity, cond, x0, steps, trajectory=True)
+    assert points.shape == (steps + 1, 5, 2, 3)
     assert torch.equal(points[0], x0)
-    assert torch.equal(points[-1], sample(velocity, cond, x0, 6))
-    torch.testing.assert_close(points[3], points[2] + velocity(points[2], torch.tensor(2 / 6), cond) / 6)
+    assert torch.equal(points[-1], sample(velocity, cond, x0, steps))
+    for k in range(steps):  # with the velocity at the start of each
+        v = velocity(points[k], torch.tensor(k / steps), cond)
+        torch.testing.assert_close(points[k + 1], points[k] + v / steps)
     assert not points.requires_grad
 
 
@@ -243,13 +232,19 @@ def test_damaged_policy_stops_with_its_name_in_one_line(tmp_path, damage):
     assert "\n" not in str(stop.value)
 
 
-def test_no_flipped_byte_of_a_policy_goes_unnoticed(tmp_path):
-    rng, path = random.Random(0), tmp_path / "policy.safetensors"
-    scaled_policy().save(path, env_id="Hopper-v4")
+@pytest.mark.parametrize("kind", ["policy", "checkpoint"])
+def test_no_flipped_byte_goes_unnoticed(tmp_path, kind):
+    rng, path = random.Random(0), tmp_path / "file"
+    read = FlowPolicy.load if kind == "policy" else lambda path: read_checked(path, {"a": "b"}, "cpu")
+    if kind == "policy":
+        scaled_policy().save(path, env_id="Hopper-v4")
+    else:
+        write_checked(path, dict(belongs_to={"a": "b"}, x=torch.arange(9.0)))
+    read(path)
     data = path.read_bytes()
     for _ in range(100):
         damaged = bytearray(data)
         damaged[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged)
-        with pytest.raises(SystemExit, match=str(path)):
-            FlowPolicy.load(path)
+        with pytest.raises((SystemExit, ValueError), match=r"not a policy|its bytes are damaged"):
+            read(path)

@@ -272,12 +272,11 @@ def test_a_control_step_takes_a_tenth_of_a_second(envs, furniture, near, gripper
     assert env.data.time - before == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("value", [np.nan, 1e15])
-def test_divergence_is_an_error(envs, value):
+def test_divergence_is_an_error(envs):
     env = FurnitureEnv()
     env.reset(seed=0)
     action = stay(env)
-    env.data.qvel[20] = value
+    env.data.qvel[20] = 1e15  # what is not finite comes further down
     with pytest.raises(module.PhysicsError, match="diverged in step 0"):
         env.step(action)
     np.testing.assert_array_equal(env.reset(seed=4)[0], envs().reset(seed=4)[0])
@@ -337,7 +336,7 @@ def first_state(seed):
     return FurnitureEnv().reset(seed=seed)[0]
 
 
-def test_vector_environment_agrees_with_single_ones(envs):
+def test_vector_environment_agrees_with_single_ones_and_leaves_what_is_not_active(envs):
     vector, single = vector_envs(3, threads=2), envs()
     vector.reset(7)
     first, rng = vector.obs.copy(), np.random.default_rng(0)
@@ -350,12 +349,6 @@ def test_vector_environment_agrees_with_single_ones(envs):
             for action in chunk[i]:
                 state = single.step(action)[0]
             np.testing.assert_array_equal(step.next_obs[i], state)
-    vector.close()
-
-
-def test_what_is_not_active_stays_as_it_is():
-    vector, rng = vector_envs(3, threads=2), np.random.default_rng(0)
-    vector.reset(1)
     chunk, before = chunk_of(vector, rng, 2), vector.obs.copy()
     chunk[1] = np.nan  # never read
     step = vector.step(chunk, np.array([True, False, True]))

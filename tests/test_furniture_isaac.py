@@ -126,7 +126,7 @@ def test_arguments_and_observations_are_dppos(simulator, furniture, randomness, 
         assert envs.obs[i].tolist() == [code(i, 0), 1, 2, *range(-1, -7, -1), *range(7, 14), *parts]
 
 
-def test_every_environment_executes_its_own_actions_in_their_order(simulator):
+def test_every_environment_executes_its_own_actions_in_their_order_while_all_is_finite(simulator):
     envs = IsaacVectorEnv(3, "one_leg", "low")
     envs.reset(0)
     actions = chunks(envs)
@@ -136,18 +136,13 @@ def test_every_environment_executes_its_own_actions_in_their_order(simulator):
         np.testing.assert_array_equal(action.numpy(), actions[:, t])
     assert step.next_obs[:, 0].tolist() == [code(i, 4) for i in range(3)]
     np.testing.assert_array_equal(step.next_obs, envs.obs)
-
-
-def test_rewards_and_pairs_are_counted_over_chunks(simulator):
-    pairs = {0: (1, 5), 1: (3,), 2: ()}  # steps of an episode in which an environment assembles one
-    simulator.rewards = lambda t, i: float(t in pairs[i])
-    envs = IsaacVectorEnv(3, "lamp", "low")
-    envs.reset(0)
-    first, second = (envs.step(chunks(envs)) for _ in range(2))
-    assert (first.reward.tolist(), first.score.tolist()) == ([1, 1, 0], [1, 1, 0])
-    assert (second.reward.tolist(), second.score.tolist()) == ([1, 0, 0], [2, 1, 0])
-    assert first.length.tolist() == [4, 4, 4]
-    assert not (second.terminated | second.truncated).any()  # also where both pairs are assembled
+    actions[1, 2, 3] = np.inf
+    with pytest.raises(SystemExit, match="policy returned a non-finite action"):
+        envs.step(actions)
+    assert len(simulator.actions) == 4
+    simulator.nan = True
+    with pytest.raises(SystemExit, match="simulator returned a non-finite observation"):
+        envs.step(chunks(envs))
 
 
 def test_episodes_end_together_at_the_horizon_and_begin_anew_while_there_are_seeds(simulator):
@@ -178,19 +173,6 @@ def test_what_has_ended_waits_for_the_others(simulator):
     assert envs.episode.tolist() == [2, 3]
     assert simulator.resets == [[0, 1], [0, 1]]
     assert envs.obs[:, 0].tolist() == [code(0, 0), code(1, 0)]
-
-
-def test_numbers_that_are_not_finite_stop(simulator):
-    envs = IsaacVectorEnv(2, "one_leg", "low")
-    envs.reset(0)
-    bad = chunks(envs)
-    bad[1, 2, 3] = np.inf
-    with pytest.raises(SystemExit, match="policy returned a non-finite action"):
-        envs.step(bad)
-    assert simulator.actions == []
-    simulator.nan = True
-    with pytest.raises(SystemExit, match="simulator returned a non-finite observation"):
-        envs.step(chunks(envs))
 
 
 # --------------------------------------------------------------------------------- what is missing

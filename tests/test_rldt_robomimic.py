@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from conftest import metrics
-from fakes import arguments, new_replay, roll_out, same, scripted, small_critic, small_policy
+from fakes import arguments, roll_out, same, scripted, small_critic, small_policy
 from short_runs import checkpoint, flags, kept_rollout, main, only_run, use_fakes
 
 import rldt_robomimic
@@ -201,26 +201,12 @@ def test_actor_reference_and_critic_encode_images_themselves(unshifted, monkeypa
 
 
 # ------------------------------------------------------------------------------ replay and rollouts
-def test_replay_keeps_images_as_bytes_beside_their_states():
-    args = arguments(rldt_robomimic, buffer_iterations=2, num_envs=2)
-    replay = new_replay(rldt_robomimic, args, seeing_policy(), 5)
-    assert replay.slots["rgb"].dtype == torch.uint8
-    slot = replay.next()
-    slot["valid"].fill_(1)
-    slot["state"].copy_(torch.arange(6)[:, None, None].expand(6, 2, 4))  # the time
-    slot["rgb"].copy_(slot["state"][..., :1, None, None].expand(-1, -1, 3, 96, 96))
-    batch = replay.draw(3)
-    for name, shift in ("obs", 0), ("next_obs", 1):
-        obs = batch[name]
-        assert (obs["state"] == torch.arange(5)[:, None, None] + shift).all()
-        assert (obs["rgb"] == obs["state"][..., :1, None, None]).all()
-
-
 @pytest.mark.parametrize("frozen", [False, True])
 def test_replay_holds_images_or_with_a_frozen_encoder_features(frozen):
     envs = scripted(rldt_robomimic, 2, [2, 9, 9], [()] * 3, images=True)
     policy, slot, _ = roll_out(rldt_robomimic, envs, 4, frozen)
     assert ("rgb" in slot) == (not frozen)
+    assert frozen or slot["rgb"].dtype == torch.uint8
     for column, rows in enumerate([[(100, 0), (100, 1), (102, 0)], [(101, t) for t in range(5)]]):
         for row, episode in enumerate(rows):
             raw = envs.observation(*episode)
@@ -297,19 +283,6 @@ def demonstrations(*lengths):
     data = fakes.demonstrations(9, 7, lengths)
     shape = sum(lengths), 3, 96, 96
     return data | {"rgb": np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)}
-
-
-def test_a_base_policy_is_made_with_a_checkpoint_that_is_gone_afterwards(monkeypatch, tmp_path):
-    fit, checkpoints = rldt_robomimic.fit, []
-    settings = fakes.PRETRAINING[rldt_robomimic].copy()
-    settings.pop("chunk")  # the task's
-    monkeypatch.setitem(rldt_robomimic.PRETRAINING, "laptop", {"state": settings})
-    monkeypatch.setattr(rldt_robomimic, "fit", lambda *args: checkpoints.append(args[-1]) or fit(*args))
-    monkeypatch.setattr(rldt_robomimic.dataset, "get", lambda *args: fakes.demonstrations(19, 7))
-    policy, run = get_base(None, tmp_path, dataset="a"), only_run(tmp_path)
-    assert checkpoints == [run / "pretraining.pt"]
-    assert {path.name for path in run.iterdir()} == {"args.json", "base.safetensors"}
-    assert (policy.chunk, policy.info["obs"], policy.info["fast_render"]) == (4, "state", True)
 
 
 def test_pretraining_on_images_trains_the_encoder_on_shifted_images(unshifted):

@@ -14,7 +14,6 @@ from torch.nn.utils import parameters_to_vector as flat
 
 import rldt_furniture
 import rldt_robomimic
-from common.svgd import particle_gradient, transport_field
 from demos.dataset import as_rollouts, chunk_rows
 
 STAGES = [[0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1], [0, 1, 1]]  # of three episodes, before each step
@@ -186,23 +185,3 @@ def test_half_of_the_environments_act_on_the_best_of_their_samples(script, monke
         _, rollout, _ = fakes.roll_out(script, envs, 3, critic=critic)
         equal = (rollout["action"] == rollout[state][:3, :, :1]).all(-1)
         assert equal.tolist() == 3 * [marked]
-
-
-# --------------------------------------------------------------------- a field without derivatives
-@pytest.mark.parametrize("curvature", [0.0, 1.0])
-def test_weighted_mean_of_a_gaussian_policy_is_that_of_its_product_with_exp_q(curvature):
-    """For a ~ N(m, C) and Q = g a - a' A a / 2 the weights exp(Q / tau) give a Gaussian, too."""
-    torch.manual_seed(0)
-    double = lambda *rows: torch.tensor(rows, dtype=torch.float64)
-    root, A = double([1.0, 0.0], [0.6, 0.3]), curvature * double([1.0, 0.3], [0.3, 2.0])
-    g, m = double(0.2, -0.4), double(0.4, 0.2)
-    particles = m + torch.randn(1, 400_000, 2, dtype=torch.float64) @ root.T
-    q = particles @ g - (particles @ A * particles).sum(-1) / 2
-    tau, precision = q.std(correction=0), torch.linalg.inv(root @ root.T)
-    expected = torch.linalg.solve(precision + A / tau, precision @ m + g / tau)
-    result = (particle_gradient(q, particles) + particles)[0, 0]
-    torch.testing.assert_close(result, expected, rtol=0.03, atol=0.01)
-    # and so the field at the policy's mean points where its covariance times grad Q does
-    few = particles[:, :64]
-    field = transport_field(m.view(1, 1, 2), few, particle_gradient(q[:, :64], few), 0.0)[0, 0]
-    assert F.cosine_similarity(field, root @ root.T @ (g - A @ m), dim=0) > 0.95
