@@ -29,12 +29,10 @@ from common.runs import Run, derive_seed
 
 # ----------------------------------------------------------------------------------- families
 class Demonstrations(NamedTuple):
-    """Steps, not normalised, and what becomes -1 and 1."""
-
-    obs: np.ndarray
+    obs: np.ndarray  # of steps, not normalised
     action: np.ndarray
     episode_ends: np.ndarray
-    limits: dict[str, np.ndarray]
+    limits: dict[str, np.ndarray]  # what becomes -1 and 1
 
 
 class Family:

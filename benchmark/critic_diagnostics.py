@@ -55,10 +55,7 @@ class Run:
 
 
 def load_run(path: Path, settings=rldt_gym.Args) -> Run:
-    """Reads a run of rldt_gym.py, or of a baseline with the same critic and replay, onto the CPU.
-
-    Raises SystemExit where there is no finished run.
-    """
+    """Reads a finished run of rldt_gym.py, or of a baseline with its critic and replay, onto the CPU."""
     args = read_args(settings, path)
     args.device = "cpu"
     policy, base = (FlowPolicy.load(path / f"{name}.safetensors") for name in ("policy", "base"))

@@ -7,7 +7,6 @@
     python -m benchmark.run ablations                  # one setting of RLDT changed at a time
     python -m benchmark.run search                     # settings of each method, on seeds of their own
     python -m benchmark.run controls                   # what each addition gives on sparse rewards
-    python -m benchmark.run gym --address auto         # on a Ray cluster, this checkout on every node
 
 A row per run goes to benchmark/results/<experiment>.csv, its curve to curves.csv beside it. What the CSV
 holds is not run again, so this can be stopped and started again; a run that was cut off starts over.
@@ -90,10 +89,8 @@ class Experiment:
 
 RLDT = {name: METHODS[name] for name in ("rldt", "rldt-delta")}
 PEERS = {name: METHODS[name] for name in ("rldt", "dppo", "qam", "dsrl", "best-of-n", "qc", "dsrl-sac")}
-PEERS |= {
-    f"{name}-demos": (PEERS[name][0], f"{PEERS[name][1]} --demos".strip())
-    for name in ("qam", "dsrl", "best-of-n", "qc")
-}
+for name in ("qam", "dsrl", "best-of-n", "qc"):  # with demonstrations in the replay
+    PEERS[f"{name}-demos"] = (METHODS[name][0], f"{METHODS[name][1]} --demos".strip())
 PARTS = {f"control-{name}": ("rldt", f"{RECIPE} {flags}") for name, flags in CONTROLS.items()}
 SHORT = {name: ("rldt", f"{flags} --iterations 24".strip()) for name, flags in VARIANTS.items()}
 EXPERIMENTS = {
@@ -126,7 +123,7 @@ class Args:
     out: Path | None = None  # CSV to append to; default benchmark/results/<experiment>.csv
     runs: Path = Path("runs/benchmark")  # directory for the run directories and the logs
     parallel: int = 2  # runs side by side on this machine, one core each
-    address: str | None = None  # Ray cluster to run on: auto, or host:port
+    address: str | None = None  # Ray cluster, this checkout on every node: auto, or host:port
 
 
 @dataclass
@@ -144,11 +141,11 @@ class Cell:
         return f"{self.task}__{self.method}__{self.seed}"
 
     def command(self, runs: Path) -> list[str]:
-        family, flags = families.flags_of(self.task)
-        module = family.script.__name__ if self.module == "rldt" else self.module
-        flags = flags if self.module == "rldt" else ["--task", self.task]
-        flags += ["--seed", str(self.seed), "--exp-name", self.method, "--runs", str(runs.resolve())]
-        return [sys.executable, "-m", module, *flags, *shlex.split(self.flags)]
+        family, named = families.flags_of(self.task)
+        script = family.script.__name__, *named
+        start = script if self.module == "rldt" else (self.module, "--task", self.task)
+        flags = ["--seed", str(self.seed), "--exp-name", self.method, "--runs", str(runs.resolve())]
+        return [sys.executable, "-m", *start, *flags, *shlex.split(self.flags)]
 
 
 def cells(args: Args) -> list[Cell]:
