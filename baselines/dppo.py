@@ -23,7 +23,7 @@ from common.flow import FlowPolicy, fit
 from common.runs import autocast, average_gradients
 from common.settings import Count, Share, Size, Weight
 from demos.dataset import chunk_starts
-from rldt_gym import PRETRAINING
+from rldt_gym import PRETRAINING, TaskArgs
 
 Deviation = Annotated[float, 1e-6, 1e9]  # the type of a setting, with its bounds
 
@@ -163,8 +163,6 @@ def pretrain(family, checkpoint: Path, epochs: int, batch: int, lr: float, **siz
 def get_base(family: families.Family, run) -> FlowPolicy:
     """The family's base policy; the diffusion's is pretrained here unless --base gives one."""
     kept, args = run.path / "base.safetensors", family.args
-    if args.form == "diffusion" and not isinstance(family, families.Gym):
-        raise SystemExit("--form diffusion: has a base on Gym's tasks alone; use --form flow.")
     if args.form == "diffusion" and run.rank == 0 and not args.base and not kept.exists():
         checkpoint = run.path / "pretraining.pt"
         settings = PRETRAINING[args.preset] | dict(euler_steps=DIFFUSION_STEPS)
@@ -235,6 +233,8 @@ def update_actor(policy: DenoisingPolicy, optimizer, batch: dict, args: Args) ->
 
 # --------------------------------------------------------------------------------------- main
 def main(args) -> dict | None:
+    if args.form == "diffusion" and not isinstance(args, TaskArgs):
+        raise SystemExit("--form diffusion: has a base on Gym's tasks alone; use --form flow.")
     functions = make_policy, act, make_batch, update_actor, get_base
     return ppo.main(args, ppo.Method(DenoisingPolicy, *functions))
 

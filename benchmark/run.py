@@ -50,7 +50,8 @@ VARIANTS = {  # of RLDT, 24 iterations each: a whole run on Hopper
     "P2": "--n-particles 2", "P8": "--n-particles 8", "P16": "--n-particles 16",
     "no-consistency": "--consistency-weight 0", "no-constraint": "--constraint-weight 0",
     "base-reference": "--reference-every 0", "batch-256": "--critic-batch 256",
-    "updates-0.25": "--critic-steps 8 --actor-steps 2", "updates-4": "--critic-steps 128 --actor-steps 32",
+    "updates-0.25": "--critic-steps 8 --actor-steps 2",
+    "updates-4": "--critic-steps 128 --actor-steps 32",
 }  # fmt: skip
 TRIES = {  # four settings of each method, numbered from 1; the best become its defaults by hand
     "rldt": ("", "--actor-lr 2e-4", "--actor-batch 128", "--constraint-weight 0.1 --actor-lr 2e-4"),

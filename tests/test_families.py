@@ -223,9 +223,11 @@ def test_task_stands_for_the_flags_of_the_script(task, script, names):
     assert isinstance(parse(dppo, ["--task", task]), script.TaskArgs)
 
 
-def test_images_are_refused_and_help_shows_the_settings_of_the_task(capsys):
+def test_what_cannot_be_is_refused_and_help_shows_the_settings_of_the_task(capsys):
     with pytest.raises(SystemExit, match="act on states"):
         offpolicy.main(parse(qam, ["--task", "square-image"]), qam.QAM)
+    with pytest.raises(SystemExit, match="--form flow"):
+        dppo.main(parse(dppo, ["--task", "one-leg-low", "--form", "diffusion"]))
     with pytest.raises(SystemExit):
         parse(qam, ["--task", "square-state", "--help"])
     shown = capsys.readouterr().out
