@@ -92,7 +92,7 @@ class Args(CriticArgs):
     kernel: Literal["rbf", "delta"] = "rbf"  # of the field: rbf, or delta (RLDT-Delta)
     alpha: Weight = 1e-3  # temperature, the weight of the repulsion relative to |grad Q| (paper: 1e-3)
     transport_loss: Literal["literal", "authors"] = "authors"  # eq. (13), or the authors' form of it
-    gradient_norm: Weight = 2.0  # what the first mean |grad Q| is scaled to; 0: not scaled (authors)
+    gradient_norm: Weight = 1.0  # what the first mean |grad Q| is scaled to; 0: not scaled (authors)
     consistency_weight: Weight = 0.5  # of eq. (14) (paper: 0.5)
     constraint_weight: Weight = 0.2  # of eq. (15) (paper: 0.2)
     reference_every: Size = 1  # iterations until the constraint's policy follows (authors: 1); 0: never

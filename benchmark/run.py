@@ -46,7 +46,7 @@ METHODS = {  # module and flags
 VARIANTS = {  # of RLDT, 24 iterations each: a whole run on Hopper
     "rldt": "", "literal-loss": "--transport-loss literal", "delta": "--kernel delta",
     "no-layernorm": "--no-critic-layer-norm", "unscaled": "--gradient-norm 0", "alpha0": "--alpha 0",
-    "half-field": "--gradient-norm 1", "steady": "--anneal 1", "alpha1e-4": "--alpha 1e-4",
+    "double-field": "--gradient-norm 2", "steady": "--anneal 1", "alpha1e-4": "--alpha 1e-4",
     "P2": "--n-particles 2", "P8": "--n-particles 8", "P16": "--n-particles 16",
     "no-consistency": "--consistency-weight 0", "no-constraint": "--constraint-weight 0",
     "base-reference": "--reference-every 0", "batch-256": "--critic-batch 256",
