@@ -45,8 +45,8 @@ def test_actor_step_has_the_gradient_of_float64(device, kernel, form):
         if dtype == torch.float64:
             critic.forward = lambda s, a, net=critic: exact(net, s, a)
         inputs = obs.to(place, dtype), trajectory.to(place, dtype)
-        inputs = *inputs, rldt_gym.Args(**settings), k.to(place)
-        losses = rldt_gym.actor_losses(velocity, reference, critic, *inputs)
+        nets_here, args = (velocity, reference, critic), rldt_gym.Args(**settings)
+        losses = rldt_gym.actor_losses(*nets_here, *inputs, args, k=k.to(place))
         transport, consistency, constraint, _ = losses
         assert constraint > 0  # its times and noise are drawn on the device
         (transport + 0.5 * consistency).backward()
