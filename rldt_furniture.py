@@ -74,9 +74,7 @@ class TaskArgs:
 
 
 @dataclass
-class CriticArgs(TaskArgs):
-    """Settings of methods with RLDT's critic. Where they differ from the paper's, docs/ says why."""
-
+class CriticArgs(TaskArgs):  # of methods with RLDT's critic; docs/ says why they are not the paper's
     # replay
     buffer_iterations: Count = 60  # rollouts kept in the replay (authors: 20)
     demos: bool = False  # demonstrations are in the replay, as episodes that reach all (authors: not)

@@ -63,9 +63,7 @@ class TaskArgs:
 
 
 @dataclass
-class CriticArgs(TaskArgs):
-    """Settings of methods with RLDT's critic. Where they differ from the paper's, docs/ says why."""
-
+class CriticArgs(TaskArgs):  # of methods with RLDT's critic; docs/ says why they are not the paper's
     # replay
     buffer_iterations: Count = 40  # rollouts kept in the replay (paper: 20)
     segments: Count = 128  # of SEGMENT chunks, drawn from the replay per round (authors: 100 of 500)
