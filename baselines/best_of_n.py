@@ -82,7 +82,7 @@ class BestOfN(FlowPolicy):
 def update_clone(policy: BestOfN, optimizer, obs, action, args) -> dict[str, torch.Tensor]:
     """One step on eq. (2) with chunks of the replay, obs (B, obs_dim) and action (B, D)."""
     with autocast(args):
-        loss = flow_matching_loss(policy.velocity, action, obs)
+        loss = flow_matching_loss(policy.velocity, action, obs)  # eq. (2)
     optimizer.zero_grad()
     loss.backward()
     average_gradients(policy.velocity.parameters())
