@@ -129,7 +129,8 @@ class Run:
         return self.path / f"checkpoint{self.rank}.{iteration}.pt"
 
     def saved_iterations(self, rank: int) -> set[int]:
-        return {int(path.name.split(".")[1]) for path in self.path.glob(f"checkpoint{rank}.*.pt")}
+        names = (re.fullmatch(rf"checkpoint{rank}\.(\d+)\.pt", p.name) for p in self.path.iterdir())
+        return {int(name[1]) for name in names if name}
 
     def iterations(self):
         """Yields (iteration, spent); spent, the budget's share that is used, is 1 once, at the end."""

@@ -239,6 +239,8 @@ def test_full_disk_stops_the_run_which_then_goes_on(args, only_run, whole, name)
     run = only_run()
     assert not list(run.glob("*.partial"))
     assert [path.name for path in run.glob("checkpoint*.pt")] == ["checkpoint0.4.pt"]
+    for number in "9.old", "9 copy":  # somebody's own
+        (run / f"checkpoint0.{number}.pt").touch()
     assert_same(run, train(Args(resume=run)), whole)
 
 
