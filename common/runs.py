@@ -52,10 +52,9 @@ def average_gradients(parameters):
 def evaluate_stored(args, policy_class, measure) -> dict:
     """The final evaluation of the run --evaluate, once more: measure(policy, episodes=, seed=)."""
     policy = policy_class.load(args.evaluate / "policy.safetensors").to(args.device)
-    final = dict(episodes=args.final_eval_episodes, seed=derive_seed(args.seed, "evaluation"))
-    scores = measure(policy, **final)
-    print(scores)
-    return scores
+    row = measure(policy, episodes=args.final_eval_episodes, seed=derive_seed(args.seed, "evaluation"))
+    print(row)
+    return row
 
 
 # --------------------------------------------------------------------------------------- run
