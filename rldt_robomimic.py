@@ -402,8 +402,7 @@ def explore(trajectory: torch.Tensor, args: Args) -> torch.Tensor:
 
 def best_of(policy: Policy, critic: Critic, obs: Obs, args: Args) -> torch.Tensor:
     """The mean of the best quarter by Q of `best_of` sampled actions, (N, D)."""
-    cond, cond_q = policy.encode(obs), critic.encode(obs)
-    cond, cond_q = (x[:, None].expand(-1, args.best_of, -1) for x in (cond, cond_q))  # (N, M, .)
+    cond, cond_q = (x.encode(obs)[:, None].expand(-1, args.best_of, -1) for x in (policy, critic))
     action = policy.sample(cond)  # (N, M, D)
     q = critic(cond_q.flatten(0, 1), action.flatten(0, 1)).mean(0).view(action.shape[:2])
     best = q.topk(math.ceil(args.best_of / 4)).indices[..., None]  # (N, M / 4, 1)
