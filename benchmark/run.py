@@ -145,8 +145,8 @@ class Cell:
         family, named = families.flags_of(self.task)
         script = family.script.__name__, *named
         start = script if self.module == "rldt" else (self.module, "--task", self.task)
-        flags = ["--seed", str(self.seed), "--exp-name", self.method, "--runs", str(runs.resolve())]
-        return [sys.executable, "-m", *start, *flags, *shlex.split(self.flags)]
+        given = f"--seed {self.seed} --exp-name {self.method} --threads 1 {self.flags}"
+        return [sys.executable, "-m", *start, *shlex.split(given), "--runs", str(runs.resolve())]
 
 
 def cells(args: Args) -> list[Cell]:

@@ -39,7 +39,7 @@ def test_scripts_understand_what_every_run_is_given(experiment, tmp_path):
     for cell in run.cells(run.Args(experiment, seeds=(7,), out=tmp_path / "none.csv")):
         _, _, module, *flags = cell.command(tmp_path)
         args = parse(importlib.import_module(module), flags)
-        assert (args.seed, args.exp_name, args.runs) == (7, cell.method, tmp_path)
+        assert (args.seed, args.exp_name, args.threads, args.runs) == (7, cell.method, 1, tmp_path)
 
 
 def test_cell_is_run_and_its_row_and_curve_are_kept(tiny_base, tmp_path):
