@@ -208,7 +208,7 @@ def keep(cell: Cell, files: dict[str, str], args: Args) -> str:
                 point = {k: f"{float(v):.6g}" if "." in v else v for k, v in point.items()}
                 points.append(point | {"table": args.experiment} | row)
         append(args.out.with_name("curves.csv"), points, CURVE)
-    row |= {key: settings[key] for key in ("preset", "threads", "device", "num_envs")}
+    row |= {key: settings.get(key) for key in ("backend", "preset", "threads", "device", "num_envs")}
     row |= {"episodes": settings["final_eval_episodes"], "args": cell.flags} | result
     append(args.out, [row], list(row))
     measure = "return" if "base_return" in row else "success"

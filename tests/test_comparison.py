@@ -68,6 +68,16 @@ def test_run_that_fails_is_reported_and_not_kept(tmp_path):
     assert not args.out.exists()
 
 
+def test_row_of_furniture_says_in_which_simulator_it_was_assembled(tmp_path):
+    args = run.Args("furniture", out=tmp_path / "f.csv")
+    cell = run.Cell("lamp-low", "rldt", 1, "rldt", "")
+    settings = dict(backend="mujoco", preset="laptop", threads=1, device="cpu", num_envs=16)
+    settings["final_eval_episodes"] = 5
+    result = dict(args=settings, versions={}, base_success=0.5, final_success=0.6, wall_s=60)
+    run.keep(cell, {"metrics.csv": "iteration\n", "result.json": json.dumps(result)}, args)
+    assert read_csv(args.out)[0]["backend"] == "mujoco"
+
+
 def test_pins_of_the_extras_do_not_contradict_those_of_the_project():
     def pinned(name):
         return dict(line.split("==") for line in (ROOT / name).read_text().split() if "==" in line)
