@@ -49,7 +49,7 @@ class TaskArgs:
     preset: Literal["laptop", "paper"] = "laptop"  # defaults for two cores, or the paper's; flags win
     exp_name: str = "rldt"  # name of the experiment, part of the run directory's name
     seed: Seed = 1  # of networks, minibatches, noise and environments
-    iterations: Size = 60  # training iterations, evaluations included (paper: 250; med: 500)
+    iterations: Size = 0  # training iterations, evaluations included (paper: 250; med: 500); 0: 60
     wall_budget_s: Weight = 0.0  # seconds after which a run evaluates and ends; 0: no limit
     runs: Path = Path("runs")  # directory in which run directories are made
     device: str = "auto"  # torch device: cpu, cuda, cuda:0, ...; auto: CUDA where there is one
@@ -101,7 +101,7 @@ class Args(CriticArgs):
     actor_steps: Size = 6  # per round (authors: 2)
     actor_batch: Count = 64  # states per actor step, n_particles particles in each (authors: 6250)
     n_particles: Count = 16  # P, particles per state (paper: 8)
-    kernel: Literal["rbf", "delta"] = "rbf"  # of the transport field; delta: the paper's RLDT-Delta
+    kernel: Literal["rbf", "delta"] = "rbf"  # of the field; delta: RLDT-Delta, with --q-gradient critic
     q_gradient: Literal["critic", "particles"] = "particles"  # grad Q (paper), or to particles of high Q
     alpha: Weight = 1e-3  # temperature, the weight of the repulsion relative to |grad Q| (paper: 1e-3)
     transport_scale: Weight = 30.0  # factor on grad Q (authors: 1); 8 for the lamp
@@ -176,7 +176,10 @@ def pretrain(args: TaskArgs, data: dict, checkpoint: Path, epochs: int, batch: i
     policy = FlowPolicy(data["state"].shape[1], data["action"].shape[1], **sizes).to(args.device)
     policy.set_limits(**dataset.limits(data, spread))
     if start:
-        policy.load_state_dict(FlowPolicy.load(start).state_dict())
+        other = FlowPolicy.load(start, furniture=args.furniture)
+        if other.config != policy.config:
+            raise SystemExit(f"--start {start}: has sizes {other.config}, to train are {policy.config}.")
+        policy.load_state_dict(other.state_dict())
     first = chunk_starts(data["episode_ends"], policy.chunk)  # (n,)
     obs = policy.normalize(data["state"][first])  # (n, obs_dim)
     action = policy.from_env(data["action"][first[:, None] + np.arange(policy.chunk)])  # (n, D)
@@ -488,6 +491,8 @@ def resolve(args: TaskArgs):
     if args.backend == "isaac" and isaac_missing():
         raise SystemExit(f"--backend isaac: {isaac_missing()}; use --backend mujoco.")
     args.horizon = args.horizon or FURNITURE[args.furniture].horizon
+    if args.iterations == 0 and args.wall_budget_s == 0:
+        args.iterations = 60
 
 
 def main(args: Args) -> dict | None:
@@ -568,9 +573,9 @@ def main(args: Args) -> dict | None:
         run.log(row, state["env_steps"])
         run.save()
 
+    result = run.finish("eval_stages", measure, task=task, env_steps=state["env_steps"])
     if args.capture_video and run.rank == 0:
         record_video(policy, args.furniture, args.randomness, run.path / "videos")
-    result = run.finish("eval_stages", measure, task=task, env_steps=state["env_steps"])
     envs.close()
     return result
 

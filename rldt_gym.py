@@ -362,8 +362,7 @@ def update_actor(policy, reference, critic: Critic, optimizer, obs, args: Args, 
         trajectory = policy.sample(obs[:, None].expand(-1, args.n_particles, -1), x0, trajectory=True)
     losses = actor_losses(policy.velocity, reference.velocity, critic, obs, trajectory, args, unit)
     transport, consistency, constraint, metrics = losses
-    loss = transport + args.consistency_weight * consistency  # eq. (16)
-    loss += args.constraint_weight * constraint
+    loss = transport + args.consistency_weight * consistency + args.constraint_weight * constraint
     optimizer.zero_grad()
     loss.backward()
     average_gradients(policy.velocity.parameters())
@@ -474,9 +473,10 @@ def main(args: Args) -> dict | None:
         run.save()
 
     envs.close()
+    result = run.finish("eval_return", measure, task=args.env_id, env_steps=state["env_steps"])
     if args.capture_video and run.rank == 0:
         record_video(policy, args.env_id, run.path / "videos")
-    return run.finish("eval_return", measure, task=args.env_id, env_steps=state["env_steps"])
+    return result
 
 
 if __name__ == "__main__":

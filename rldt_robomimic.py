@@ -98,7 +98,7 @@ class Args(CriticArgs):
     actor_steps: Size = 4  # per round (authors: 2)
     actor_batch: Count = 512  # states per actor step, n_particles particles in each (authors: 6250)
     n_particles: Count = 4  # P, particles per state (paper: 8)
-    kernel: Literal["rbf", "delta"] = "rbf"  # of the transport field; delta: the paper's RLDT-Delta
+    kernel: Literal["rbf", "delta"] = "rbf"  # of the field; delta: RLDT-Delta, with --q-gradient critic
     q_gradient: Literal["critic", "particles"] = "critic"  # of Q, or toward particles of a high Q (ours)
     alpha: Weight = 1e-3  # temperature, the weight of the repulsion relative to |grad Q| (paper: 1e-3)
     transport_scale: Weight = 30.0  # factor on grad Q: values are below 1, on Gym near 50 (authors: 1)

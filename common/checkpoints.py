@@ -26,6 +26,7 @@ def write_atomically(path: Path, write):
     """Writes to a neighbour and renames it, so that a reader or a crash never sees half a file."""
     partial = path.with_name(path.name + ".partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
         partial.replace(path)
     except (OSError, RuntimeError) as error:
@@ -140,7 +141,8 @@ def load_parts(path: Path, belongs_to: dict, parts: dict, device: str):
             else:
                 part.load_state_dict(saved[name])
         torch.set_rng_state(saved["rng"].cpu())
-        torch.cuda.set_rng_state_all([state.cpu() for state in saved["cuda"]])
+        states = saved["cuda"][: torch.cuda.device_count()]
+        torch.cuda.set_rng_state_all([state.cpu() for state in states])
     except Exception as error:  # torch.load raises many types
         reason = str(error).partition("\n")[0]
         raise SystemExit(f"{file}: cannot be resumed ({reason})") from error
@@ -157,7 +159,6 @@ def content_hash(tensors: dict[str, torch.Tensor], texts: dict[str, str]) -> str
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], texts: dict[str, str]):
     """Writes safetensors with texts and their common SHA-256 as metadata."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     metadata = texts | {"sha256": content_hash(tensors, texts)}
     write_atomically(path, lambda p: save_file(tensors, p, metadata=metadata))
 

@@ -102,7 +102,8 @@ def fit(network: nn.Module, loss, steps: int, lr: float, args, checkpoint: Path 
         optimizer.step()
         schedule.step()
         with torch.no_grad():
-            torch._foreach_lerp_(list(averaged.parameters()), list(network.parameters()), 0.005)
+            rate = max(0.005, 1 / (step + 1))  # at first the plain mean: none of the random start stays
+            torch._foreach_lerp_(list(averaged.parameters()), list(network.parameters()), rate)
         progress["done"] = step + 1
         if checkpoint and (step + 1) % 500 == 0:
             save_parts(checkpoint, belongs_to, parts)
@@ -178,7 +179,6 @@ class FlowPolicy(nn.Module):
 
     def save(self, path: Path, **info):
         """Writes weights and scaling as safetensors, with the sizes and what else is to be known."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         texts = {"config": json.dumps(self.config), "info": json.dumps(info)}
         write_tensors(path, self.state_dict(), texts)
 

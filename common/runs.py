@@ -119,7 +119,6 @@ class Run:
         if self.rank == 0:
             if self.args.track:
                 import wandb
-
                 wandb.init(project="rldt", config=vars(self.args), dir=self.path, sync_tensorboard=True)
             self.writer = SummaryWriter(str(self.path), purge_step=state["env_steps"] + 1)
             self.bar = tqdm(total=100, bar_format="{percentage:3.0f}% |{bar}| {elapsed}<{remaining}")
@@ -155,6 +154,7 @@ class Run:
     def log(self, row: dict, env_steps: int):
         """Ends an iteration with a row of metrics.csv. Raises SystemExit on NaN and infinity."""
         done = self.progress
+        self.barrier()  # while the first process evaluates, time passes for all
         elapsed = torch.tensor(time.perf_counter() - self.start, device=self.args.device)
         done["wall_s"] += average(elapsed).item()
         row = {key: float(value) for key, value in row.items()}  # a checkpoint holds no numpy scalars
@@ -213,15 +213,15 @@ class Run:
         if self.rank > 0:
             return None
         import matplotlib.pyplot as plt
-
         rows = self.progress["rows"]
         best = final = {key: value for key, value in rows[-1].items() if key.startswith("eval_")}
-        info = self.policy.info | dict(script=script_of(type(self.args)))
-        self.policy.save(self.path / "policy.safetensors", **info)
+        info = {k: v for k, v in self.policy.info.items() if isinstance(v, str | bool)}  # not scores
+        info["script"] = script_of(type(self.args))
+        self.policy.save(self.path / "policy.safetensors", **info, **final)
         if self.progress["best"] > final[score]:
-            self.best_policy.save(self.path / "best_policy.safetensors", **info)
             episodes, seed = self.args.final_eval_episodes, derive_seed(self.args.seed, "best")
             again = measure(self.best_policy, episodes=episodes, seed=seed)
+            self.best_policy.save(self.path / "best_policy.safetensors", **info, **again)
             best = max(final, again, key=lambda scores: scores[score])
         for name, scores in ("base", rows[0]), ("final", final), ("best", best):
             results |= {key.replace("eval", name): float(scores[key]) for key in final}

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
@@ -102,7 +103,8 @@ def set_up(args):
             raise SystemExit(f"--device {device}: this torch sees no such device; use --device cpu.")
         torch.cuda.set_device(number)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        patience = timedelta(days=7)  # the first process may clone or evaluate for hours
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=patience)
     args.device = device
     torch.set_num_threads(args.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

@@ -92,10 +92,10 @@ def load(path: str | Path, task: str, images: bool, max_episodes: int = 0, split
         meta = read_metadata(file, path)
         if meta.pop("task") != task:
             raise DatasetError(f"{path}: holds {meta['env_name']}, not {spec.env_name}")
-        rendered = file["data"].attrs.get("fast_render", fast_render)
+        rendered = file["data"].attrs.get("fast_render", False)  # by robomimic's own tool: in full
         if images and fast_render is not None and bool(rendered) != fast_render:
-            flag = f"--{'no-' * fast_render}fast-render"
-            raise DatasetError(f"{path}: rendered with {flag}; train with the same, or {RENDER}")
+            how = "with shadows (--preset paper)" if fast_render else "without shadows (--preset laptop)"
+            raise DatasetError(f"{path}: rendered {how}; this run renders otherwise: {RENDER}")
         data = join(path, episodes(file), max_episodes)
     check_actions(path, data["action"])
     return data | {"meta": meta}

@@ -1,7 +1,7 @@
 """What the environments of all three families have in common.
 
 They have `num_envs`, and `obs`, what to act on next. `reset(seeds)` starts an episode everywhere: from a
-first seed on, or with an iterator's seed for each new episode. `step(chunks, active)` steps raw actions
+first seed on, or (not on Gym) with an iterator's seed for each. `step(chunks, active)` steps raw actions
 (N, chunk, action_dim) where `active` (N,); an ended episode starts anew. `close()` ends the simulators.
 Numbers that are not finite end the run, except actions where it is not `active`.
 """

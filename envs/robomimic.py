@@ -233,11 +233,12 @@ class RobomimicEnv:
             success = reward > 0
             if last or success:
                 break
-        if self.env.env.sim.data._data.warning.number[BAD_STATE:].any():  # MuJoCo has then reset itself
-            raise FloatingPointError("the simulation diverged")
-        if last:  # a terminal observation is never looked at, so it needs no image
+        diverged = self.env.env.sim.data._data.warning.number[BAD_STATE:].any()
+        if diverged:  # MuJoCo has reset itself: a failure, as a time limit is
+            success = False
+        elif last:  # a terminal observation is never looked at, so it needs no image
             self.obs = self.read(self.env.get_observation(self.env.env._get_observations()))
-        truncated = not success and self.t >= self.horizon
+        truncated = not success and bool(diverged or self.t >= self.horizon)
         return self.obs, success, truncated, i + 1
 
     def render(self, size: int) -> np.ndarray:

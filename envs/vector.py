@@ -121,7 +121,7 @@ class VectorEnv:
             self.check(r, "reward")
             reward[ids] += r
             length[ids] += 1
-            ids = ids[~(term | trunc)]
+            ids = ids[~(terminated | truncated)[ids]]
         done = terminated | truncated
         self.obs, score = next_obs.copy(), self.score + reward
         if done.any():

@@ -58,12 +58,6 @@ def test_flow_matching_loss_is_the_mean_square_at_uniform_times():
     assert (histogram - 1).abs().max() < 0.035  # 5 standard errors
 
 
-def test_flow_matching_loss_of_a_constant_data_point_is_zero_for_its_exact_velocity():
-    exact = lambda x, t, cond: (1.5 - x) / (1 - t[..., None])  # x_t = (1 - t) eps + t a gives a - eps
-    action = torch.full((1000, 2), 1.5, dtype=torch.float64)
-    assert flow_matching_loss(exact, action, torch.zeros(1000, 0)).item() < 1e-8
-
-
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("cond_mlp", [(), (7,), (9, 6)])
@@ -120,8 +114,8 @@ def fitted(checkpoint=None, stop=None, lr=1e-2, **settings):
 def test_fit_averages_the_weights_of_steps_that_shrink_to_a_tenth():
     weights, averaged = fitted()
     expected = weights[0]
-    for value in weights[1:]:
-        expected = 0.995 * expected + 0.005 * value
+    for i, value in enumerate(weights[1:], 1):  # the mean of the first 200, then a moving average
+        expected = expected + max(0.005, 1 / i) * (value - expected)
     torch.testing.assert_close(averaged, expected)
     bias = torch.stack(weights)[:, -1]  # its gradient is constant: Adam's steps are the step sizes
     k = torch.arange(1200)
@@ -132,19 +126,13 @@ def test_fit_averages_the_weights_of_steps_that_shrink_to_a_tenth():
 def test_fit_that_was_killed_goes_on_to_the_same_weights(tmp_path):
     weights, averaged = fitted()
     with pytest.raises(KeyboardInterrupt):
-        fitted(tmp_path / "fit.pt", stop=1150)
+        fitted(tmp_path / "new" / "fit.pt", stop=1150)
     for name, value in ("lr", 2e-2), ("env_id", "Ant-v4"):
         with pytest.raises(SystemExit, match=rf"fit\.pt: cannot be resumed .*another {name}"):
-            fitted(tmp_path / "fit.pt", **{name: value})
-    later_weights, later = fitted(tmp_path / "fit.pt")
+            fitted(tmp_path / "new" / "fit.pt", **{name: value})
+    later_weights, later = fitted(tmp_path / "new" / "fit.pt")
     assert len(later_weights) == 201  # from step 1000 on
     assert torch.equal(later_weights[-1], weights[-1]) and torch.equal(later, averaged)
-
-
-def test_time_embedding_tells_times_apart():
-    first = time_embedding(torch.linspace(0, 1, 1001, dtype=torch.float64), 16)
-    assert first.shape == (1001, 16)
-    assert torch.cdist(first, first).fill_diagonal_(1).min() > 1e-3
 
 
 # ---------------------------------------------------------------------------------- FlowPolicy

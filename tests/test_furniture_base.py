@@ -31,6 +31,8 @@ def test_pretraining_starts_from_another_base_with_its_scaling(tmp_path):
     data["state"] = 3 * data["state"] + 1
     second = pretrain(rldt_furniture, data, lr=1e-9, start=path)
     torch.testing.assert_close(second.state_dict(), first.state_dict())
+    with pytest.raises(SystemExit, match=f"--start {path}: has sizes"):
+        pretrain(rldt_furniture, demonstrations(58, 10), start=path)
 
 
 # ------------------------------------------------------------------------------ demonstrations

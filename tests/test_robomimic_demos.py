@@ -2,6 +2,7 @@ import functools
 import json
 import shutil
 from contextlib import closing
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -110,7 +111,7 @@ def test_load_reads_the_file(lift_file):
     np.testing.assert_array_equal(read(max_episodes=1)["action"], actions[0])
 
 
-def test_images_are_those_of_the_environment(image_file):
+def test_images_are_those_of_the_environment(image_file, tmp_path):
     env = maker.build("lift", images=True)  # after image_file: robosuite renders in the newest context
     sim = env.env
     with closing(sim), h5py.File(image_file) as file:
@@ -132,8 +133,13 @@ def test_images_are_those_of_the_environment(image_file):
     states = load(image_file, "lift", images=False)["state"]
     np.testing.assert_array_equal(np.concatenate([data["state"], data["object"]], 1), states)
     load(image_file, "lift", images=True, fast_render=True)
-    with pytest.raises(DatasetError, match="rendered with --fast-render; train with the same"):
+    with pytest.raises(DatasetError, match="rendered without shadows"):
         load(image_file, "lift", images=True, fast_render=False)
+    theirs = shutil.copy(image_file, tmp_path)
+    with h5py.File(theirs, "r+") as file:
+        del file["data"].attrs["fast_render"]  # as robomimic's own tool, which renders shadows
+    with pytest.raises(DatasetError, match="rendered with shadows"):
+        load(Path(theirs), "lift", images=True, fast_render=True)
 
 
 def test_a_file_with_its_own_model_is_rendered_with_that(environment, image_file, short_file, tmp_path):

@@ -28,7 +28,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import rldt_gym
 from common import checkpoints, runs
-from common.checkpoints import Ring, read_checked, save_parts, write_atomically
+from common.checkpoints import Ring, load_parts, read_checked, save_parts, write_atomically
 from common.flow import FlowPolicy
 from common.runs import Run, derive_seed
 from common.settings import Count, Seed, Share, Size, Threads, Weight, launch, parse_args, set_up
@@ -183,14 +183,15 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch, device, alone, togethe
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch, "manual_seed", lambda seed: None)  # which would start CUDA
-    monkeypatch.setattr(runs.dist, "init_process_group", backends.append)
+    begin = lambda backend, timeout: backends.append((backend, timeout.days))
+    monkeypatch.setattr(runs.dist, "init_process_group", begin)
     args = [Args(device=device), Args(device=device)]
     set_up(args[0])
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     set_up(args[1])
     assert [a.device for a in args] == [alone, together]
-    assert backends == ["gloo" if device == "cpu" else "nccl"]
+    assert backends == [("gloo" if device == "cpu" else "nccl", 7)]  # they wait while the first clones
 
 
 @given(seed=st.integers(0, 2**32 - 1), other=st.integers(0, 2**32 - 1), purpose=st.text(max_size=9))
@@ -255,6 +256,16 @@ def test_a_directory_that_cannot_be_written_stops():
 OWNER = dict(script="toy")
 
 
+def test_a_checkpoint_of_a_machine_with_more_gpus_is_read(monkeypatch, tmp_path):
+    state, restored = torch.zeros(16, dtype=torch.uint8), []
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [state, state])
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", restored.extend)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    save_parts(tmp_path / "checkpoint0.1.pt", OWNER, {})
+    load_parts(tmp_path / "checkpoint0.1.pt", OWNER, {}, "cpu")
+    assert len(restored) == 1
+
+
 def test_saving_writes_only_the_newest_slot_of_a_ring(tmp_path):
     ring = Ring(3, {"x": (2,)}, "cpu")
     for i in range(5):
@@ -301,7 +312,7 @@ def test_a_checkpoint_of_other_settings_script_version_or_world_is_refused(args,
     monkeypatch.undo()
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(runs.dist, "broadcast_object_list", lambda paths: None)
-    monkeypatch.setattr(runs.dist, "init_process_group", lambda backend: None)
+    monkeypatch.setattr(runs.dist, "init_process_group", lambda *_, **__: None)
     with pytest.raises(SystemExit, match="no iteration was saved by all 2 processes"):
         train(again)
 
@@ -364,6 +375,16 @@ def test_log_averages_what_was_added_and_sums_what_was_timed(args, monkeypatch):
     names = "env_steps", "x", "y", "part_s", "a", "b"
     found = [[row[name] for name in names] for row in metrics(run.path)]
     assert found == [["7", "1.0", "1.0", "3.0", "5.0", ""], ["7", "11.0", "1.0", "3.0", "", "5.0"]]
+
+
+def test_time_in_which_the_first_process_evaluates_counts_in_all(monkeypatch, args):
+    run = Run(args, "toy")
+    run.checkpoints(dict(env_steps=0), Toy(1, 1))
+    assert next(run.iterations()) == (0, 0.0)
+    run.world = 2
+    monkeypatch.setattr(runs.dist, "barrier", lambda: time.sleep(0.2))
+    run.log({}, 0)
+    assert run.progress["wall_s"] >= 0.2
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
