@@ -43,7 +43,9 @@ class Args:
 
 
 SHARED = offpolicy.SHARED
-PRESETS = {"paper": dict(warmup_iterations=2, noise_steps=32, actor_steps=64)}
+SPARSE = "lift", "can", "square", "transport", "one_leg", "lamp"  # where Q is at most 1, not near 30
+PRESETS = {task: dict(entropy_start=0.003) for task in SPARSE}
+PRESETS["paper"] = dict(warmup_iterations=2, noise_steps=32, actor_steps=64)
 TARGET_ENTROPY = 0.0  # of the actor's noise, scaled to +-1 (official)
 ACTOR = dict(width=128, depth=3)  # official, on Hopper
 
@@ -125,10 +127,10 @@ def update_noise_critic(policy, critic, noise_critic, optimizer, seen: torch.Ten
 
 
 class Soft:
-    """Actor and target networks of SAC, for `critic_target`: noise acts, V(s') has an entropy bonus."""
+    """Actor and target networks of SAC, for `critic_target`: noise acts, V(s') may have a bonus."""
 
-    def __init__(self, policy: SteeredPolicy, target):
-        self.policy, self.target = policy, target
+    def __init__(self, policy: SteeredPolicy, target, bonus: torch.Tensor | float):
+        self.policy, self.target, self.bonus = policy, target, bonus
 
     def encode(self, obs):
         return self.policy.encode(obs)
@@ -139,8 +141,8 @@ class Soft:
         return w
 
     def __call__(self, seen: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        """Q - alpha log p (networks, B) of the noise that was sampled last."""
-        return self.target(seen, w) - self.policy.log_alpha.exp() * self.log_prob  # (S4)
+        """Q - bonus log p (networks, B) of the noise that was sampled last."""
+        return self.target(seen, w) - self.bonus * self.log_prob  # (S4)
 
 
 # -------------------------------------------------------------------------------------- actor
@@ -174,7 +176,7 @@ class DSRL(offpolicy.Method):
         steering = [*self.policy.actor.parameters(), self.policy.log_alpha]
         self.optimizer = torch.optim.Adam(steering, args.actor_lr, fused=True)
         self.parts = dict(actor_optimizer=self.optimizer)
-        self.noise_critic = self.critic
+        self.noise_critic, self.sparse = self.critic, isinstance(family, families.Sparse)
         if args.form == "na":
             self.noise_critic = family.make_critic(self.policy)
             networks = self.noise_critic.parameters()
@@ -207,7 +209,8 @@ class DSRL(offpolicy.Method):
     def value_of(self, target):
         if self.args.form == "na":
             return self.policy, target
-        soft = Soft(self.policy, target)
+        # where targets end at 1, a bonus in each chunk would make all of them 1
+        soft = Soft(self.policy, target, 0.0 if self.sparse else self.policy.log_alpha.exp())
         return soft, soft
 
     def update(self, seen, action, target, warm, spent):

@@ -322,7 +322,7 @@ def settings_of(own: type, shared: type) -> type:
 def parse_args(shared: dict[str, type], own: type, presets: dict[str, dict], doc: str, argv=None):
     """Command line -> settings. `shared` has, by script, the class of those besides the `own`.
 
-    Presets are the script's, and over these the method's, each of the settings that there are.
+    Presets are the script's, `demos` aside, and over these the method's, of the settings that exist.
     """
     family, argv = choose(sys.argv[1:] if argv is None else argv)
     cls = settings_of(own, shared[family.script.__name__])
@@ -330,7 +330,7 @@ def parse_args(shared: dict[str, type], own: type, presets: dict[str, dict], doc
     for name in {*family.script.PRESETS, *presets}:
         theirs, ours = family.script.PRESETS.get(name, {}), presets.get(name, {})
         values = {key: value for key, value in theirs.items() if not hasattr(own, key)} | ours
-        merged[name] = {key: value for key, value in values.items() if hasattr(cls, key)}
+        merged[name] = {k: v for k, v in values.items() if hasattr(cls, k) and k != "demos"}
     return settings.parse_args(cls, merged, doc, argv)
 
 

@@ -34,13 +34,15 @@ class Args:
     exploration_steps: Size = 2  # noise |a - a_dagger_k|, k of this many last Euler steps (authors: 2)
     actor_steps: Size = 8  # per round (authors: 2)
     actor_batch: Count = 128  # states per actor step, a trajectory each (authors: 6250; official: 256)
-    inv_temp: Weight = 15.0  # inverse temperature; Q is in units of the mean chunk reward (paper: 0.3)
+    inv_temp: Weight = 15.0  # inverse temperature; on Gym Q is in mean chunk rewards (paper: 0.3)
     actor_lr: Weight = 1e-4  # Adam step size (authors: 2e-5; official: 3e-4)
     actor_lr_end: Weight = 0.1  # factor on actor_lr, reached linearly at the end (official: 1)
 
 
 SHARED = offpolicy.SHARED
 PRESETS = {
+    **{task: dict(inv_temp=100.0) for task in ("lift", "can", "square")},  # Q is at most 1
+    **{task: dict(inv_temp=150.0, exploration_steps=0) for task in ("transport", "one_leg", "lamp")},
     "paper": dict(actor_steps=2, actor_batch=6250, inv_temp=0.3, actor_lr=2e-5, actor_lr_end=1.0),
 }
 MAX_GRAD_NORM = 1.0  # the actor's gradient is scaled down to it (official: that of actor and critic)

@@ -31,6 +31,7 @@ METHODS = {  # name and colour in the comparison, in its order
     "reinflow": ("ReinFlow", "#1b7837"), "dppo": ("DPPO (flow)", "#762a83"),
     "dppo-diffusion": ("DPPO (diffusion)", "#c2a5cf"), "fpo": ("FPO", "#e08214"),
     "fpo++": ("FPO++", "#fdb863"), "best-of-n": ("best of N", "#4d4d4d"), "sac": ("SAC", "#969696"),
+    "dsrl": ("DSRL", "#01665e"), "dsrl-sac": ("DSRL (SAC)", "#80cdc1"), "qc": ("QC", "#8c510a"),
 }  # fmt: skip
 SAME_BASE = ("rldt", "qam", "dppo", "fpo", "fpo++")  # start from the same flow and sample it alike
 REPS = 2000  # bootstrap repetitions

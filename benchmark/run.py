@@ -38,7 +38,7 @@ METHODS = {  # module and flags
     "fpo": ("baselines.fpo", "--form fpo"),
     "fpo++": ("baselines.fpo", "--form fpo++"),
     "best-of-n": ("baselines.best_of_n", ""),
-    "qc": ("baselines.best_of_n", "--candidates 32 --clone-steps 32"),
+    "qc": ("baselines.best_of_n", "--candidates 16 --clone-steps 32"),
     "dsrl": ("baselines.dsrl", ""),
     "dsrl-sac": ("baselines.dsrl", "--form sac"),
     "sac": ("baselines.sac", ""),
@@ -53,7 +53,7 @@ VARIANTS = {  # of RLDT, 24 iterations each: a whole run on Hopper
     "updates-0.25": "--critic-steps 8 --actor-steps 2",
     "updates-4": "--critic-steps 128 --actor-steps 32",
 }  # fmt: skip
-TRIES = {  # four settings of each method, numbered from 1; the best become its defaults by hand
+TRIES = {  # four settings of each method, numbered from 1 (others of the CSV, `earlier-`: before)
     "rldt": ("", "--actor-lr 2e-4", "--actor-batch 128", "--constraint-weight 0.1 --actor-lr 2e-4"),
     "qam": ("--inv-temp 2", "--inv-temp 5", "--inv-temp 15", "--inv-temp 5 --actor-lr 3e-4"),
     "reinflow": ("", "--clone-weight 0", "--batch 1250", "--clip 0.02 --batch 2500"),
@@ -158,7 +158,7 @@ def cells(args: Args) -> list[Cell]:
     held = {(row["task"], row["method"], row["seed"]) for row in read_csv(args.out)}
     found = []
     for seed in args.seeds or experiment.seeds:
-        for task in args.tasks or experiment.tasks:
+        for task in [task.replace("one-leg", "one_leg") for task in args.tasks or experiment.tasks]:
             budget = f"--wall-budget-s {SECONDS.get(task, 600)}" if experiment.timed else ""
             for method, (module, own) in experiment.methods.items():
                 wanted = not args.methods or {method, method.partition("#")[0]} & {*args.methods}

@@ -35,6 +35,7 @@ import tyro
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.tensorboard import SummaryWriter
 
+from baselines import families
 from benchmark.run import GYM, METHODS
 from benchmark.tools import RESULTS, markdown, provenance, replace_rows
 from common.settings import parse_args
@@ -144,15 +145,15 @@ def counted_run(name: str, flags: list[str], path: Path):
 
     register_optimizer_step_post_hook(counted)
     SummaryWriter.add_scalar = recorded
-    module.main(parse_args(module.Args, module.PRESETS, "", flags))
+    own, shared = (module.Args, module.PRESETS, "", flags), getattr(module, "SHARED", None)
+    module.main(families.parse_args(shared, *own) if shared else parse_args(*own))
     path.write_text(json.dumps(sorted(marks.items())))
 
 
 def train(variant: str, task: str, name: str, flags: str, args: Args) -> Rows:
     """Rates of a short run over its last `measured` iterations, and its peak memory."""
-    flags += f" --warmup-iterations 1 --iterations {args.measured + 3} --eval-every 1000"
-    flags += " --eval-episodes 8 --final-eval-episodes 8"
-    flags += f" --threads {args.threads} --device {args.device}"
+    flags += f" --warmup-iterations 1 --iterations {args.measured + 3} --threads {args.threads}"
+    flags += f" --eval-every 1000 --eval-episodes 8 --final-eval-episodes 8 --device {args.device}"
     with tempfile.TemporaryDirectory() as folder:
         path, words = Path(folder, "marks.json"), shlex.split(f"{flags} {args.extra} --runs {folder}")
         context = multiprocessing.get_context("spawn")
@@ -183,7 +184,7 @@ def runs(family: str, args: Args) -> list[tuple[str, str, str, str]]:
         for task, method in itertools.product(args.tasks, args.methods):
             name, flags = METHODS[method]
             flags += f" --env-id {task}" + (" --critic-iterations 0" if method == "sac" else "")
-            found.append((method, task, name, flags))
+            found.append((method, task, name.replace("rldt", "rldt_gym"), flags))
     if family == "robomimic":
         for kind, n in itertools.product(("state", "image"), args.numbers):
             flags = f"--task square --obs {kind} --num-envs {n}"
@@ -222,8 +223,7 @@ def step_times(threads: int, seconds: float, device: str):
     parts = {
         "ceiling": lambda: a @ b,
         "critic_target": lambda: script.critic_target(policy, target, batch, 1.0, 0.5, args),
-        "update_critic": lambda: script.update_critic(
-            critic, target, critic_adam, obs, action, y, args),
+        "update_critic": lambda: script.update_critic(critic, target, critic_adam, obs, action, y, args),
         "update_actor": lambda: script.update_actor(
             policy, reference, critic, actor_adam, obs[: args.actor_batch], args),
     }  # fmt: skip

@@ -157,8 +157,6 @@ def test_run_writes_what_a_run_of_rldt_writes(finished, finished_run, name):
     assert [row["eval_return"] != "" for row in rows] == [True, False, False, True, False, True]
     loss = [row[LOSS.get(name, "losses/policy")] for row in rows]
     assert "" not in (loss[2], loss[4]) and loss[0] == loss[3] == loss[5] == ""
-    assert result["final_return"] == float(rows[-1]["eval_return"])
-    assert {"env_steps", "eval_return_sampled", "diagnostics/reward_scale"} <= set(rows[0])
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -177,27 +175,16 @@ def test_evaluating_a_run_gives_the_scores_of_its_last_evaluation(finished, name
     assert len(scores) == 4
 
 
-@pytest.mark.parametrize("name, chosen", [("dppo", 1), ("qam", 1), ("best_of_n", 1), ("best_of_n", 0)])
-def test_best_policy_is_measured_again(scripted_evaluations, make_args, tmp_path, name, chosen):
-    earlier = [[9.0, 8.0], [8.0, 9.0]][chosen]
-    episodes, policies = scripted_evaluations(rldt_gym, [*earlier, 1.0, 5.0])
-    result = METHODS[name].main(make_args(name, tmp_path))
-    assert [result[f"{key}_return"] for key in ("base", "final", "best")] == [earlier[0], 1.0, 5.0]
-    assert not any(episodes[-1] & others for others in episodes[:-1])
-    for key, value in policies[chosen].state_dict().items():
-        assert torch.equal(policies[-1].state_dict()[key], value)
-    if name == "best_of_n":
-        assert [int(policy.candidates) for policy in policies] == [1, 3, 3, [1, 3][chosen]]
-
-
 @pytest.mark.parametrize("name", ["reinflow", "dppo", "best_of_n", "dsrl"])
 def test_policy_of_a_method_says_so_and_is_no_plain_flow(finished, name):
-    path = finished(name)[0] / "policy.safetensors"
+    run, result = finished(name)[:2]
+    path = run / "policy.safetensors"
     with pytest.raises(SystemExit, match="not a policy"):
         FlowPolicy.load(path)
     own = dict(reinflow=reinflow.NoisyPolicy, dppo=dppo.DenoisingPolicy, best_of_n=best_of_n.BestOfN)
     policy = own.get(name, dsrl.SteeredPolicy).load(path)
-    assert policy.info["script"] == name
+    assert policy.info["script"] == name and "validation_loss" not in policy.info  # which is the base's
+    assert policy.info["eval_return"] == result["final_return"]
     assert not policy.sample(torch.zeros(1, 11)).requires_grad  # a video needs no gradient
 
 

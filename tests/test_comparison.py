@@ -30,8 +30,10 @@ def test_what_a_csv_holds_is_not_run_again(tmp_path):
 
 def test_every_method_gets_the_same_time_on_a_task(tmp_path):
     cells = run.cells(run.Args("baselines", out=tmp_path / "none.csv"))
-    times = {(cell.task, cell.flags.split()[-1]) for cell in cells}
-    assert times == {("Hopper-v4", "300"), ("Walker2d-v4", "600"), ("HalfCheetah-v4", "600")}
+    cells += run.cells(run.Args("sparse", tasks=("one-leg-low",), out=tmp_path / "none.csv"))
+    times = {(cell.task, cell.flags.split("-s ")[1].split()[0]) for cell in cells}
+    gym = {("Hopper-v4", "300"), ("Walker2d-v4", "600"), ("HalfCheetah-v4", "600")}
+    assert times == gym | {("one_leg-low", "2700")}
 
 
 @pytest.mark.parametrize("experiment", run.EXPERIMENTS)
@@ -98,7 +100,7 @@ def test_scores_are_zero_at_the_base_and_one_at_the_best_method_of_complete_seed
     rows += [row("A", "qam", 1, 200), row("A", "qam", 3, 250), row("B", "qam", 1, 100)]  # no seed 3 of B
     rows += [row("A", "dppo", 1, 400)]  # lacks B
     scores = plot.final_scores(rows)
-    assert list(scores) == ["rldt", "qam"]
+    assert list(scores) == ["rldt", "qam"] and plot.METHODS.keys() == run.METHODS.keys()
     np.testing.assert_allclose(scores["rldt"], [[1, 1], [1, 1]])
     np.testing.assert_allclose(scores["qam"], [[0.5, 0]])
 

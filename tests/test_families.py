@@ -179,17 +179,28 @@ def test_dsrl_as_sac_keeps_the_noise_that_acted_and_is_paid_for_its_entropy(star
         assert torch.equal(rollout["action"], w) and (w.abs().max() > args.bound) == warm
         chunks = method.policy.flow(method.policy.normalize(family.envs.obs), w[-1])
         assert chunks.shape == w[-1].shape and not torch.equal(chunks, w[-1])
-    soft = dsrl.Soft(method.policy, lambda seen, w: torch.ones(2, len(seen)))
+    assert method.value_of(None)[0].bonus == 0  # targets end at 2, however large the bonus
+    soft = dsrl.Soft(method.policy, lambda seen, w: torch.ones(2, len(seen)), bonus=0.1)
     obs = torch.randn(5, 44)
     torch.manual_seed(0)
     w = soft.sample(obs)
     torch.manual_seed(0)
     noise, log_prob = method.policy.noise(obs, torch.randn(5, 20))
     assert torch.equal(w, noise)
-    expected = 1 - args.entropy_start * log_prob
+    expected = 1 - 0.1 * log_prob
     torch.testing.assert_close(soft(obs, w)[1], expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(SystemExit, match="demonstrations"):
         dsrl.main(start("dsrl", "lamp", form="sac", demos=True))
+
+
+def test_settings_in_units_of_q_or_of_actions_are_those_of_the_task():
+    tasks = "one-leg-low", "square-state", "Hopper-v4"
+    expected = dict(inv_temp=(150, 100, 15), entropy_start=(0.003, 0.003, 0.1), sigma=(0.04, 0.1, 0.1))
+    for name, (key, values) in zip(("qam", "dsrl", "dppo"), expected.items(), strict=True):
+        assert values == tuple(getattr(parse(RUNS[name], ["--task", task]), key) for task in tasks)
+    args = parse(qam, ["--task=transport-state"])
+    assert args.exploration_steps == 0 and not args.demos
+    assert parse(rldt_robomimic, ["--task=transport"]).demos
 
 
 def test_best_of_n_goes_on_cloning_what_it_is_told_to(start):
@@ -216,7 +227,7 @@ def test_task_stands_for_the_flags_of_the_script(task, script, names):
     assert {name: getattr(args, name) for name in names} == names
     theirs, ours = vars(script.CriticArgs()), vars(parse(qam, [f"--task={task}"]))
     preset = script.PRESETS.get(names.get("task"), {})
-    theirs |= {key: value for key, value in preset.items() if key in theirs} | names
+    theirs |= {key: value for key, value in preset.items() if key in theirs and key != "demos"} | names
     assert {key: ours[key] for key in theirs if key != "exp_name"} == {
         key: value for key, value in theirs.items() if key != "exp_name"
     }
