@@ -67,9 +67,11 @@ def parse(*argv):
 class Toy(torch.nn.Linear):
     """A policy of four numbers."""
 
-    info = property(lambda self: dict(task="toy"))
+    info = property(lambda self: dict(task="toy", eval_score=-7.0, loss=0.5))  # scores of the base
+    saved = {}  # noqa: RUF012, by file
 
     def save(self, path, **info):
+        self.saved[path.name] = info
         save_file(self.state_dict(), path)
 
 
@@ -423,6 +425,9 @@ def test_the_best_policy_is_kept_and_measured_again(args):
     assert len({*seeds[:4]}) == 1 and seeds[4] != seeds[0]
     for name, score in ("base", 1.0), ("final", 5.0), ("best", 8.0):
         assert (result[f"{name}_score"], result[f"{name}_other"]) == (score, -score)
+    known = dict(task="toy", script="test_runs", eval_score=5.0, eval_other=-5.0)
+    assert Toy.saved["policy.safetensors"] == known
+    assert Toy.saved["best_policy.safetensors"] == known | dict(eval_score=8.0, eval_other=-8.0)
     assert load_file(run / "best_policy.safetensors")["weight"].item() == 1
     assert load_file(run / "policy.safetensors")["weight"].item() == 3
     assert json.loads((run / "result.json").read_text()) == result
