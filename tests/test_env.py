@@ -35,8 +35,7 @@ class Counter(gym.Env):
     def step(self, action):
         self.t += 1
         reward = self.broken[self.t][1] if self.t in self.broken else float(action[0]) + self.t
-        end = self.t == (6 if self.episode % 2 == 0 else 4)
-        return self.observation(), reward, int(end), 0, {}  # many environments return no booleans
+        return self.observation(), reward, int(self.t == (6, 4)[self.episode % 2]), 0, {}  # no booleans
 
     def render(self):
         return np.full((65, 47, 3), 40 * self.t, np.uint8)

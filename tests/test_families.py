@@ -198,9 +198,8 @@ def test_settings_in_units_of_q_or_of_actions_are_those_of_the_task():
     expected = dict(inv_temp=(150, 100, 15), entropy_start=(0.003, 0.003, 0.1), sigma=(0.04, 0.1, 0.1))
     for name, (key, values) in zip(("qam", "dsrl", "dppo"), expected.items(), strict=True):
         assert values == tuple(getattr(parse(RUNS[name], ["--task", task]), key) for task in tasks)
-    args = parse(qam, ["--task=transport-state"])
-    assert args.exploration_steps == 0 and not args.demos
-    assert parse(rldt_robomimic, ["--task=transport"]).demos
+    args, ours = parse(qam, ["--task=transport-state"]), parse(rldt_robomimic, ["--task=transport"])
+    assert (args.exploration_steps, args.demos, ours.demos) == (0, False, True)
 
 
 def test_best_of_n_goes_on_cloning_what_it_is_told_to(start):
