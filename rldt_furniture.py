@@ -104,7 +104,7 @@ class Args(CriticArgs):
     kernel: Literal["rbf", "delta"] = "rbf"  # of the field; delta: RLDT-Delta, with --q-gradient critic
     q_gradient: Literal["critic", "particles"] = "particles"  # grad Q (paper), or to particles of high Q
     alpha: Weight = 1e-3  # temperature, the weight of the repulsion relative to |grad Q| (paper: 1e-3)
-    transport_scale: Weight = 30.0  # factor on grad Q (authors: 1); 8 for the lamp
+    transport_scale: Weight = 30.0  # factor on grad Q (authors: 1); 2 for the lamp
     consistency_weight: Weight = 0.05  # of eq. (14) (paper: 0.5)
     constraint_weight: Weight = 0.2  # of eq. (15) (paper: 0.2)
     bc_weight: Weight = 0.0  # of eq. (2) on chunks that led to a further pair (paper: 0)
@@ -121,7 +121,7 @@ PRESETS = {
         warmup_iterations=2, actor_steps=2, actor_batch=6250, n_particles=8, q_gradient="critic",
         transport_scale=1.0, consistency_weight=0.5, reference_every=1, actor_lr=2e-5, anneal=1.0,
     ),
-    "lamp": dict(transport_scale=8.0),  # its particles are spread more widely
+    "lamp": dict(transport_scale=2.0, bc_weight=0.5, actor_lr=1e-4),  # its critic tells little
 }  # fmt: skip
 PRETRAINING = {  # of a base policy that is made here; pretrain_fm.py has these as flags
     "laptop": dict(epochs=200, batch=256, lr=1e-3, spread=1.0, start=None, chunk=8, euler_steps=8,

@@ -43,7 +43,7 @@ class Args:
 
 
 SHARED = offpolicy.SHARED
-SPARSE = "lift", "can", "square", "transport", "one_leg", "lamp"  # where Q is at most 1, not near 30
+SPARSE = "lift", "can", "square", "transport", "one_leg", "lamp"  # where Q is at most 2, not near 30
 PRESETS = {task: dict(entropy_start=0.003) for task in SPARSE}
 PRESETS["paper"] = dict(warmup_iterations=2, noise_steps=32, actor_steps=64)
 TARGET_ENTROPY = 0.0  # of the actor's noise, scaled to +-1 (official)

@@ -434,7 +434,7 @@ FURNITURE = "horizon", "transport_scale", "iterations"
     (rldt_robomimic, ROBOMIMIC, "--task=lift --horizon=8 --iterations=3 --rollout-chunks=50 "
      "--exploration-steps=1", (8, 3, 50, 1)),
     (rldt_furniture, FURNITURE, "--furniture=one_leg", (700, 30, 60)),
-    (rldt_furniture, FURNITURE, "--furniture=lamp --wall-budget-s=9", (1000, 8, 0)),
+    (rldt_furniture, FURNITURE, "--furniture=lamp --wall-budget-s=9", (1000, 2, 0)),
     (rldt_furniture, FURNITURE, "--horizon=48 --transport-scale=3", (48, 3, 60)),
 ])  # fmt: skip
 def test_the_task_decides_what_is_not_given(monkeypatch, script, names, flags, expected):
