@@ -362,7 +362,7 @@ def update_actor(policy, reference, critic: Critic, optimizer, obs, args: Args, 
         trajectory = policy.sample(obs[:, None].expand(-1, args.n_particles, -1), x0, trajectory=True)
     losses = actor_losses(policy.velocity, reference.velocity, critic, obs, trajectory, args, unit)
     transport, consistency, constraint, metrics = losses
-    loss = transport + args.consistency_weight * consistency + args.constraint_weight * constraint  # (16)
+    loss = transport + args.consistency_weight * consistency + args.constraint_weight * constraint
     optimizer.zero_grad()
     loss.backward()
     average_gradients(policy.velocity.parameters())
