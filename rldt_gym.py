@@ -361,7 +361,7 @@ def update_actor(policy, reference, critic: Critic, optimizer, obs, args: Args, 
     with torch.no_grad(), autocast(args):
         trajectory = policy.sample(obs[:, None].expand(-1, args.n_particles, -1), x0, trajectory=True)
     losses = actor_losses(policy.velocity, reference.velocity, critic, obs, trajectory, args, unit)
-    transport, consistency, constraint, metrics = losses
+    transport, consistency, constraint, metrics = losses  # the terms of eq. (16)
     loss = transport + args.consistency_weight * consistency + args.constraint_weight * constraint
     optimizer.zero_grad()
     loss.backward()

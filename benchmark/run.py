@@ -53,7 +53,7 @@ VARIANTS = {  # of RLDT, 24 iterations each: a whole run on Hopper
     "updates-0.25": "--critic-steps 8 --actor-steps 2",
     "updates-4": "--critic-steps 128 --actor-steps 32",
 }  # fmt: skip
-TRIES = {  # four settings of each method, numbered from 1 (others of the CSV, `earlier-`: before)
+TRIES = {  # four settings of each method, numbered from 1; `earlier-` in the CSV: of former lists
     "rldt": ("", "--actor-lr 2e-4", "--actor-batch 128", "--constraint-weight 0.1 --actor-lr 2e-4"),
     "qam": ("--inv-temp 2", "--inv-temp 5", "--inv-temp 15", "--inv-temp 5 --actor-lr 3e-4"),
     "reinflow": ("", "--clone-weight 0", "--batch 1250", "--clip 0.02 --batch 2500"),

@@ -31,9 +31,8 @@ def test_what_a_csv_holds_is_not_run_again(tmp_path):
 def test_every_method_gets_the_same_time_on_a_task(tmp_path):
     cells = run.cells(run.Args("baselines", out=tmp_path / "none.csv"))
     cells += run.cells(run.Args("sparse", tasks=("one-leg-low",), out=tmp_path / "none.csv"))
-    times = {(cell.task, cell.flags.split("-s ")[1].split()[0]) for cell in cells}
-    gym = {("Hopper-v4", "300"), ("Walker2d-v4", "600"), ("HalfCheetah-v4", "600")}
-    assert times == gym | {("one_leg-low", "2700")}
+    times = {cell.task: cell.flags.split("-s ")[1].split()[0] for cell in cells}
+    assert times == {"Hopper-v4": "300", "one_leg-low": "2700"} | dict.fromkeys(run.GYM[1:], "600")
 
 
 @pytest.mark.parametrize("experiment", run.EXPERIMENTS)
@@ -51,7 +50,8 @@ def test_cell_is_run_and_its_row_and_curve_are_kept(tiny_base, tmp_path):
     files = run.execute(cell, tmp_path / "runs")
     assert run.keep(cell, files, args).startswith("Hopper-v4__qam__4: ")
     (row,) = read_csv(args.out)
-    assert [row[key] for key in ("task", "method", "seed", "threads")] == ["Hopper-v4", "qam", "4", "1"]
+    known = dict(task="Hopper-v4", backend="", method="qam", seed="4", threads="1")  # "": no choice
+    assert known.items() <= row.items()
     assert row["args"] == f"--wall-budget-s 300 {args.extra}"
     result = json.loads(files["result.json"])
     assert float(row["final_return"]) == pytest.approx(result["final_return"], abs=1e-4)
@@ -68,16 +68,6 @@ def test_run_that_fails_is_reported_and_not_kept(tmp_path):
     files = run.execute(cell, tmp_path / "runs")
     assert "Cannot make the environment 'Nothing-v0'" in run.keep(cell, files, args)
     assert not args.out.exists()
-
-
-def test_row_of_furniture_says_in_which_simulator_it_was_assembled(tmp_path):
-    args = run.Args("furniture", out=tmp_path / "f.csv")
-    cell = run.Cell("lamp-low", "rldt", 1, "rldt", "")
-    settings = dict(backend="mujoco", preset="laptop", threads=1, device="cpu", num_envs=16)
-    settings["final_eval_episodes"] = 5
-    result = dict(args=settings, versions={}, base_success=0.5, final_success=0.6, wall_s=60)
-    run.keep(cell, {"metrics.csv": "iteration\n", "result.json": json.dumps(result)}, args)
-    assert read_csv(args.out)[0]["backend"] == "mujoco"
 
 
 def test_pins_of_the_extras_do_not_contradict_those_of_the_project():

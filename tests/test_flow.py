@@ -135,6 +135,11 @@ def test_fit_that_was_killed_goes_on_to_the_same_weights(tmp_path):
     assert torch.equal(later_weights[-1], weights[-1]) and torch.equal(later, averaged)
 
 
+def test_time_embedding_tells_times_apart():
+    first = time_embedding(torch.linspace(0, 1, 1001, dtype=torch.float64), 16)
+    assert first.shape == (1001, 16) and torch.cdist(first, first).fill_diagonal_(1).min() > 1e-3
+
+
 # ---------------------------------------------------------------------------------- FlowPolicy
 def scaled_policy():
     policy = FlowPolicy(2, 2, chunk=3, euler_steps=4, width=8, depth=3, time_dim=4)

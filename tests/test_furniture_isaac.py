@@ -259,3 +259,9 @@ def test_isaac_gym_is_imported_before_torch(tmp_path, script):
     (tmp_path / "isaacgym.py").write_text(FAKE)
     result = python(f"import sys, {script}; print('isaacgym' in sys.modules)", tmp_path)
     assert (result.returncode, result.stdout) == (0, "True\n"), result.stderr
+
+
+def test_isaac_gym_of_another_python_is_no_obstacle(tmp_path):
+    (tmp_path / "isaacgym.py").write_text("raise RuntimeError('no gym module for this Python')")
+    result = python("import rldt_furniture; print(rldt_furniture.isaac_missing())", tmp_path)
+    assert result.stdout == f"{NOT_IMPORTED}\n", result.stderr

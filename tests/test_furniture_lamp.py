@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from demos.furniture_lamp import BASE, BULB, HOOD, Lamp
-from demos.furniture_skills import Arm
+from demos.furniture_lamp import BASE, BULB, HOOD, Lamp, heading
+from demos.furniture_skills import Arm, facing_down
 from envs.furniture_mujoco import PITCH, POSITION_TOLERANCE, TAG, FurnitureEnv, rotation
 
 SEATED = np.array([0, -0.088324, 0])  # of the hood, in the base's frame
@@ -49,3 +49,10 @@ def test_dropped_hood_seats_within_tolerance(env, offset):
         env.step(away)
     assert np.abs(env.relative_pose(BASE, HOOD)[0] - SEATED).max() < POSITION_TOLERANCE
     assert env.assembled.all()
+
+
+def test_heading_covers_the_wrists_range():
+    for yaw in np.radians([-130, -45, 0, 90, 180, 220]):
+        for lean in (-0.8, 0.0, 0.8):  # about the axis along which the fingers close
+            matrix = rotation(0, 0, yaw) @ rotation(0, lean, 0) @ facing_down(0)
+            assert heading(matrix) == pytest.approx(yaw)

@@ -2,7 +2,6 @@ import functools
 import json
 import shutil
 from contextlib import closing
-from pathlib import Path
 
 import h5py
 import numpy as np
@@ -139,7 +138,7 @@ def test_images_are_those_of_the_environment(image_file, tmp_path):
     with h5py.File(theirs, "r+") as file:
         del file["data"].attrs["fast_render"]  # as robomimic's own tool, which renders shadows
     with pytest.raises(DatasetError, match="rendered with shadows"):
-        load(Path(theirs), "lift", images=True, fast_render=True)
+        load(theirs, "lift", images=True, fast_render=True)
 
 
 def test_a_file_with_its_own_model_is_rendered_with_that(environment, image_file, short_file, tmp_path):

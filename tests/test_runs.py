@@ -259,12 +259,12 @@ OWNER = dict(script="toy")
 
 
 def test_a_checkpoint_of_a_machine_with_more_gpus_is_read(monkeypatch, tmp_path):
-    state, restored = torch.zeros(16, dtype=torch.uint8), []
-    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [state, state])
-    monkeypatch.setattr(torch.cuda, "set_rng_state_all", restored.extend)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    save_parts(tmp_path / "checkpoint0.1.pt", OWNER, {})
-    load_parts(tmp_path / "checkpoint0.1.pt", OWNER, {}, "cpu")
+    path, states, restored = tmp_path / "checkpoint0.1.pt", [torch.zeros(16, dtype=torch.uint8)] * 2, []
+    fakes = dict(get_rng_state_all=lambda: states, set_rng_state_all=restored.extend)
+    for name, fake in (fakes | dict(device_count=lambda: 1)).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    save_parts(path, OWNER, {})
+    load_parts(path, OWNER, {}, "cpu")
     assert len(restored) == 1
 
 
@@ -425,9 +425,9 @@ def test_the_best_policy_is_kept_and_measured_again(args):
     assert len({*seeds[:4]}) == 1 and seeds[4] != seeds[0]
     for name, score in ("base", 1.0), ("final", 5.0), ("best", 8.0):
         assert (result[f"{name}_score"], result[f"{name}_other"]) == (score, -score)
-    known = dict(task="toy", script="test_runs", eval_score=5.0, eval_other=-5.0)
-    assert Toy.saved["policy.safetensors"] == known
-    assert Toy.saved["best_policy.safetensors"] == known | dict(eval_score=8.0, eval_other=-8.0)
+    for file, score in ("policy", 5.0), ("best_policy", 8.0):
+        known = dict(task="toy", script="test_runs", eval_score=score, eval_other=-score)
+        assert Toy.saved[f"{file}.safetensors"] == known
     assert load_file(run / "best_policy.safetensors")["weight"].item() == 1
     assert load_file(run / "policy.safetensors")["weight"].item() == 3
     assert json.loads((run / "result.json").read_text()) == result

@@ -354,9 +354,7 @@ def test_reference_follows_every_nth_iteration(monkeypatch, bases, tmp_path, tas
         assert torch.equal(value.cpu(), expected[key].cpu()), key
 
 
-@pytest.mark.parametrize("task, score", [
-    ("hopper", "return"), ("state", "success"), ("lamp", "stages"),
-])  # fmt: skip
+@pytest.mark.parametrize("task, score", [("hopper", "return"), ("state", "success"), ("lamp", "stages")])
 def test_best_policy_is_measured_again(monkeypatch, bases, tmp_path, scripted_evaluations, task, score):
     script = TASKS[task][0]
     use_fakes(monkeypatch, script)
