@@ -2,13 +2,14 @@
 
     python -m benchmark.plot                            # writes docs/images/*.png, but for bandit.png
 
-The figure baselines_reliability.png needs rliable (Agarwal et al. 2021), see baselines/requirements.txt.
+The figures *_reliability.png need rliable (Agarwal et al. 2021), see baselines/requirements.txt.
 
-Figures of the paper: 2 (baselines.png), 3 (success*.png), 4 (gradient_norms.png), 5 and 8
-(kernels*.png), 6 and 7 (ablations.png). Lines are means and bands the range over seeds.
+Figures of the paper: 2 (baselines.png), 3 (baselines_sparse.png, success*.png), 4 (gradient_norms.png),
+5 and 8 (kernels*.png), 6 and 7 (ablations.png). Lines are means and bands the range over seeds.
 """
 
 import importlib.util
+import itertools
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,11 +19,9 @@ import numpy as np
 import tyro
 
 from benchmark.tools import COLORS, IMAGES, RESULTS, group, markdown, pyplot, read_csv, save_figure
+from envs.interface import success_rate
 
-STARTS = {  # column in the curves, label, base column, colour
-    "eval_return": ("x₀ = 0", "base_return", COLORS["blue"]),
-    "eval_return_sampled": ("sampled, x₀ ~ N(0, I)", "base_return_sampled", COLORS["orange"]),
-}
+STARTS = {"": "x₀ = 0", "_sampled": "sampled"}  # what the flow starts from, by its suffix in the CSVs
 AXES = {"env_steps": (1e6, "environment steps (millions)"), "wall_s": (60, "wall time (minutes)")}
 KERNELS = {"rldt": ("RBF kernel", COLORS["green"]), "rldt-delta": ("delta kernel", COLORS["purple"])}
 DIAGNOSTICS = {"losses/constraint": "constraint loss, eq. (15)", "diagnostics/phi_norm": "mean |φ|"}
@@ -32,8 +31,9 @@ METHODS = {  # name and colour in the comparison, in its order
     "dppo-diffusion": ("DPPO (diffusion)", "#c2a5cf"), "fpo": ("FPO", "#e08214"),
     "fpo++": ("FPO++", "#fdb863"), "best-of-n": ("best of N", "#4d4d4d"), "sac": ("SAC", "#969696"),
     "dsrl": ("DSRL", "#01665e"), "dsrl-sac": ("DSRL (SAC)", "#80cdc1"), "qc": ("QC", "#8c510a"),
+    "qam-demos": ("QAM, demos", "#2166ac"), "dsrl-demos": ("DSRL, demos", "#01665e"),
+    "best-of-n-demos": ("best of N, demos", "#4d4d4d"), "qc-demos": ("QC, demos", "#8c510a"),
 }  # fmt: skip
-SAME_BASE = ("rldt", "qam", "dppo", "fpo", "fpo++")  # start from the same flow and sample it alike
 REPS = 2000  # bootstrap repetitions
 
 
@@ -58,9 +58,9 @@ def series(points: list[dict], x: str, y: str) -> np.ndarray:
 
 
 def interpolated(runs: list[list[dict]], x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
-    """Curves of runs at common points: x (100,), y (runs, 100), as far as all of them go."""
+    """Curves of runs at common points: x (100,), y (runs, 100). A run that ended keeps its last."""
     found = [series(points, x, y) for points in runs]
-    grid = np.linspace(max(xs[0] for xs, _ in found), min(xs[-1] for xs, _ in found), 100)
+    grid = np.linspace(min(xs[0] for xs, _ in found), max(xs[-1] for xs, _ in found), 100)
     return grid, np.stack([np.interp(grid, xs, ys) for xs, ys in found])
 
 
@@ -89,44 +89,34 @@ def measured(row: dict) -> tuple[str, float | None]:
     return ("stages", 2.0) if row["task"].startswith("lamp") else ("success", 1.0)
 
 
-def band(axis, grid: np.ndarray, values: np.ndarray, label: str, color: str):
-    """Mean and range over seeds."""
-    axis.plot(grid, values.mean(0), color=color, label=label)
-    axis.fill_between(grid, values.min(0), values.max(0), color=color, alpha=0.18, lw=0)
+def plot_scores(plt, rows, curves, table: str, path: Path, starts=tuple(STARTS), apart: bool = False):
+    """Scores from the base policy's on, mean and range over seeds, against steps and wall time.
 
-
-def return_panels(plt, rows: list[dict], draw: Callable, ylabel: str):
-    """Panels against environment steps and against wall time, a column per task.
-
-    draw(axis, rows of the task, column of x, scale of x) fills a panel.
+    A column per task, a colour per method; sampled ones are dashed, or in columns apart.
     """
-    tasks = group(rows, "task")
-    size = (3.6 * len(tasks) + 0.4, 6)
-    figure, axes = plt.subplots(2, len(tasks), figsize=size, squeeze=False, sharey="col")
-    for column, (task, members) in enumerate(tasks.items()):
-        for axis, (x, (scale, label)) in zip(axes[:, column], AXES.items(), strict=True):
-            draw(axis, members, x, scale)
-            axis.set_xlabel(label)
-            axis.set_xlim(left=0)
-        axes[0, column].set_title(task)
-    for axis in axes[:, 0]:
-        axis.set_ylabel(ylabel)
-    return figure, axes
-
-
-def plot_returns(plt, rows: list[dict], curves: dict, path: Path):
-    """Return of RLDT, from both starts, beside the base policy's."""
-
-    def draw(axis, members: list[dict], x: str, scale: float):
-        runs = [curves["gym", row["task"], row["method"], row["seed"]] for row in members]
-        for y, (name, base, color) in STARTS.items():
-            grid, values = interpolated(runs, x, y)
-            band(axis, grid / scale, values, name, color)
-            axis.axhline(mean(members, base), color=color, lw=1, ls="--")
-        axis.axhline(np.nan, color=COLORS["grey"], lw=1, ls="--", label="base policy")
-
-    figure, axes = return_panels(plt, rows, draw, "return")
-    legend_below(figure, axes[0, 0], 3)
+    columns = {}
+    parts = zip(starts, strict=True) if apart else [starts]
+    for (row, *_), part in itertools.product(group(rows, "task").values(), parts):
+        columns[titled(row) + (f", {STARTS[part[0]]}" if apart else "")] = row["task"], part
+    size = (3.6 * len(columns) + 0.4, 6)
+    figure, axes = plt.subplots(2, len(columns), figsize=size, squeeze=False, sharey="col")
+    for column, (title, (task, part)) in zip(axes.T, columns.items(), strict=True):
+        members = [row for row in rows if row["task"] == task]
+        what, most = measured(members[0])
+        for axis, (x, (scale, label)) in zip(column, AXES.items(), strict=True):
+            for (method, seeds), start in itertools.product(group(members, "method").items(), part):
+                name, color = METHODS[method]
+                runs = [curves[table, task, method, row["seed"]] for row in seeds]
+                grid, values = interpolated(runs, x, f"eval_{what}{start}")
+                grid, low, high = grid / scale, values.min(0), values.max(0)
+                name += f", {STARTS[start]}" if len(part) > 1 else ""
+                dashed = len(part) > 1 and start
+                axis.plot(grid, values.mean(0), "--" if dashed else "-", color=color, label=name)
+                axis.fill_between(grid, low, high, color=color, alpha=0.18, lw=0)
+            axis.set(xlabel=label, ylabel="assembled pairs" if what == "stages" else what)
+            axis.set(xlim=(0, None), ylim=(0, 1.02 * most) if most else None)
+        column[0].set_title(title)
+    legend_below(figure, axes, 5 if len(group(rows, "method")) > 2 else 2)
     save_figure(figure, path)
 
 
@@ -134,46 +124,20 @@ def plot_ablations(plt, rows: list[dict], path: Path):
     """Final returns per variant: dots are seeds, bars their mean."""
     variants = group(rows, "method")
     figure, axis = plt.subplots(figsize=(6, 1.6 + 0.3 * len(variants)))
-    for (start, (label, base, color)), offset in zip(STARTS.items(), (-0.14, 0.14), strict=True):
-        column = start.replace("eval", "final")
+    looks = ((-0.14, COLORS["blue"]), (0.14, COLORS["orange"]))
+    for (start, label), (offset, color) in zip(STARTS.items(), looks, strict=True):
         for i, runs in enumerate(variants.values()):
-            values = [float(row[column]) for row in runs]
+            values = [float(row[f"final_return{start}"]) for row in runs]
             axis.scatter(values, [i + offset] * len(values), s=14, color=color, alpha=0.5, lw=0)
             ends = [i + offset - 0.13, i + offset + 0.13]
             axis.plot([np.mean(values)] * 2, ends, color=color, lw=2.5)
         axis.scatter([], [], s=14, color=color, label=label)
-        axis.axvline(mean(rows, base), color=color, lw=1, ls="--", zorder=0)
+        axis.axvline(mean(rows, f"base_return{start}"), color=color, lw=1, ls="--", zorder=0)
     axis.axvline(np.nan, color=COLORS["grey"], lw=1, ls="--", label="base policy")
     axis.set(yticks=range(len(variants)), yticklabels=variants, title=rows[0]["task"])
     axis.set_xlabel("final return (dots: seeds, bars: mean)")
     axis.invert_yaxis()
     legend_below(figure, axis, 3)
-    save_figure(figure, path)
-
-
-def plot_success(plt, rows: list[dict], curves: dict, table: str, path: Path):
-    """Success rate, or pairs where a task assembles several, against wall time.
-
-    A panel per task, a colour per method; dots are evaluations, faint lines rollouts.
-    """
-    tasks = group(rows, "task")
-    figure, axes = plt.subplots(1, len(tasks), figsize=(3.6 * len(tasks) + 0.4, 3.4), squeeze=False)
-    colors = {"rldt": COLORS["blue"], "rldt-delta": COLORS["orange"]}
-    for axis, (task, members) in zip(axes[0], tasks.items(), strict=True):
-        what, most = measured(members[0])
-        lines = ((f"eval_{what}", "o-", "x₀ = 0"), (f"eval_{what}_sampled", "o:", "sampled"))
-        for row in members:
-            method, color = row["method"], colors[row["method"]]
-            points = curves[table, task, method, row["seed"]]
-            seconds, values = series(points, "wall_s", f"train_{what}")
-            axis.plot(seconds / 60, values, color=color, lw=0.6, alpha=0.3)
-            for column, style, start in lines:
-                seconds, values = series(points, "wall_s", column)
-                label = f"{method}, {start}"
-                axis.plot(seconds / 60, values, style, ms=3, lw=1.2, color=color, label=label)
-        axis.set(title=titled(row), xlabel="wall time (minutes)", ylim=(-0.02 * most, 1.02 * most))
-        axis.set_ylabel("assembled pairs" if what == "stages" else "success rate")
-    legend_below(figure, axes, 2)
     save_figure(figure, path)
 
 
@@ -185,15 +149,15 @@ def plot_kernels(plt, rows: list[dict], curves: dict, table: str, path: Path):
     for line, (task, members) in zip(axes, tasks.items(), strict=True):
         what, most = measured(members[0])
         name = "assembled pairs" if what == "stages" else what
-        panels = {f"eval_{what}": f"{name}, x₀ = 0", f"eval_{what}_sampled": f"{name}, sampled"}
-        for axis, (column, title) in zip(line, (panels | DIAGNOSTICS).items(), strict=True):
+        scores = {f"eval_{what}": f"{name}, x₀ = 0", f"eval_{what}_sampled": f"{name}, sampled"}
+        for axis, (column, title) in zip(line, (scores | DIAGNOSTICS).items(), strict=True):
             for row in members:
                 label, color = KERNELS[row["method"]]
                 points = curves[table, task, row["method"], row["seed"]]
-                marker = "o" if column in panels else None
+                marker = "o" if column in scores else None
                 xs, ys = series(points, "iteration", column)
                 axis.plot(xs, ys, color=color, lw=1.2, marker=marker, ms=3, label=label)
-            axis.set(title=title, xlabel="iteration", ylim=(0, most if column in panels else None))
+            axis.set(title=title, xlabel="iteration", ylim=(0, most if column in scores else None))
         line[0].set_ylabel(titled(row))
     legend_below(figure, axes[0, 0], 2)
     save_figure(figure, path)
@@ -218,35 +182,22 @@ def plot_gradient_norms(plt, rows: list[dict], path: Path):
     save_figure(figure, path)
 
 
-def plot_comparison(plt, rows: list[dict], curves: dict, path: Path):
-    """Return of every method from x_0 = 0."""
-
-    def draw(axis, members: list[dict], x: str, scale: float):
-        for method, seeds in group(members, "method").items():
-            runs = [curves["baselines", row["task"], method, row["seed"]] for row in seeds]
-            grid, values = interpolated(runs, x, "eval_return")
-            band(axis, grid / scale, values, *METHODS[method])
-
-    figure, axes = return_panels(plt, rows, draw, "return, mean over seeds")
-    legend_below(figure, axes, 5)
-    save_figure(figure, path)
-
-
 def final_scores(rows: list[dict], start: str = "") -> dict[str, np.ndarray]:
-    """Final returns (seeds, tasks) of each method, 0 at the base policy and 1 at a task's best mean.
+    """Final scores (seeds, tasks) of each method, 0 at RLDT's base policy and 1 at a task's best mean.
 
     `start` is empty for x_0 = 0, or `_sampled`. Methods that lack a task are left out, and so are seeds
     that a method lacks on any task.
     """
     tasks, scores = list(group(rows, "task")), {}
+    what, _ = measured(rows[0])
     for method, runs in group(rows, "method").items():
-        values = {(row["task"], row["seed"]): float(row[f"final_return{start}"]) for row in runs}
+        values = {(row["task"], row["seed"]): float(row[f"final_{what}{start}"]) for row in runs}
         seeds = sorted({seed for _, seed in values}, key=int)
         complete = [seed for seed in seeds if all((task, seed) in values for task in tasks)]
         if complete:
             scores[method] = np.array([[values[task, seed] for task in tasks] for seed in complete])
-    bases = group([row for row in rows if row["method"] in SAME_BASE], "task")
-    low = np.array([mean(bases[task], f"base_return{start}") for task in tasks])
+    bases = group([row for row in rows if row["method"] == "rldt"], "task")
+    low = np.array([mean(bases[task], f"base_{what}{start}") for task in tasks])
     high = np.max([values.mean(0) for values in scores.values()], 0)
     return {method: (values - low) / (high - low) for method, values in scores.items()}
 
@@ -336,34 +287,35 @@ def returns_table(rows: list[dict], spread: Callable[[np.ndarray], str], through
 
 
 def success_table(rows: list[dict]) -> str:
-    """Success in percent with 95 % intervals, a line per run, and assembled pairs if any."""
+    """Success in percent with 95 % intervals over the episodes of all seeds, and pairs if any."""
     titles = {"base_success": "base, x₀ = 0", "final_success": "final, x₀ = 0"}
     titles |= {"base_success_sampled": "base, sampled", "final_success_sampled": "final, sampled"}
     lines = []
-    for row in rows:
-        line = {key: row[key] for key in ("task", "method", "seed")}
+    for runs in group([row | {"run": (row["task"], row["method"])} for row in rows], "run").values():
+        line = dict(task=runs[0]["task"], method=METHODS.get(runs[0]["method"], [runs[0]["method"]])[0])
+        line["seeds"] = ", ".join(row["seed"] for row in runs)
         for key, title in titles.items():
-            line[title] = f"{100 * float(row[key]):.0f}"
-            if f"{key}_low" in row:
-                low, high = 100 * float(row[f"{key}_low"]), 100 * float(row[f"{key}_high"])
-                line[title] += f" [{low:.0f}, {high:.0f}]"
-        for when in ("base", "final") if "base_stages" in row else ():
-            zero, sampled = float(row[f"{when}_stages"]), float(row[f"{when}_stages_sampled"])
+            episodes = [int(row["episodes"]) for row in runs]
+            succeeded = np.dot(episodes, [float(row[key]) for row in runs]).round()
+            share, low, high = success_rate(np.arange(sum(episodes)) < succeeded, key).values()
+            line[title] = f"{100 * share:.0f} [{100 * low:.0f}, {100 * high:.0f}]"
+        for when in ("base", "final") if all(row.get("base_stages") for row in rows) else ():
+            zero, sampled = mean(runs, f"{when}_stages"), mean(runs, f"{when}_stages_sampled")
             line[f"{when} pairs"] = f"{zero:.2f} / {sampled:.2f}"
-        line["env steps (10³)"] = f"{float(row['env_steps']) / 1e3:.0f}"
-        line["wall (min)"] = f"{float(row['wall_s']) / 60:.0f}"
+        line["env steps (10³)"] = f"{mean(runs, 'env_steps') / 1e3:.0f}"
+        line["wall (min)"] = f"{mean(runs, 'wall_s') / 60:.0f}"
         lines.append(line)
     return markdown(lines)
 
 
 def main(args: Args):
     plt, curves = pyplot(), load_curves(args.results / "curves.csv")
-    names = "gym ablations robomimic furniture baselines gradient_norms"
+    names = "gym ablations robomimic furniture baselines sparse gradient_norms"
     tables = {name: read_csv(args.results / f"{name}.csv") for name in names.split()}
     if not any(tables.values()):
         raise SystemExit(f"{args.results}: no results; run benchmark.run first.")
     if rows := tables["gym"]:
-        plot_returns(plt, rows, curves, args.images / "returns.png")
+        plot_scores(plt, rows, curves, "gym", args.images / "returns.png")
         print(returns_table(rows, mean_std, []))
     if rows := [row for row in tables["ablations"] if row["task"] == "Hopper-v4"]:
         plot_ablations(plt, rows, args.images / "ablations.png")
@@ -371,19 +323,23 @@ def main(args: Args):
     for table, suffix in {"robomimic": "", "furniture": "_furniture", "baselines": "_gym"}.items():
         rows = [row for row in tables[table] if row["method"] in KERNELS]
         if rows and table != "baselines":
-            plot_success(plt, rows, curves, table, args.images / f"success{suffix}.png")
+            plot_scores(plt, rows, curves, table, args.images / f"success{suffix}.png")
             print(success_table(tables[table]))
         if any(row["method"] == "rldt-delta" for row in rows):
             plot_kernels(plt, rows, curves, table, args.images / f"kernels{suffix}.png")
     if rows := tables["gradient_norms"]:
         plot_gradient_norms(plt, rows, args.images / "gradient_norms.png")
-    if rows := tables["baselines"]:
-        rows = sorted(rows, key=lambda row: list(METHODS).index(row["method"]))
-        plot_comparison(plt, rows, curves, args.images / "baselines.png")
-        print(returns_table(rows, mean_range, read_csv(args.results / "throughput.csv")))
-        if importlib.util.find_spec("rliable"):
+    for table, name in {"baselines": "baselines", "sparse": "baselines_sparse"}.items():
+        rows = sorted(tables[table], key=lambda row: list(METHODS).index(row["method"]))
+        if not rows:
+            continue
+        shown = dict(apart=True) if table == "sparse" else dict(starts=("",))
+        plot_scores(plt, rows, curves, table, args.images / f"{name}.png", **shown)
+        updates = read_csv(args.results / "throughput.csv")
+        print(success_table(rows) if table == "sparse" else returns_table(rows, mean_range, updates))
+        if importlib.util.find_spec("rliable") and "rldt" in group(rows, "method"):
             scores = final_scores(rows), final_scores(rows, "_sampled")
-            plot_reliability(plt, *scores, args.images / "baselines_reliability.png")
+            plot_reliability(plt, *scores, args.images / f"{name}_reliability.png")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The scripts in benchmark/ that run, collect, draw and diagnose."""
 
 import importlib
+import itertools
 import json
 import math
 
@@ -90,33 +91,37 @@ def test_scores_are_zero_at_the_base_and_one_at_the_best_method_of_complete_seed
     rows += [row("A", "qam", 1, 200), row("A", "qam", 3, 250), row("B", "qam", 1, 100)]  # no seed 3 of B
     rows += [row("A", "dppo", 1, 400)]  # lacks B
     scores = plot.final_scores(rows)
-    assert list(scores) == ["rldt", "qam"] and plot.METHODS.keys() == run.METHODS.keys()
+    assert list(scores) == ["rldt", "qam"]
+    assert plot.METHODS.keys() == run.METHODS.keys() | run.PEERS.keys()
     np.testing.assert_allclose(scores["rldt"], [[1, 1], [1, 1]])
     np.testing.assert_allclose(scores["qam"], [[0.5, 0]])
 
 
 def test_figures_and_table_of_sparse_tasks_are_made_from_the_csvs(tmp_path, capsys, monkeypatch):
     rows, points, drawn = [], [], []
-    for method, final in ("rldt", 0.75), ("rldt-delta", 0.5):
-        known = dict(task="lamp-low", method=method, seed=1)
-        line = dict(backend="mujoco", env_steps=2000, wall_s=120)
+    for seed, (method, final) in itertools.product((1, 2), (("rldt", 0.75), ("rldt-delta", 0.5))):
+        known = dict(task="lamp-low", method=method, seed=seed)
+        line = dict(backend="mujoco", env_steps=2000, wall_s=120, episodes=40)
         for key, value in ("base", 0.25), ("final", final):
             for start in ("", "_sampled"):
                 line |= {f"{key}_success{start}": value, f"{key}_stages{start}": 2 * value}
-                line |= {f"{key}_success{start}_low": 0.1, f"{key}_success{start}_high": 0.1}
         rows.append(known | line)
         for i, y in (0, 0.25), (2, final):
-            point = dict(table="furniture", iteration=i, wall_s=60 * i, train_stages=2 - i)
+            point = dict(iteration=i, env_steps=i, wall_s=60 * i)
             for start in ("", "_sampled"):
                 point |= {f"eval_success{start}": y, f"eval_stages{start}": 2 * y}
-            points.append(known | point | {"diagnostics/phi_norm": 1 + i, "losses/constraint": i})
-    write_csv(tmp_path / "furniture.csv", rows)
+            point |= known | {"diagnostics/phi_norm": 1 + i, "losses/constraint": i}
+            points += [point | {"table": table} for table in ("furniture", "sparse")]
+    for table in "furniture", "sparse":
+        write_csv(tmp_path / f"{table}.csv", rows)
     write_csv(tmp_path / "curves.csv", points)
+    monkeypatch.setattr(plot, "REPS", 50)
     monkeypatch.setattr(plot, "save_figure", lambda figure, path: drawn.append(path.name))
     plot.main(plot.Args(results=tmp_path, images=tmp_path))
-    assert {"success_furniture.png", "kernels_furniture.png"} <= {*drawn}
-    cells = "lamp-low | rldt | 1 | 25 [10, 10] | 75 [10, 10] | 25 [10, 10] | 75 [10, 10]"
-    assert f"| {cells} | 0.50 / 0.50 | 1.50 / 1.50 | 2 | 2 |" in capsys.readouterr().out
+    assert {"success_furniture.png", "kernels_furniture.png", "baselines_sparse.png"} <= {*drawn}
+    cells = "lamp-low | RLDT | 1, 2 | 25 [17, 35] | 75 [65, 83] | 25 [17, 35] | 75 [65, 83]"  # of 80
+    line = f"| {cells} | 0.50 / 0.50 | 1.50 / 1.50 | 2 | 2 |"
+    assert capsys.readouterr().out.count(line) == 2
 
 
 def test_monte_carlo_returns_go_on_after_a_time_limit_and_stop_after_an_end():
