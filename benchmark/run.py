@@ -6,6 +6,7 @@
     python -m benchmark.run sparse                     # peers on sparse rewards, for equal time
     python -m benchmark.run ablations                  # one setting of RLDT changed at a time
     python -m benchmark.run search                     # settings of each method, on seeds of their own
+    python -m benchmark.run search-sparse              # and on One-Leg; of RLDT see docs/
     python -m benchmark.run controls                   # what each addition gives on sparse rewards
 
 A row per run goes to benchmark/results/<experiment>.csv, its curve to curves.csv beside it. What the CSV
@@ -63,6 +64,10 @@ TRIES = {  # four settings of each method, numbered from 1; `earlier-` in the CS
     "dsrl": ("", "--bound 1", "--bound 2.5", "--actor-steps 32"),
     "sac": ("", "--lr 1e-4", "--gradient-steps 100", "--entropy-start 0.01"),
 }  # fmt: skip
+SPARSE_TRIES = {  # two settings of each peer
+    "dppo": ("", "--actor-lr 1e-5"), "qam-demos": ("", "--inv-temp 30"),
+    "dsrl-demos": ("", "--bound 1"), "best-of-n-demos": ("--candidates 4", "--candidates 16"),
+}  # fmt: skip
 RECIPE = (  # all that may be added on sparse rewards
     "--demos --bc-weight 0.1 --critics 4 --best-of 16 --q-gradient particles --n-particles 16"
     " --actor-batch 64 --transport-scale 20 --reference-every 0 --warmup-iterations 12 --actor-lr 1e-4"
@@ -72,11 +77,15 @@ CONTROLS = {  # what undoes a part of it
     "no-best-of": "--best-of 1", "no-field": "--transport-scale 0", "derivative": "--q-gradient critic",
 }  # fmt: skip
 SECONDS = {"Hopper-v4": 300, "one_leg-low": 2700, "square-state": 2700, "transport-state": 3600}
-SEARCH = {
-    f"{method}#{number}": (METHODS[method][0], f"{METHODS[method][1]} {flags}".strip())
-    for method, options in TRIES.items()
-    for number, flags in enumerate(options, 1)
-}
+
+
+def numbered(methods: dict[str, tuple[str, str]], tries: dict[str, tuple[str, ...]]):
+    """The tries of each method, as methods of their own."""
+    return {
+        f"{name}#{number}": (methods[name][0], f"{methods[name][1]} {flags}".strip())
+        for name, options in tries.items()
+        for number, flags in enumerate(options, 1)
+    }
 
 
 @dataclass
@@ -102,7 +111,10 @@ EXPERIMENTS = {
     "baselines": Experiment(METHODS, GYM, (1, 2, 3), timed=True),
     "sparse": Experiment(PEERS, ("one_leg-low", "square-state"), (1, 2, 3), timed=True),
     "ablations": Experiment(SHORT, ("Hopper-v4", "Walker2d-v4"), (1, 2, 3, 4, 5), curves=False),
-    "search": Experiment(SEARCH, ("Hopper-v4", "Walker2d-v4"), (11, 12), timed=True, curves=False),
+    "search": Experiment(
+        numbered(METHODS, TRIES), ("Hopper-v4", "Walker2d-v4"), (11, 12), timed=True, curves=False
+    ),
+    "search-sparse": Experiment(numbered(PEERS, SPARSE_TRIES), ("one_leg-low",), (11,), timed=True),
 }
 SCORES = (  # rows of metrics.csv that have one of these go into curves.csv
     "eval_return", "eval_return_sampled", "train_success", "eval_success", "eval_success_sampled",
