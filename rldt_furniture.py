@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from common.checkpoints import Ring, require_memory
 from common.flow import FlowPolicy, expected_target, fit, flow_matching_loss, interpolate
 from common.runs import Run, autocast, average_gradients, derive_seed, evaluate_stored
-from common.settings import Count, Seed, Several, Share, Size, Threads, Weight, launch, set_up
+from common.settings import Count, Precision, Seed, Several, Share, Size, Threads, Weight, launch, set_up
 from common.svgd import particle_gradient, transport_field
 from demos import furniture as dataset
 from demos.dataset import as_rollouts, chunk_rows, chunk_starts
@@ -54,7 +54,7 @@ class TaskArgs:
     runs: Path = Path("runs")  # directory in which run directories are made
     device: str = "auto"  # torch device: cpu, cuda, cuda:0, ...; auto: CUDA where there is one
     threads: Threads = 2  # CPU threads of torch and of the environments in MuJoCo
-    bf16: bool = True  # bfloat16 matrix products (autocast); weights and Euler states stay float32
+    precision: Precision = "auto"  # of matrix products (autocast); auto: the faster one here, measured
     resume: Path | None = None  # run directory to continue from its last checkpoint, with its arguments
     evaluate: Path | None = None  # run directory whose final policy to evaluate
     track: bool = False  # also log to Weights & Biases (pip install wandb)
@@ -115,11 +115,12 @@ class Args(CriticArgs):
 
 PRESETS = {
     "paper": dict(
-        iterations=250, bf16=False, num_envs=1000, zero_fraction=0.0, eval_every=10, eval_episodes=500,
-        final_eval_episodes=500, exploration_steps=2, buffer_iterations=20, segments=3125, gamma=0.995,
-        target_momentum=0.998, rounds=16, critic_batch=8192, critic_layer_norm=False,
-        warmup_iterations=2, actor_steps=2, actor_batch=6250, n_particles=8, q_gradient="critic",
-        transport_scale=1.0, consistency_weight=0.5, reference_every=1, actor_lr=2e-5, anneal=1.0,
+        iterations=250, precision="float32", num_envs=1000, zero_fraction=0.0, eval_every=10,
+        eval_episodes=500, final_eval_episodes=500, exploration_steps=2, buffer_iterations=20,
+        segments=3125, gamma=0.995, target_momentum=0.998, rounds=16, critic_batch=8192,
+        critic_layer_norm=False, warmup_iterations=2, actor_steps=2, actor_batch=6250, n_particles=8,
+        q_gradient="critic", transport_scale=1.0, consistency_weight=0.5, reference_every=1, anneal=1.0,
+        actor_lr=2e-5, bc_weight=0.0,
     ),
     "lamp": dict(transport_scale=2.0, bc_weight=0.5, actor_lr=1e-4),  # its critic tells little
 }  # fmt: skip

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from common.checkpoints import Ring, require_memory
 from common.flow import FlowPolicy, expected_target, fit, flow_matching_loss, interpolate
 from common.runs import Run, autocast, average, average_gradients, derive_seed, evaluate_stored
-from common.settings import Count, Seed, Share, Size, Threads, Weight, launch, set_up
+from common.settings import Count, Precision, Seed, Share, Size, Threads, Weight, launch, set_up
 from common.svgd import transport_field
 from demos import dataset
 from envs.vector import VectorEnv, record_video
@@ -43,7 +43,7 @@ class TaskArgs:
     runs: Path = Path("runs")  # directory in which run directories are made
     device: str = "auto"  # torch device: cpu, cuda, cuda:0, ...; auto: CUDA where there is one
     threads: Threads = 1  # CPU threads of torch and EnvPool; one is reproducible bit for bit
-    bf16: bool = True  # bfloat16 matrix products (autocast); weights and Euler states stay float32
+    precision: Precision = "auto"  # of matrix products (autocast); auto: the faster one here, measured
     resume: Path | None = None  # run directory to continue from its last checkpoint, with its arguments
     evaluate: Path | None = None  # run directory whose final policy to evaluate
     track: bool = False  # also log to Weights & Biases (pip install wandb)
@@ -100,7 +100,7 @@ class Args(CriticArgs):
 
 PRESETS = {
     "paper": dict(
-        iterations=70, bf16=False, rollout_chunks=500, zero_fraction=0.0, eval_every=5,
+        iterations=70, precision="float32", rollout_chunks=500, zero_fraction=0.0, eval_every=5,
         eval_episodes=100, buffer_iterations=20, segments=3125, gamma=0.99, td_lambda=0.0,
         target_momentum=0.998, critic_steps=64, critic_batch=50_000, critic_lr=1e-3,
         critic_layer_norm=False, warmup_iterations=0, actor_steps=2, actor_batch=6250, n_particles=8,

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from common.checkpoints import Ring, require_memory
 from common.flow import FlowPolicy, expected_target, fit, flow_matching_loss, interpolate
 from common.runs import Run, autocast, average_gradients, derive_seed, evaluate_stored
-from common.settings import Count, Seed, Several, Share, Size, Threads, Weight, launch, set_up
+from common.settings import Count, Precision, Seed, Several, Share, Size, Threads, Weight, launch, set_up
 from common.svgd import particle_gradient, transport_field
 from demos import robomimic as dataset
 from demos.dataset import as_rollouts, chunk_rows, chunk_starts
@@ -49,7 +49,7 @@ class TaskArgs:
     runs: Path = Path("runs")  # directory in which run directories are made
     device: str = "auto"  # torch device: cpu, cuda, cuda:0, ...; auto: CUDA where there is one
     threads: Threads = 2  # CPU threads of torch; simulators are processes of their own
-    bf16: bool = True  # bfloat16 matrix products (autocast); weights and Euler states stay float32
+    precision: Precision = "auto"  # of matrix products (autocast); auto: the faster one here, measured
     resume: Path | None = None  # run directory to continue from its last checkpoint, with its arguments
     evaluate: Path | None = None  # run directory whose final policy to evaluate
     track: bool = False  # also log to Weights & Biases (pip install wandb)
@@ -112,12 +112,12 @@ class Args(CriticArgs):
 
 PRESETS = {
     "paper": dict(
-        iterations=200, bf16=False, num_envs=64, rollout_chunks=200, zero_fraction=0.0, eval_every=10,
-        eval_episodes=64, exploration_steps=2, best_of=1, buffer_iterations=10, demos=False,
-        segments=804, encoder="own", gamma=0.999, target_momentum=0.995, rounds=16, critic_steps=32,
+        iterations=200, precision="float32", num_envs=64, rollout_chunks=200, zero_fraction=0.0,
+        eval_every=10, eval_episodes=64, exploration_steps=2, best_of=1, buffer_iterations=10, rounds=16,
+        demos=False, segments=804, encoder="own", gamma=0.999, target_momentum=0.995, critic_steps=32,
         critic_batch=1024, critics=2, critic_lr=1e-3, critic_layer_norm=False, warmup_iterations=2,
         actor_steps=2, actor_batch=1024, n_particles=8, q_gradient="critic", transport_scale=1.0,
-        consistency_weight=0.5, bc_weight=0.0, reference_every=1, actor_lr=2e-5, anneal=1.0,
+        consistency_weight=0.5, bc_weight=0.0, reference_every=1, anneal=1.0, actor_lr=2e-5,
     ),
     "transport": dict(
         exploration_steps=0, best_of=16, demos=True, critics=4, warmup_iterations=8, actor_batch=64,

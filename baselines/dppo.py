@@ -52,7 +52,7 @@ PRESETS = {
     **{task: GENTLE for task in ("lift", "can", "square", "transport")},
     **{task: GENTLE | dict(sigma=0.04, gamma_denoising=0.9) for task in ("one_leg", "lamp")},  # official
     "paper": dict(
-        iterations=1000, bf16=False, rollout_chunks=500, zero_fraction=0.0, eval_every=10,
+        iterations=1000, precision="float32", rollout_chunks=500, zero_fraction=0.0, eval_every=10,
         eval_episodes=40, batch=50_000, clip=0.01, actor_lr=1e-4, lr_warmup=10,
     )
 }  # fmt: skip

@@ -42,8 +42,8 @@ class Args(ppo.PPOArgs):
 SHARED = ppo.SHARED
 PRESETS = {
     "paper": dict(
-        iterations=80, bf16=False, num_envs=100, rollout_chunks=500, eval_every=5, eval_episodes=100,
-        batch=50_000, value_lr=1e-3, warmup_iterations=0, actor_lr=1e-4, lr_warmup=10,
+        iterations=80, precision="float32", num_envs=100, rollout_chunks=500, eval_every=5,
+        eval_episodes=100, batch=50_000, value_lr=1e-3, warmup_iterations=0, actor_lr=1e-4, lr_warmup=10,
     )
 }  # fmt: skip
 SAMPLES = {  # N

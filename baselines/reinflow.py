@@ -43,7 +43,7 @@ class Args(ppo.PPOArgs):
 SHARED = ppo.SHARED
 PRESETS = {
     "paper": dict(
-        iterations=1000, bf16=False, rollout_chunks=500, zero_fraction=0.0, eval_every=10,
+        iterations=1000, precision="float32", rollout_chunks=500, zero_fraction=0.0, eval_every=10,
         eval_episodes=40, repeats=10, batch=50_000, warmup_iterations=None, lr_warmup=10,
     )
 }  # fmt: skip

@@ -24,7 +24,7 @@ import rldt_robomimic
 from baselines import families
 from common.flow import FlowPolicy
 from common.runs import Run, evaluate_stored
-from common.settings import Count, Share, Size, Weight, set_up
+from common.settings import Count, Precision, Share, Size, Weight, set_up
 
 
 # ---------------------------------------------------------------------------------- arguments
@@ -33,7 +33,7 @@ class Args:
     """A chunk is a single action here. `SB3` are the settings of Stable-Baselines3."""
 
     exp_name: str = "sac"  # name of the experiment, part of the run directory's name
-    bf16: bool = False  # bfloat16 matrix products (autocast) in rollouts and evaluations
+    precision: Precision = "float32"  # of matrix products (autocast) in rollouts and evaluations
 
     # rollouts and replay
     zero_fraction: Share = 0.0  # share of environments that take the mean action (SB3: 0)

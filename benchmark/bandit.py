@@ -56,7 +56,7 @@ def pretrain() -> FlowPolicy:
 
 def finetune(policy: FlowPolicy, args: Args, steps: int):
     """Actor steps of RLDT on the bandit; with the policy of a few steps ago as reference."""
-    cfg = rldt_gym.Args(device="cpu", bf16=False, zero_fraction=0.0, n_particles=args.n_particles)
+    cfg = rldt_gym.Args(device="cpu", zero_fraction=0.0, n_particles=args.n_particles)
     cfg.alpha, cfg.constraint_weight = args.alpha, args.constraint_weight
     cfg.transport_loss, cfg.gradient_norm = "literal", 0.0  # eq. (13); the other form ends in one mode
 

@@ -43,7 +43,7 @@ def norm(loss: torch.Tensor, policy: FlowPolicy) -> torch.Tensor:
 
 def norms(policy: FlowPolicy, run: Run, transport_loss: str, args: Args) -> torch.Tensor:
     """Gradient norms of the total loss (K,), averaged over batches."""
-    cfg = dataclasses.replace(run.args, transport_loss=transport_loss, bf16=False)
+    cfg = dataclasses.replace(run.args, transport_loss=transport_loss, precision="float32")
     generator = torch.Generator().manual_seed(args.seed)
     torch.manual_seed(args.seed)
     reference = copy.deepcopy(policy.velocity).requires_grad_(False)

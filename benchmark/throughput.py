@@ -1,7 +1,7 @@
 """How fast the environments are, and how fast whole runs train. Run it on an idle machine.
 
     python -m benchmark.throughput gym robomimic furniture
-    python -m benchmark.throughput gym --no-envs --device cuda --methods rldt --extra="--no-bf16"
+    python -m benchmark.throughput gym --no-envs --device cuda --extra="--precision float32"
     python -m benchmark.throughput steps --against 980ffc2    # the parts of an iteration, of two commits
 
 Rows of benchmark/results/throughput.csv of the same case, device and threads are replaced; others stay.
@@ -57,7 +57,7 @@ class Args:
     threads: int = 1  # CPU threads
     seconds: float = 10.0  # least time per measurement of the environments
     measured: int = 4  # training iterations that are measured
-    extra: str = ""  # flags for the runs, as --extra="--no-bf16"
+    extra: str = ""  # flags for the runs, as --extra="--precision float32"
     against: str = "HEAD"  # commit whose steps are timed beside those of the checkout
     out: Path = RESULTS / "throughput.csv"  # CSV to write
 

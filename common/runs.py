@@ -31,8 +31,8 @@ def derive_seed(seed: int, *purpose) -> int:
 
 
 def autocast(args):
-    """bfloat16 matrix products, where asked for."""
-    return torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.bf16)
+    """bfloat16 matrix products, where asked for; weights and what is not a product stay float32."""
+    return torch.autocast(args.device.split(":")[0], torch.bfloat16, args.precision == "bfloat16")
 
 
 def average(x: torch.Tensor) -> torch.Tensor:

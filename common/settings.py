@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import timeit
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +25,7 @@ Seed = Annotated[int, 0, 2**32 - 1]
 Threads = Annotated[int, 1, 1024]
 Weight = Annotated[float, 0, 1e6]
 Share = Annotated[float, 0, 1]
+Precision = Literal["auto", "bfloat16", "float32"]
 
 
 def parse_args(cls, presets: dict[str, dict], doc: str, argv: list[str] | None = None):
@@ -88,8 +90,17 @@ def read_args(cls, run: Path):
         raise SystemExit(f"{run}/args.json: not the settings of {script}") from error
 
 
+def faster_precision(device: str) -> Precision:
+    """bfloat16 or float32, by the time of a product: CPUs without AMX may be slower in bfloat16."""
+    seconds = {}
+    for precision in ("float32", "bfloat16"):
+        x = torch.ones(512, 512, device=device, dtype=getattr(torch, precision))
+        seconds[precision] = min(timeit.repeat(lambda x=x: (x @ x)[0, 0].item(), number=1, repeat=9))
+    return min(seconds, key=seconds.get)
+
+
 def set_up(args):
-    """Chooses the device and the threads, seeds torch, and under torchrun joins the other processes."""
+    """Chooses device, threads and precision, seeds torch, and joins the other processes of torchrun."""
     world, device = int(os.environ.get("WORLD_SIZE", 1)), args.device
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise SystemExit(f"--device {device}: must be auto, cpu, cuda or cuda with a number, as cuda:0")
@@ -109,6 +120,8 @@ def set_up(args):
     torch.set_num_threads(args.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(args.seed)
+    if args.precision == "auto":
+        args.precision = faster_precision(device)
 
 
 def launch(main: Callable, cls, presets: dict[str, dict], doc: str, parse=parse_args):

@@ -25,7 +25,7 @@ ENDS_IN = {rldt_robomimic: "succeeded", rldt_furniture: "reached"}  # the replay
 # ------------------------------------------------------------------ how the scripts' functions differ
 def arguments(script, **changes):
     """Arguments of the functions below main(); furniture assembles a lamp, of two pairs."""
-    fixed = dict(device="cpu", bf16=False, exploration_steps=2)
+    fixed = dict(device="cpu", precision="float32", exploration_steps=2)
     if script is not rldt_gym:
         fixed |= dict(horizon=20, q_gradient="critic", transport_scale=1.0)
         fixed |= dict(demos=False, bc_weight=0.1)

@@ -60,7 +60,7 @@ def draw(policy, count=2000, seed=11):
 
 def finetune(policy, critic, updates, **changes):
     """The actor's part of the algorithm on a bandit of one state, a new reference every 32 updates."""
-    fields = dict(bf16=False, device="cpu", n_particles=16, alpha=ALPHA, actor_lr=1e-3) | changes
+    fields = dict(device="cpu", n_particles=16, alpha=ALPHA, actor_lr=1e-3) | changes
     losses = dict(gradient_norm=0.0, consistency_weight=0.35, constraint_weight=0.15)
     args = rldt_gym.Args(zero_fraction=0.0, **losses, **fields)
     torch.manual_seed(1)

@@ -99,7 +99,7 @@ class LinearFlow(torch.nn.Module):
 
 def rolled_out(name, rollout_chunks=3, **changes):
     """A method's policy with a linear flow, one rollout of Hopper by it, and the arguments."""
-    module, fields = METHODS[name], dict(rollout_chunks=rollout_chunks, bf16=False, zero_fraction=0.0)
+    module, fields = METHODS[name], dict(rollout_chunks=rollout_chunks, zero_fraction=0.0)
     args = arguments(module, **TINY[name] | fields | changes)
     sizes = dict(obs_dim=11, action_dim=3, chunk=2, euler_steps=4, width=8, depth=3, time_dim=8)
     own = dict(reinflow=reinflow.NoisyPolicy, dppo=dppo.DenoisingPolicy)
@@ -134,13 +134,13 @@ def first_update(name, **changes):
     return [METHODS[name].update_actor(policy, optimizer, batch, args) for _ in range(2)]
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name, changes", [
     ("reinflow", {}), ("dppo", {}), ("dppo", dict(form="diffusion")), ("fpo", dict(form="fpo")),
     ("fpo", {}),
 ])  # fmt: skip
-def test_ratio_of_the_first_minibatch_is_exactly_one(name, changes, bf16):
-    first, second = first_update(name, clip=1e-9, bf16=bf16, **changes)
+def test_ratio_of_the_first_minibatch_is_exactly_one(name, changes, precision):
+    first, second = first_update(name, clip=1e-9, precision=precision, **changes)
     assert first["diagnostics/kl"] == first["diagnostics/clip_fraction"] == 0
     assert second["diagnostics/kl"] > 0
     assert second["diagnostics/clip_fraction"] > 0.5
@@ -417,7 +417,7 @@ def test_qam_tilts_the_base_by_the_critic():
     policy = SimpleNamespace(velocity=velocity, euler_steps=K, action_size=1, obs_dim=1)
     networks = policy, SimpleNamespace(velocity=base), Quadratic(torch.tensor([0.3]))
     optimizer = torch.optim.Adam(velocity.parameters(), 0.1)
-    args = arguments(qam, device="cpu", bf16=False, inv_temp=b, zero_fraction=0.0)
+    args = arguments(qam, device="cpu", precision="float32", inv_temp=b, zero_fraction=0.0)
     for step in range(80):
         optimizer.param_groups[0]["lr"] = 0.2 * (1 - step / 80)
         qam.update_actor(*networks, optimizer, torch.zeros(512, 1), args)
@@ -427,7 +427,7 @@ def test_qam_tilts_the_base_by_the_critic():
 
 
 def test_qam_critic_target_is_the_mean_less_half_a_deviation_at_clipped_actions():
-    args = arguments(qam, device="cpu", bf16=False, gamma=0.9)
+    args = arguments(qam, device="cpu", precision="float32", gamma=0.9)
     zero, seen = torch.zeros(2, 3), []
     batch = dict(reward=zero, terminated=zero, truncated=zero, next_obs=torch.randn(2, 3, 11))
 
@@ -465,7 +465,7 @@ def test_best_of_n_takes_the_candidate_of_the_highest_smaller_q():
 # ---------------------------------------------------------------------------------------- DSRL
 def steered(D):
     """A policy with a linear flow and an actor that looks at the observation, and its arguments."""
-    args = arguments(dsrl, bf16=False, device="cpu", zero_fraction=0.0)
+    args = arguments(dsrl, precision="float32", device="cpu", zero_fraction=0.0)
     sizes = dict(obs_dim=2, action_dim=D, chunk=1, euler_steps=4, width=8, depth=3, time_dim=8)
     policy = dsrl.SteeredPolicy(**sizes, bound=args.bound)
     policy.velocity = LinearFlow(2, D).requires_grad_(False)

@@ -38,7 +38,7 @@ def test_paper_preset_changes_known_settings_and_flags_win(name):
     paper = arguments(module, preset="paper")
     assert {key: getattr(paper, key) for key in module.PRESETS["paper"]} == module.PRESETS["paper"]
     args = arguments(module, preset="paper", rollout_chunks=7)
-    assert (args.rollout_chunks, args.bf16) == (7, False)
+    assert (args.rollout_chunks, args.precision) == (7, "float32")
 
 
 @pytest.mark.parametrize("preset", ["laptop", "paper"])
@@ -251,8 +251,8 @@ class Track(gym.Env):
 
 gym.register("Track-v0", lambda: Track(), max_episode_steps=8)
 SMALL = dict(
-    env_id="Track-v0", device="cpu", bf16=False, seed=1, num_envs=20, eval_every=100, eval_episodes=10,
-    final_eval_episodes=20, zero_fraction=0.0, rollout_chunks=16,
+    env_id="Track-v0", device="cpu", precision="float32", seed=1, num_envs=20, eval_every=100,
+    eval_episodes=10, final_eval_episodes=20, zero_fraction=0.0, rollout_chunks=16,
 )  # fmt: skip
 PPO = dict(
     iterations=12, batch=320, lr_warmup=1, clip=0.1, actor_lr=2e-3, actor_lr_end=1.0,

@@ -41,7 +41,7 @@ def test_actor_step_has_the_gradient_of_float64(device, kernel, form):
     k, gradients = torch.randint(K, (B, P)), []
     for place, dtype in ("cpu", torch.float64), (device, torch.float32):
         velocity, reference, critic = (copy.deepcopy(net).to(place, dtype) for net in nets)
-        settings = dict(bf16=False, device=place, kernel=kernel, transport_loss=form, alpha=0.3)
+        settings = dict(precision="float32", device=place, kernel=kernel, transport_loss=form, alpha=0.3)
         if dtype == torch.float64:
             critic.forward = lambda s, a, net=critic: exact(net, s, a)
         inputs = obs.to(place, dtype), trajectory.to(place, dtype)
@@ -68,7 +68,7 @@ def test_critic_step_has_the_gradient_of_float64(device):
     action, y = trajectory[-1, :, 0], torch.randn(B, dtype=torch.float64)
     expected = copy.deepcopy(critic).double()
     (exact(expected, obs, action) - y).square().mean(1).sum().backward()
-    critic, args = critic.to(device), rldt_gym.Args(bf16=False, device=device)
+    critic, args = critic.to(device), rldt_gym.Args(precision="float32", device=device)
     target, optimizer = copy.deepcopy(critic), torch.optim.SGD(critic.parameters(), 0.0)
     batch = (x.float().to(device) for x in (obs, action, y))
     rldt_gym.update_critic(critic, target, optimizer, *batch, args)
@@ -85,10 +85,10 @@ def test_transport_field_and_particle_gradient_are_those_of_float64(device):
     assert relative_error(single, particle_gradient(q, particles)) < 1e-5
 
 
-def test_bf16_sampler_stays_near_float64(device):
+def test_bfloat16_sampler_stays_near_float64(device):
     velocity, *_, obs, _ = networks()
     x0 = torch.randn(B, D, dtype=torch.float64)
     net = copy.deepcopy(velocity).float().to(device)
-    with torch.no_grad(), rldt_gym.autocast(rldt_gym.Args(device=device)):
+    with torch.no_grad(), rldt_gym.autocast(rldt_gym.Args(precision="bfloat16", device=device)):
         x = sample(net, obs.float().to(device), x0.float().to(device), K)
     assert 0 < relative_error(x, sample(velocity, obs, x0, K)) < 1e-2

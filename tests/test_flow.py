@@ -105,7 +105,7 @@ def fitted(checkpoint=None, stop=None, lr=1e-2, **settings):
             raise KeyboardInterrupt
         return net(torch.randn(4, 3)).sum()
 
-    args = rldt_gym.Args(device="cpu", bf16=False, **settings)
+    args = rldt_gym.Args(device="cpu", precision="float32", **settings)
     averaged = fit(net, loss, 1200, lr, args, checkpoint)
     loss()
     return weights, torch.cat([p.detach().flatten() for p in averaged.parameters()])

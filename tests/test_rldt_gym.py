@@ -158,7 +158,7 @@ def test_two_processes_train_one_policy_and_go_on_after_ctrl_c(tiny_flags, tmp_p
 
 # --------------------------------------------------------------------------------- evaluation
 def test_evaluation_counts_first_episodes_only(tiny_args, tiny_base):
-    args = tiny_args(bf16=False)
+    args = tiny_args(precision="float32")
     policy, envs = FlowPolicy.load(tiny_base).to(DEVICE), VectorEnv("Hopper-v4", 20)
     scores = rldt_gym.evaluate(policy, args, 10, 21)
     envs.reset(21)
@@ -177,7 +177,7 @@ def test_evaluation_counts_first_episodes_only(tiny_args, tiny_base):
 
 # ----------------------------------------------------------------------------------- rollouts
 def test_a_rollout_explores_and_stores_what_was_executed(tiny_args, tiny_base):
-    args = tiny_args(bf16=False, rollout_chunks=60, zero_fraction=1.0)
+    args = tiny_args(precision="float32", rollout_chunks=60, zero_fraction=1.0)
     envs, policy = VectorEnv("Hopper-v4", 4), FlowPolicy.load(tiny_base).to(DEVICE)
     envs.reset(5)
     slot = rldt_gym.Replay(args, 11, 6).next()
@@ -213,7 +213,7 @@ def demonstrations(episodes=12, length=30, seed=0):
 
 def pretrain(data, **changes):
     settings = dict(epochs=1, batch=64, lr=1e-3, chunk=1, euler_steps=4, width=32, depth=3, time_dim=8)
-    return rldt_gym.pretrain(rldt_gym.Args(device="cpu", bf16=False), data, None, **settings | changes)
+    return rldt_gym.pretrain(rldt_gym.Args(device="cpu"), data, None, **settings | changes)
 
 
 def test_pretraining_learns_the_demonstrators_actions():

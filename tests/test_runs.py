@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import time
+import timeit
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,7 +45,8 @@ class Args:
     runs: Path = Path("runs")  # directory
     device: str = "cpu"  # cpu or cuda
     threads: Threads = 1  # of torch
-    bf16: bool = True  # or float32
+    quick: bool = True  # or slow
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"  # of products
     track: bool = False  # log elsewhere
     resume: Path | None = None  # run to continue
     evaluate: Path | None = None  # run to evaluate
@@ -57,7 +59,7 @@ class Args:
     final_eval_episodes: Count = 5  # of the first and the last one
 
 
-PRESETS = {"large": dict(iterations=70, rate=0.2, bf16=False)}
+PRESETS = {"large": dict(iterations=70, rate=0.2, quick=False)}
 
 
 def parse(*argv):
@@ -134,20 +136,20 @@ def assert_same(run, result, whole):
 def test_a_preset_sets_the_defaults_and_flags_win():
     assert parse() == Args()
     for argv in ["--preset=large", "--rate=0.3"], ["--rate", "0.3", "--preset", "large"]:
-        assert parse(*argv) == Args(preset="large", iterations=70, rate=0.3, bf16=False)
-    assert parse("--preset=large", "--bf16").bf16
+        assert parse(*argv) == Args(preset="large", iterations=70, rate=0.3, quick=False)
+    assert parse("--preset=large", "--quick").quick
     assert parse("--data=large") == Args(data="large")  # a text that has a preset's name is none
 
 
 def test_resume_and_evaluate_take_the_stored_arguments(tmp_path):
-    stored = dict(preset="large", iterations=9, bf16=False, data="my data --x=1", threads=2, rate=0.7)
+    stored = dict(preset="large", iterations=9, quick=False, data="my data --x=1", threads=2, rate=0.7)
     stored = vars(Args(**stored, device="cuda:3"))
     (tmp_path / "args.json").write_text(json.dumps(stored | dict(script="test_runs"), default=str))
     stored["device"] = "auto"
     args = parse("--resume", tmp_path, "--seed=99", "--threads=4", "--rate=0.1")
     assert vars(args) == stored | dict(resume=tmp_path, threads=4)  # all but device and threads
-    args = parse("--evaluate", tmp_path, "--seed=99", "--bf16", "--threads=4")
-    assert vars(args) == stored | dict(evaluate=tmp_path, seed=99, bf16=True, threads=4)  # flags win
+    args = parse("--evaluate", tmp_path, "--seed=99", "--quick", "--threads=4")
+    assert vars(args) == stored | dict(evaluate=tmp_path, seed=99, quick=True, threads=4)  # flags win
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
@@ -176,6 +178,18 @@ def test_set_up_takes_device_threads_and_seed(monkeypatch):
     assert draws[0] == draws[1] != draws[2]
 
 
+@pytest.mark.parametrize("asked, slow, chosen", [
+    ("auto", torch.float32, "bfloat16"), ("auto", torch.bfloat16, "float32"),
+    ("bfloat16", torch.bfloat16, "bfloat16"),
+])  # fmt: skip
+def test_precision_is_the_faster_one_unless_it_is_given(monkeypatch, asked, slow, chosen):
+    timed = lambda product, **_: [3, 2 if product.__defaults__[0].dtype == slow else 1, 3]
+    monkeypatch.setattr(timeit, "repeat", timed)
+    args = Args(precision=asked)
+    set_up(args)
+    assert args.precision == chosen
+
+
 @pytest.mark.parametrize("device, alone, together", [
     ("auto", "cuda:0", "cuda:1"), ("cuda:3", "cuda:3", "cuda:1"), ("cpu", "cpu", "cpu"),
 ])  # fmt: skip
@@ -187,7 +201,7 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch, device, alone, togethe
     monkeypatch.setattr(torch, "manual_seed", lambda seed: None)  # which would start CUDA
     begin = lambda backend, timeout: backends.append((backend, timeout.days))
     monkeypatch.setattr(runs.dist, "init_process_group", begin)
-    args = [Args(device=device), Args(device=device)]
+    args = [Args(device=device, precision="float32") for _ in range(2)]
     set_up(args[0])
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")

@@ -319,7 +319,7 @@ def test_crashed_run_goes_on_as_one_that_did_not(short_run, bases, tmp_path, mon
 
 
 NAMES = dict(hopper="Hopper-v4", state="lift-state", lamp="lamp-low", one_leg="one_leg-low")
-DELTA = dict(kernel="delta", bf16=False, n_particles=1)
+DELTA = dict(kernel="delta", precision="float32", n_particles=1)
 PLAIN = dict(td_lambda=0.0, critic_layer_norm=False, exploration_steps=0, buffer_iterations=1)
 
 
