@@ -390,16 +390,14 @@ def actor_losses(velocity, reference, critic: Critic, obs, trajectory, args: Arg
     """
     K, (_, B, P, D) = len(trajectory) - 1, trajectory.shape
     device, action = obs.device, trajectory[-1]  # a, (B, P, D)
-    obs = obs[:, None].expand(-1, P, -1)
-    state = obs[..., :-1]  # (B, P, obs_dim)
+    state = obs[:, None, :-1]  # (B, 1, obs_dim), of all particles
     k = torch.randint(K, (B, P), device=device) if k is None else k
     x = trajectory.gather(0, k[None, ..., None].expand(1, -1, -1, D))[0]  # x_{t_k}, (B, P, D)
     t = k / K
     t_c = torch.randint(K, (B, P), device=device) / K
     x_c = interpolate(action, start_noise(action.shape, args), t_c)
     with autocast(args):
-        both = torch.stack([x, x_c]), torch.stack([t, t_c]), state.expand(2, -1, -1, -1)
-        v, v_c = velocity(*both)
+        v, v_c = velocity(torch.stack([x, x_c]), torch.stack([t, t_c]), state)
         with torch.no_grad():
             v_ref = reference(x_c, t_c, state)
     a_dagger = expected_target(x, t, v)  # eq. (8), x + (1 - t) v
@@ -408,7 +406,7 @@ def actor_losses(velocity, reference, critic: Critic, obs, trajectory, args: Arg
     query = a_dagger.detach()
     particles = (query if args.kernel == "delta" else action).clone().requires_grad_()
     with autocast(args):
-        q = critic(obs.reshape(B * P, -1), particles.view(B * P, D)).mean(0)
+        q = critic(obs.repeat_interleave(P, 0), particles.view(B * P, D)).mean(0)
     if args.q_gradient == "critic":
         (grad_q,) = torch.autograd.grad(q.sum(), particles)
     else:  # toward those of a state's particles that have a high Q
@@ -439,9 +437,8 @@ def update_actor(policy: FlowPolicy, reference, critic: Critic, optimizer, obs, 
     `good` are observations and actions that led to a further pair, on which eq. (2) goes on.
     """
     x0 = start_noise((len(obs), args.n_particles, policy.action_size), args)
-    state = obs[:, None, :-1].expand(-1, args.n_particles, -1)
     with torch.no_grad(), autocast(args):
-        trajectory = policy.sample(state, x0, trajectory=True)
+        trajectory = policy.sample(obs[:, None, :-1], x0, trajectory=True)
     losses = actor_losses(policy.velocity, reference.velocity, critic, obs, trajectory, args)
     transport, consistency, constraint, metrics = losses
     loss = transport + args.consistency_weight * consistency  # eq. (16)

@@ -311,24 +311,22 @@ def actor_losses(velocity, reference, critic: Critic, obs, trajectory, args: Arg
     """
     K, (_, B, P, D) = len(trajectory) - 1, trajectory.shape
     device, action = obs.device, trajectory[-1]  # a, (B, P, D)
-    obs = obs[:, None].expand(-1, P, -1)  # (B, P, obs_dim)
     k = torch.randint(K, (B, P), device=device) if k is None else k
     x = trajectory.gather(0, k[None, ..., None].expand(1, -1, -1, D))[0]  # x_{t_k}, (B, P, D)
     t = k / K
     t_c = torch.randint(K, (B, P), device=device) / K
     x_c = interpolate(action, start_noise(action.shape, args), t_c)
     with autocast(args):
-        both = torch.stack([x, x_c]), torch.stack([t, t_c]), obs.expand(2, -1, -1, -1)
-        v, v_c = velocity(*both)
+        v, v_c = velocity(torch.stack([x, x_c]), torch.stack([t, t_c]), obs[:, None])
         with torch.no_grad():
-            v_ref = reference(x_c, t_c, obs)
+            v_ref = reference(x_c, t_c, obs[:, None])
     a_dagger = expected_target(x, t, v)  # eq. (8), x + (1 - t) v
 
     # transport: the expected targets move along the field, which grad Q at the particles makes
     query = a_dagger.detach()
     particles = (query if args.kernel == "delta" else action).clone().requires_grad_()
     with autocast(args):
-        q = critic(obs.reshape(B * P, -1), particles.view(B * P, D)).mean(0)
+        q = critic(obs.repeat_interleave(P, 0), particles.view(B * P, D)).mean(0)
     (grad_q,) = torch.autograd.grad(q.sum(), particles)
     grad_q_norm = grad_q.norm(dim=-1).mean()
     if args.gradient_norm:  # moves are as long on a task with large values as on one with small ones
@@ -359,7 +357,7 @@ def update_actor(policy, reference, critic: Critic, optimizer, obs, args: Args, 
     """Samples P particles in each state of obs (B, obs_dim), then takes a step on eq. (16)."""
     x0 = start_noise((len(obs), args.n_particles, policy.action_size), args)
     with torch.no_grad(), autocast(args):
-        trajectory = policy.sample(obs[:, None].expand(-1, args.n_particles, -1), x0, trajectory=True)
+        trajectory = policy.sample(obs[:, None], x0, trajectory=True)
     losses = actor_losses(policy.velocity, reference.velocity, critic, obs, trajectory, args, unit)
     transport, consistency, constraint, metrics = losses  # the terms of eq. (16)
     loss = transport + args.consistency_weight * consistency + args.constraint_weight * constraint

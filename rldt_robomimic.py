@@ -499,24 +499,22 @@ def actor_losses(velocity, reference, critic, cond, cond_ref, cond_q, trajectory
     """
     K, (_, B, P, D) = len(trajectory) - 1, trajectory.shape
     device, action = cond.device, trajectory[-1]  # a, (B, P, D)
-    cond, cond_ref, cond_q = (c[:, None].expand(-1, P, -1) for c in (cond, cond_ref, cond_q))
     k = torch.randint(K, (B, P), device=device) if k is None else k
     x = trajectory.gather(0, k[None, ..., None].expand(1, -1, -1, D))[0]  # x_{t_k}, (B, P, D)
     t = k / K
     t_c = torch.randint(K, (B, P), device=device) / K
     x_c = interpolate(action, start_noise(action.shape, args), t_c)
     with autocast(args):
-        both = torch.stack([x, x_c]), torch.stack([t, t_c]), cond.expand(2, -1, -1, -1)
-        v, v_c = velocity(*both)
+        v, v_c = velocity(torch.stack([x, x_c]), torch.stack([t, t_c]), cond[:, None])
         with torch.no_grad():
-            v_ref = reference(x_c, t_c, cond_ref)
+            v_ref = reference(x_c, t_c, cond_ref[:, None])
     a_dagger = expected_target(x, t, v)  # eq. (8), x + (1 - t) v
 
     # transport: the expected targets move along the field, which grad Q at the particles makes
     query = a_dagger.detach()
     particles = (query if args.kernel == "delta" else action).clone().requires_grad_()
     with autocast(args):
-        q = critic(cond_q.reshape(B * P, -1), particles.view(B * P, D)).mean(0)
+        q = critic(cond_q.repeat_interleave(P, 0), particles.view(B * P, D)).mean(0)
     if args.q_gradient == "critic":
         (grad_q,) = torch.autograd.grad(q.sum(), particles)
     else:  # toward those of a state's particles that have a high Q
@@ -553,8 +551,7 @@ def update_actor(policy: Policy, reference, critic: Critic, optimizer, obs: Obs,
             cond_ref = reference.encode(obs)
             cond_q = critic.encode(obs)
             x0 = start_noise((len(cond), args.n_particles, policy.action_size), args)
-            repeated = cond[:, None].expand(-1, args.n_particles, -1)
-            trajectory = policy.sample(repeated, x0, trajectory=True)
+            trajectory = policy.sample(cond[:, None], x0, trajectory=True)
     rows = cond, cond_ref, cond_q, trajectory
     losses = actor_losses(policy.velocity, reference.velocity, critic, *rows, args)
     transport, consistency, constraint, metrics = losses

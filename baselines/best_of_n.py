@@ -72,10 +72,9 @@ class BestOfN(FlowPolicy):
         start = torch.randn(B, N, self.action_size, device=cond.device)
         if x0 is not None:
             start[:, 0] = x0
-        obs = cond[:, None].expand(-1, N, -1)  # (B, N, obs_dim)
-        points = sample(self.velocity, obs, start, self.euler_steps, trajectory)
+        points = sample(self.velocity, cond[:, None], start, self.euler_steps, trajectory)
         action = points[-1] if trajectory else points  # (B, N, D)
-        q = self.critic(obs.flatten(0, 1), action.flatten(0, 1)).min(0).values.view(B, N)
+        q = self.critic(cond.repeat_interleave(N, 0), action.flatten(0, 1)).min(0).values.view(B, N)
         return points[..., torch.arange(B, device=cond.device), q.argmax(1), :]
 
 

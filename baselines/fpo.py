@@ -79,9 +79,8 @@ def cfm_losses(policy: FlowPolicy, batch: dict, args: Args) -> torch.Tensor:
     that is the error of the noise, x_t - t v, in place of the velocity's.
     """
     action, noise, t = batch["action"][:, None], batch["noise"], batch["t"]
-    obs = batch["obs"][:, None].expand(-1, t.shape[1], -1)
     with autocast(args):
-        v = policy.velocity(interpolate(action, noise, t), t, obs)
+        v = policy.velocity(interpolate(action, noise, t), t, batch["obs"][:, None])
     losses = policy.chunk * (v - (action - noise)).square().mean(-1)
     if args.form == "fpo":
         losses = t.square() * losses

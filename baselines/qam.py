@@ -108,7 +108,7 @@ def adjoint_losses(velocity, base, obs, points: torch.Tensor, adjoint: torch.Ten
     """|(2 / sigma_t) (v_theta - v_base) + sigma_t g_t|^2 at x_0 .. x_{K-1}, (K,), means over states."""
     K = len(adjoint)
     t = torch.arange(K, device=obs.device)[:, None] / K  # (K, 1)
-    obs, sigma = obs.expand(K, -1, -1), noise_level(t, K)[..., None]
+    sigma = noise_level(t, K)[..., None]
     with torch.no_grad():
         v_base = base(points[:-1], t, obs)
     v = velocity(points[:-1], t, obs)

@@ -66,10 +66,11 @@ class VelocityMLP(nn.Module):
         self.trunk = nn.Sequential(*layers, nn.Linear(width, action_size))
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
-        """x (..., D), t (...) or one number for all, cond (..., cond_dim) -> velocity (..., D)."""
+        """x (..., D), t (...), cond (..., cond_dim) -> velocity (..., D); t and cond broadcast to x."""
         dtype = self.trunk[0].weight.dtype
-        time = self.time_mlp(time_embedding(t, self.time_dim).to(dtype)).expand(*x.shape[:-1], -1)
-        return self.trunk(torch.cat([x.to(dtype), time, self.cond_mlp(cond.to(dtype))], -1)).to(x.dtype)
+        time = self.time_mlp(time_embedding(t, self.time_dim).to(dtype))
+        seen = [part.expand(*x.shape[:-1], -1) for part in (time, self.cond_mlp(cond.to(dtype)))]
+        return self.trunk(torch.cat([x.to(dtype), *seen], -1)).to(x.dtype)
 
 
 def interpolate(action: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

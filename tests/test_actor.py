@@ -125,8 +125,8 @@ def test_actor_reference_and_critic_see_their_own_view_of_the_state(script):
     networks = network("actor"), network("reference"), critic
     script.actor_losses(*networks, *given, trajectory, arguments(script))
     for name, view in zip(("actor", "reference", "critic"), views, strict=True):
-        each = seen[name].reshape(-1, B, P, view.shape[1])
-        assert torch.equal(each, view[:, None].expand(len(each), -1, P, -1)), name
+        each = seen[name].reshape(B, -1, view.shape[1])  # a row for all particles, or one for each
+        assert torch.equal(each, view[:, None].expand_as(each)), name
 
 
 @each_script

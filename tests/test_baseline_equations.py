@@ -139,9 +139,10 @@ def first_update(name, **changes):
     ("reinflow", {}), ("dppo", {}), ("dppo", dict(form="diffusion")), ("fpo", dict(form="fpo")),
     ("fpo", {}),
 ])  # fmt: skip
-def test_ratio_of_the_first_minibatch_is_exactly_one(name, changes, precision):
-    first, second = first_update(name, clip=1e-9, precision=precision, **changes)
-    assert first["diagnostics/kl"] == first["diagnostics/clip_fraction"] == 0
+def test_ratio_of_the_first_minibatch_is_one(name, changes, precision):
+    first, second = first_update(name, clip=1e-5, precision=precision, **changes)
+    assert first["diagnostics/kl"].item() == pytest.approx(0, abs=1e-9)  # products round by their size
+    assert first["diagnostics/clip_fraction"] == 0
     assert second["diagnostics/kl"] > 0
     assert second["diagnostics/clip_fraction"] > 0.5
     if name != "dppo":  # then the loss is minus the mean of normalised advantages, which is 0
