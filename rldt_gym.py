@@ -42,7 +42,7 @@ class TaskArgs:
     wall_budget_s: Weight = 0.0  # seconds after which a run evaluates and ends; 0: no limit
     runs: Path = Path("runs")  # directory in which run directories are made
     device: str = "auto"  # torch device: cpu, cuda, cuda:0, ...; auto: CUDA where there is one
-    threads: Threads = 1  # CPU threads of torch and EnvPool; one is reproducible bit for bit
+    threads: Threads = 1  # CPU threads of torch and EnvPool; one repeats bit for bit, in one precision
     precision: Precision = "auto"  # of matrix products (autocast); auto: the faster one here, measured
     resume: Path | None = None  # run directory to continue from its last checkpoint, with its arguments
     evaluate: Path | None = None  # run directory whose final policy to evaluate

@@ -38,8 +38,7 @@ class PPOArgs:
     target_kl: Weight = 1.0  # KL divergence beyond which an iteration's updates end (DPPO: 1)
     lr_warmup: Count = 2  # training iterations over which the step size rises linearly (DPPO: 10)
 
-    # no settings: the method's own noise explores, and one rollout is kept
-    exploration_steps: ClassVar[int] = 0
+    exploration_steps: ClassVar[int] = 0  # no settings: the method's own noise explores
     buffer_iterations: ClassVar[int] = 1
     demos: ClassVar[bool] = False
 

@@ -51,6 +51,7 @@ class Run:
     critic: rldt_gym.Critic
     target: rldt_gym.Critic
     reward_scale: float
+    unit: float  # of the transport field, a length of grad Q
     states: torch.Tensor  # (n, obs_dim) the normalised observations of the replay
 
 
@@ -68,8 +69,8 @@ def load_run(path: Path, settings=rldt_gym.Args) -> Run:
     slots = path.glob("checkpoint0.replay*")
     rollouts = [read_checked(slot, identity(args), "cpu")["newest"] for slot in slots]
     states = torch.cat([rollout["obs"].flatten(0, 1) for rollout in rollouts])
-    scale = saved["state"]["reward_scale"]
-    return Run(path.resolve().name, args, policy, base, critic, target, scale, states)
+    scales = saved["state"]["reward_scale"], saved["state"].get("unit", 0.0)  # QAM's has no field
+    return Run(path.resolve().name, args, policy, base, critic, target, *scales, states)
 
 
 @torch.no_grad()

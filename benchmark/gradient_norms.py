@@ -54,7 +54,7 @@ def norms(policy: FlowPolicy, run: Run, transport_loss: str, args: Args) -> torc
         for k in range(policy.euler_steps):
             steps = torch.full((cfg.actor_batch, cfg.n_particles), k)
             networks = policy.velocity, reference, run.critic
-            losses = rldt_gym.actor_losses(*networks, states, trajectory, cfg, k=steps)
+            losses = rldt_gym.actor_losses(*networks, states, trajectory, cfg, run.unit, k=steps)
             transport, consistency, constraint, _ = losses
             total = transport + cfg.consistency_weight * consistency + cfg.constraint_weight * constraint
             result[k] += norm(total, policy) / args.batches

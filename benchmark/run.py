@@ -171,7 +171,8 @@ def cells(args: Args) -> list[Cell]:
     found = []
     for seed in args.seeds or experiment.seeds:
         for task in [task.replace("one-leg", "one_leg") for task in args.tasks or experiment.tasks]:
-            budget = f"--wall-budget-s {SECONDS.get(task, 600)}" if experiment.timed else ""
+            seconds = SECONDS.get(task, 600 if "-v" in task else 3600)
+            budget = f"--wall-budget-s {seconds}" if experiment.timed else ""
             for method, (module, own) in experiment.methods.items():
                 wanted = not args.methods or {method, method.partition("#")[0]} & {*args.methods}
                 flags = " ".join(filter(None, (own, budget, args.extra)))
@@ -220,7 +221,8 @@ def keep(cell: Cell, files: dict[str, str], args: Args) -> str:
                 point = {k: f"{float(v):.6g}" if "." in v else v for k, v in point.items()}
                 points.append(point | {"table": args.experiment} | row)
         append(args.out.with_name("curves.csv"), points, CURVE)
-    row |= {key: settings.get(key) for key in ("backend", "preset", "threads", "device", "num_envs")}
+    kept = ("backend", "preset", "threads", "device", "num_envs", "precision")
+    row |= {key: settings.get(key) for key in kept}
     row |= {"episodes": settings["final_eval_episodes"], "args": cell.flags} | result
     append(args.out, [row], list(row))
     measure = "return" if "base_return" in row else "success"
@@ -254,6 +256,7 @@ def launch(todo: list[Cell], args: Args) -> int:
 
 def main(args: Args):
     args.out = args.out or RESULTS / f"{args.experiment}.csv"
+    args.runs /= args.experiment  # two of them side by side
     todo = cells(args)
     print(f"{len(todo)} runs to do", flush=True)
     sys.exit(1 if todo and launch(todo, args) else 0)

@@ -206,9 +206,9 @@ def step_times(threads: int, seconds: float, device: str):
 
     import rldt_gym as script
 
-    torch.set_num_threads(threads)
     torch.set_default_device(device)
-    args = script.Args(env_id="Walker2d-v4", device=device)
+    args = script.Args(env_id="Walker2d-v4", device=device, threads=threads)
+    script.set_up(args)
     policy = script.FlowPolicy.load(script.dataset.DEMOS / args.env_id / "base.safetensors").to(device)
     reference = copy.deepcopy(policy).requires_grad_(False)
     critic = script.Critic(policy.obs_dim, policy.action_size, True)

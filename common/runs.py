@@ -93,6 +93,8 @@ class Run:
             checkpoint.unlink(missing_ok=True)
         self.barrier()
         base = policy_class.load(kept).to(self.args.device)
+        if base.info.get("form") == "diffusion" != getattr(self.args, "form", ""):
+            raise SystemExit(f"{kept}: a diffusion, which only baselines.dppo --form diffusion takes.")
         torch.manual_seed(self.args.seed)  # networks to come are the same, wherever the base is from
         return base
 

@@ -92,9 +92,9 @@ def read_args(cls, run: Path):
 
 def faster_precision(device: str) -> Precision:
     """bfloat16 or float32, by the time of a product: CPUs without AMX may be slower in bfloat16."""
-    seconds = {}
+    seconds, size = {}, 512 if device == "cpu" else 4096  # a GPU needs longer to be timed
     for precision in ("float32", "bfloat16"):
-        x = torch.ones(512, 512, device=device, dtype=getattr(torch, precision))
+        x = torch.ones(size, size, device=device, dtype=getattr(torch, precision))
         seconds[precision] = min(timeit.repeat(lambda x=x: (x @ x)[0, 0].item(), number=1, repeat=9))
     return min(seconds, key=seconds.get)
 
@@ -121,7 +121,10 @@ def set_up(args):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(args.seed)
     if args.precision == "auto":
-        args.precision = faster_precision(device)
+        chosen = [faster_precision(device)]
+        if world > 1:
+            dist.broadcast_object_list(chosen)  # the first process's, which args.json keeps
+        (args.precision,) = chosen
 
 
 def launch(main: Callable, cls, presets: dict[str, dict], doc: str, parse=parse_args):
@@ -146,11 +149,11 @@ def describe(cls, doc: str) -> str:
         for line in inspect.getsource(part).splitlines():
             if section := re.fullmatch(r"    # (.+)", line):
                 lines[section[1]] = f"\n{section[1]}"
-            if setting := re.fullmatch(r"    (\w+): .+? = (.+?)  # (.+)", line):
+            if setting := re.fullmatch(r"    (\w+): (?!ClassVar).+? = (.+?)  # (.+)", line):
                 flag = setting[1].replace("_", "-")
                 hint, allowed = hints[setting[1]], ""
                 if bounds := bounds_of(hint):
-                    allowed = f"[{bounds[0]:g}, {bounds[1]:.10g}] ".replace("000000]", "e6]")
+                    allowed = f"[{bounds[0]:g}, {bounds[1]:.10g}] ".replace(" 1000000]", " 1e6]")
                 if get_origin(hint) is Literal:
                     allowed = f"{{{', '.join(get_args(hint))}}} "
                 lines[flag] = f"  --{flag:<20} {setting[2]:<12} {allowed}{setting[3]}"

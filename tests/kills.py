@@ -25,6 +25,7 @@ from safetensors.numpy import load_file
 ROOT = Path(__file__).resolve().parents[1]
 WALL_COLUMNS = ("wall_s", "rollout_s", "critic_s", "actor_s", "update_s")
 COMMON = "--iterations 9 --eval-every 4 --final-eval-episodes 2 --eval-episodes 2 --threads 1 "
+COMMON += "--precision float32 "
 ACTOR = COMMON + "--rounds 2 --segments 8 --critic-steps 2 --warmup-iterations 1 --actor-steps 1 "
 GYM = ACTOR + "--actor-batch 8 --num-envs 4 --rollout-chunks 12 --buffer-iterations 2"
 MANIPULATION = ACTOR + "--actor-batch 8 --num-envs 2"

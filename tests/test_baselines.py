@@ -189,10 +189,13 @@ def test_policy_of_a_method_says_so_and_is_no_plain_flow(finished, name):
 @pytest.mark.parametrize("name, changes, message", [
     ("reinflow", dict(sigma_min=0.3), "--sigma-min"), ("dppo", dict(tuned_steps=9), "--tuned-steps 9"),
     ("dppo", dict(form="diffusion"), "a flow policy, the run wants a diffusion"),
+    ("qam", dict(base="diffusion"), "a diffusion, which only"), ("dppo", dict(base="diffusion"), "only"),
 ])  # fmt: skip
-def test_settings_that_cannot_be_stop_in_one_line(make_args, tmp_path, name, changes, message):
+def test_settings_that_cannot_be_stop_in_one_line(make_args, bases, tmp_path, name, changes, message):
+    args = make_args(name, tmp_path, **changes)
+    args.base = bases.get(args.base, args.base)
     with pytest.raises(SystemExit, match=message):
-        METHODS[name].main(make_args(name, tmp_path, **changes))
+        METHODS[name].main(args)
 
 
 @pytest.mark.parametrize("name, kept", [

@@ -244,3 +244,6 @@ def test_what_cannot_be_is_refused_and_help_shows_the_settings_of_the_task(capsy
     shown = capsys.readouterr().out
     assert "--inv-temp" in shown and "--demos" in shown and "--env-id" not in shown
     assert "--n-particles" not in shown
+    with pytest.raises(SystemExit):
+        parse(dsrl, ["--task", "square-state", "--help"])
+    assert "--exploration-steps" not in capsys.readouterr().out  # it is none of its settings
