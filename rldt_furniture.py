@@ -573,7 +573,7 @@ def main(args: Args) -> dict | None:
 
     result = run.finish("eval_stages", measure, task=task, env_steps=state["env_steps"])
     if args.capture_video and run.rank == 0:
-        record_video(policy, args.furniture, args.randomness, run.path / "videos")
+        record_video(policy, args.furniture, args.randomness, args.horizon, run.path / "videos")
     envs.close()
     return result
 

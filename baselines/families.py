@@ -240,7 +240,8 @@ class Furniture(Sparse):
         return Demonstrations(data["state"], data["action"], data["episode_ends"], limits)
 
     def film(self, policy, folder):
-        rldt_furniture.record_video(policy, self.args.furniture, self.args.randomness, folder)
+        args = self.args
+        rldt_furniture.record_video(policy, args.furniture, args.randomness, args.horizon, folder)
 
     def critic_sizes(self, policy):
         return *super().critic_sizes(policy), rldt_furniture.CRITIC_WIDTH[self.args.preset]

@@ -19,7 +19,7 @@ import tyro
 
 from common.settings import Count, Seed, Weight, check_bounds
 from demos import hdf5
-from demos.hdf5 import DatasetError, numbers, parsing, reading
+from demos.hdf5 import DatasetError, check_size, numbers, parsing, reading
 from demos.train_demonstrator import Demonstrator
 from envs.vector import VectorEnv
 
@@ -91,6 +91,7 @@ def load_dppo(path: Path) -> Demonstrations:
     """DPPO's train.npz (states, actions in [-1, 1], traj_lengths) with normalization.npz beside it."""
     stats_path, raw, stats = path.with_name("normalization.npz"), {}, {}
     with parsing(path, "a DPPO .npz"), np.load(path, allow_pickle=False) as file:
+        check_size(f"{path}: it", sum(part.file_size for part in file.zip.infolist()), path)
         states = numbers(path, file, "states", None, None)
         scaled = dict(obs=states, action=numbers(path, file, "actions", len(states), None))
         ends = np.cumsum(numbers(path, file, "traj_lengths", None, dtype=float)).astype(np.int64)

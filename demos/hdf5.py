@@ -36,6 +36,8 @@ def parsing(path: Path, kind: str):
         raise DatasetError(f"{path}: cannot be read, {reason}")
     try:
         yield
+    except MemoryError:
+        raise  # no fault of the file
     except Exception as error:  # of many types, on damaged files
         reason = f"{type(error).__name__}: {error}"
         if "pickle" in reason:  # NumPy says how to load it

@@ -38,8 +38,8 @@ class Args:
     randomness: Literal["low", "med"] = "low"  # range of the initial states
     episodes: Count = 100  # successful episodes to record; failures are dropped
     seed: Seed = 0  # seed of the first attempt; the others follow one by one
-    noise: Weight = 0.004  # standard deviation (m) of what a step adds to the position's noise
-    pushes: Share = 0.0  # probability per step of a push of up to 4 cm, for 2 to 7 steps
+    noise: Weight = 0.004  # standard deviation (m) of a step's noise, of which MEMORY is added
+    pushes: Share = 0.0  # probability per step of a push of up to 4 cm along each axis, for 2 to 7 steps
     clone: Path | None = None  # base policy that moves the hand, not the fingers, in part of the chunks
     clone_share: Share = 0.3  # probability per chunk of actions that --clone moves the hand
     out: Path | None = None  # output; default demos/<furniture>/<randomness>.hdf5

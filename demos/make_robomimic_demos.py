@@ -448,7 +448,7 @@ def render_images(source: Path, out: Path | None = None, fast_render: bool = Tru
     env = build(task, images=True, meta=meta, fast_render=fast_render)
     env.reset()
     progress = tqdm(total=sum(map(len, demos.values())), desc=f"{task} images", unit="step")
-    with closing(env.env), reading(source) as original, replacing(out) as file, progress:
+    with closing(env.env), h5py.File(source) as original, replacing(out) as file, progress:
         for part in original:
             original.copy(part, file)
         attributes = file["data"].attrs

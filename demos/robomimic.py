@@ -31,7 +31,9 @@ def read_metadata(file: h5py.File, path: Path) -> dict:
     if not isinstance(theirs, dict):
         raise DatasetError(f"{path}: has {type(theirs).__name__} of controllers, not one for all arms")
     held, ours = recorded | theirs, metadata(task, images=False)["env_kwargs"]
-    ours = ours["controller_configs"] | {key: ours[key] for key in ("robots", "control_freq")}
+    ours = ours["controller_configs"] | {
+        key: ours[key] for key in ("robots", "control_freq", "reward_shaping")
+    }
     for key, value in ours.items():
         if held.get(key, value) != value:
             raise DatasetError(f"{path}: recorded with {key} {held[key]}, not {value}")

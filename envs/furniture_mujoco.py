@@ -9,8 +9,9 @@ Frames: the robot's poses are in its base frame, the world frame here, with the 
 parts are observed in the AprilTag frame on the table (`TAG`). Lengths in m, angles in rad.
 
 Physics. From the original: masses, sizes, gravity, the arm's drive (stiffness 1000, damping 200), torque
-limits, the fingers' 13 N, the friction of parts, 0.15, on the table 0.125 (PhysX averages 0.15 and the
-table's 0.1; MuJoCo takes the larger) and of fingers, 0.575 (with PhysX's default of 1). Measured on the
+limits, the fingers' 13 N, the friction of parts, 0.15, of One-Leg's and Lamp's base on the table 0.125
+(PhysX averages 0.15 and the table's 0.1; MuJoCo takes the larger, of Lamp's other parts 0.15 there, too)
+and of fingers, 0.575 (with PhysX's default of 1). Measured on the
 meshes: pitch, phase, radius and ends of the threads, helices of capsules that collide, on the leg of
 spheres; nothing but contact makes a part go in. Our choice, not calibrated against Isaac Gym: contact
 stiffness, the fingers' torsional friction, damping and friction, armature, the threads' thickness, the
@@ -505,7 +506,7 @@ class FurnitureVectorEnv(Episodes):
         self.pool.shutdown()
 
 
-def record_video(policy, furniture: str, randomness: str, folder: Path):
+def record_video(policy, furniture: str, randomness: str, horizon: int | None, folder: Path):
     """Films a policy, see envs/rendering.py."""
-    make_envs = lambda: FurnitureVectorEnv(1, furniture, randomness)
+    make_envs = lambda: FurnitureVectorEnv(1, furniture, randomness, horizon)
     rendering.record_video(policy, policy.normalize, make_envs, folder)

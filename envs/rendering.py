@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ SYSTEM_PACKAGES = "libegl1 libgl1 libgles2 libosmesa6"  # Debian and Ubuntu
 
 def choose_renderer(log=print):
     """Sets MUJOCO_GL to a backend that renders off-screen here and says which; exits if none can."""
+    if sys.platform != "linux":  # elsewhere MuJoCo's own choice works
+        return
     asked, failed = os.environ.get("MUJOCO_GL"), []
     code = "import mujoco; c = mujoco.GLContext(64, 64); c.make_current(); c.free()"
     command = [sys.executable, "-c", code]
@@ -40,25 +43,25 @@ def record_video(policy, encode: Callable, make_envs: Callable, folder: Path):
     try:
         import imageio.v2 as imageio
 
-        envs, frames, over = make_envs(), [], False
-        if "mujoco" in sys.modules and sys.platform == "linux":  # elsewhere MuJoCo's own choice works
+        if "mujoco" in sys.modules:
             choose_renderer(log=lambda text: None)
             importlib.reload(sys.modules["mujoco"].gl_context)  # it chose when it was imported
-        envs.reset(1_000_000)
-        while not over:
-            cond = encode(envs.obs)
-            chunk = policy.to_env(policy.sample(cond, cond.new_zeros(1, policy.action_size)))
-            for action in chunk.swapaxes(0, 1):
-                frame = envs.render()
-                if np.ndim(frame) != 3:
-                    raise ValueError("the environment renders no picture")
-                height, width = (size // 2 * 2 for size in frame.shape[:2])  # H.264 takes no odd sizes
-                frames.append(frame[:height, :width])
-                step = envs.step(action[:, None])
-                over = step.terminated[0] or step.truncated[0]
-                if over:
-                    break
-        envs.close()
+        frames, over = [], False
+        with closing(make_envs()) as envs:
+            envs.reset(1_000_000)
+            while not over:
+                cond = encode(envs.obs)
+                chunk = policy.to_env(policy.sample(cond, cond.new_zeros(1, policy.action_size)))
+                for action in chunk.swapaxes(0, 1):
+                    frame = envs.render()
+                    if np.ndim(frame) != 3:
+                        raise ValueError("the environment renders no picture")
+                    height, width = (size // 2 * 2 for size in frame.shape[:2])  # H.264: no odd sizes
+                    frames.append(frame[:height, :width])
+                    step = envs.step(action[:, None])
+                    over = step.terminated[0] or step.truncated[0]
+                    if over:
+                        break
         folder.mkdir(parents=True, exist_ok=True)
         imageio.mimwrite(folder / "episode.mp4", frames, fps=envs.fps, macro_block_size=2)
     except (SystemExit, Exception) as error:  # drivers fail in many ways; none may cost the policy

@@ -28,7 +28,7 @@ class GymnasiumPool:
                 warnings.filterwarnings("ignore", ".*out of date", DeprecationWarning)
                 options["disable_env_checker"] = True  # we check, and say it in one line
                 self.envs = [gym.make(env_id, **options) for _ in range(num_envs)]
-        except (gym.error.Error, ImportError, ValueError) as error:
+        except (gym.error.Error, ImportError, AttributeError, ValueError) as error:
             raise SystemExit(f"Cannot make the environment {env_id!r}: {error}") from error
         if self.envs[0].spec.max_episode_steps is None:
             raise SystemExit(f"{env_id} has no time limit: register it with max_episode_steps.")
@@ -87,6 +87,8 @@ class VectorEnv:
         """The first observations (n, obs_dim) of new episodes."""
         obs = self.envs.reset(ids.astype(np.int32))[0].astype(np.float32)
         self.check(obs, "observation at a reset")
+        if obs.shape != (len(ids), self.obs_dim):
+            raise SystemExit(f"{self.env_id}: an observation of {obs.shape[1:]}, not ({self.obs_dim},)")
         return obs
 
     def check(self, values: np.ndarray, name: str):
@@ -94,10 +96,13 @@ class VectorEnv:
 
     def state_dict(self) -> dict:
         """Seed and actions since the last reset, as simulators cannot be saved."""
-        return {"seed": self.seed, "tape": torch.as_tensor(np.array(self.tape))}
+        tape = torch.as_tensor(np.array(self.tape))
+        return {"backend": self.backend, "seed": self.seed, "tape": tape}
 
     def load_state_dict(self, state: dict):
-        """Replays them."""
+        """Replays them. Raises ValueError on those of another simulator."""
+        if state["backend"] != self.backend:
+            raise ValueError(f"it ran on {state['backend']}, this on {self.backend}")
         self.reset(state["seed"])
         for chunks in state["tape"].cpu().numpy():
             self.step(chunks)

@@ -2,6 +2,7 @@
 
 import sys
 
+import fakes
 import gymnasium as gym
 import imageio.v2 as imageio
 import numpy as np
@@ -56,6 +57,7 @@ def own_tasks():
     for name, limit in limits.items():
         task = dict(max_episode_steps=limit, kwargs=SPACES.get(name, {}))
         gym.register(f"Rldt{name}-v0", Counter, **task)
+    gym.register("RldtNothing-v0", "json:Nothing", max_episode_steps=9)
     yield
     for name in limits:
         del gym.registry[f"Rldt{name}-v0"]
@@ -191,6 +193,8 @@ def test_environments_come_back_in_the_middle_of_their_episodes(env_id, backend)
     first.reset(7)  # from here on
     for _ in range(20):
         first.step(draw())
+    with pytest.raises(ValueError, match="it ran on another, this on"):
+        second.load_state_dict(first.state_dict() | {"backend": "another"})
     second.load_state_dict(first.state_dict())
     second.load_state_dict(second.state_dict())  # again, from what it keeps now
     np.testing.assert_array_equal(second.obs, first.obs)
@@ -204,6 +208,7 @@ def test_environments_come_back_in_the_middle_of_their_episodes(env_id, backend)
     ("RldtEndless-v0", "no time limit: register it with max_episode_steps"),
     ("RldtPicture-v0", "RldtPicture-v0: the observation space must be a flat Box"),
     ("RldtNested-v0", "the observation space must be a flat Box of real numbers, not Dict"),
+    ("RldtNothing-v0", "Cannot make the environment .RldtNothing-v0"),
     ("RldtButtons-v0", "the action space must be a flat Box"), ("RldtIntegers-v0", "not Box.*int64"),
 ])  # fmt: skip
 def test_tasks_that_do_not_fit_stop_with_what_is_wrong(env_id, message):
@@ -222,6 +227,12 @@ def test_numbers_that_are_not_finite_end_the_run_with_their_origin(monkeypatch, 
         envs = started("RldtCounter-v0", 2)
         for _ in range(2):
             envs.step(np.full((2, 2, 1), action, np.float32))
+
+
+def test_observations_of_another_shape_than_the_space_has_end_the_run(monkeypatch):
+    monkeypatch.setattr(Counter, "observation", lambda self: [self.t])
+    with pytest.raises(SystemExit, match=r"RldtCounter-v0: an observation of \(1,\), not \(2,\)"):
+        started("RldtCounter-v0", 2)
 
 
 @pytest.mark.parametrize("backend", ["envpool", "gymnasium"])
@@ -247,3 +258,7 @@ def test_a_film_of_one_episode(tmp_path, monkeypatch, recwarn, capsys, env_id, s
     assert not [warning for warning in recwarn if "out of date" in str(warning.message)]
     record_video(policy, "NoSuchTask-v7", tmp_path)  # costs no trained policy
     assert capsys.readouterr().out.startswith("No video: Cannot make")
+    closed = fakes.recorded(monkeypatch, VectorEnv, "close", lambda envs: envs)
+    policy.sample = None
+    record_video(policy, env_id, tmp_path)
+    assert len(closed) == 1  # also after a fault

@@ -196,6 +196,9 @@ ERRORS = {
     "metadata in a list": (change_meta(lambda meta: [meta]), {}, "env_args are no metadata"),
     "list of controllers": (controllers([{}, {}]), {}, "list of controllers"),
     "other controller": (controllers({"control_delta": False}), {}, "control_delta False, not True"),
+    "shaped rewards": (
+        change_meta(lambda meta: meta["env_kwargs"].update(reward_shaping=True)), {}, "shaping True, n",
+    ),
     "missing key": (lambda file: file["data/demo_1/obs"].pop("object"), {}, f"lacks {OBJECT}"),
     "other width": (replace(OBJECT, lambda x: x[:, :9]), {}, ", 9) should be ("),
     "missing images": (lambda file: None, dict(images=True), "--images-from"),

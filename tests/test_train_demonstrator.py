@@ -49,6 +49,7 @@ def test_recording_reads_what_training_writes(args, tmp_path, monkeypatch, capsy
 
 @pytest.mark.parametrize("changes, words", [
     (dict(env_id="Ant-v4"), "pass --target-return"), (dict(target_return=np.nan), "--target-return nan"),
+    (dict(env_id="BipedalWalker-v3", target_return=1.0), "Cannot make the env"),  # EnvPool has it
     (dict(num_envs=0), "--num-envs 0: must lie"), (dict(out=Path("/proc/x/y")), "cannot be written"),
     (dict(out=Path("/tmp")), "is a folder"), (dict(), r"pip install -r baselines/requirements.txt"),
 ])  # fmt: skip
