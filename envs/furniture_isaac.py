@@ -65,9 +65,10 @@ class IsaacVectorEnv(Episodes):
         if count:
             self.obs = self.observe(self.env.reset(torch.arange(count, device=self.env.device).int()))
 
-    def step(self, chunks: np.ndarray, active: np.ndarray | None = None) -> Step:
-        """See envs/interface.py; environments that are not active move on unobserved."""
-        running = self.running(chunks, active)
+    def step(self, chunks: np.ndarray) -> Step:
+        """See envs/interface.py; environments without an episode move on unobserved."""
+        running = self.episode >= 0
+        check_finite(chunks[running])
         total, length = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
         for action in torch.as_tensor(chunks, dtype=torch.float32, device=self.env.device).unbind(1):
             obs, reward, _, _ = self.env.step(action)

@@ -450,7 +450,7 @@ class FurnitureVectorEnv(Episodes):
     """`num_envs` environments in threads, outside Python's lock, sharing a model; see envs/interface.py.
 
     An episode ends when all pairs are assembled, at the time limit, or where its simulation diverges.
-    Then its last observation is the last finite one, and `diverged` (N,) counts it.
+    Then its last observation is the last finite one.
     """
 
     fps = CONTROL_RATE
@@ -460,7 +460,6 @@ class FurnitureVectorEnv(Episodes):
         self.envs = [FurnitureEnv(furniture, randomness, horizon) for _ in range(num_envs)]
         self.obs_dim, self.action_dim = self.envs[0].furniture.obs_dim, 10
         self.obs = np.zeros((num_envs, self.obs_dim), np.float32)
-        self.diverged = np.zeros(num_envs, int)
         self.pool = ThreadPoolExecutor(min(threads or os.cpu_count(), num_envs))
 
     def start(self, indices: np.ndarray):
@@ -474,7 +473,6 @@ class FurnitureVectorEnv(Episodes):
                 self.obs[i] = self.envs[i].reset(seed=seed)[0]
                 return
             except PhysicsError:
-                self.diverged[i] += 1
                 seed = None
         raise PhysicsError("The simulation diverged in ten resets in a row.")
 
@@ -489,7 +487,6 @@ class FurnitureVectorEnv(Episodes):
                     break
             self.obs[i] = env.observe()
         except PhysicsError:
-            self.diverged[i] += 1
             env.t = env.horizon
         terminated = bool(env.assembled.all())
         truncated = env.t >= env.horizon and not terminated

@@ -1,10 +1,10 @@
 """What the environments of all three families have in common.
 
 They have `num_envs`, and `obs`, what to act on next. `reset(seeds)` starts an episode everywhere: from a
-first seed on, or (not on Gym) with an iterator's seed for each. `step(chunks, active)` steps raw actions
-(N, chunk, action_dim) where `active` (N,); an ended episode starts anew. `close()` ends the simulators.
-Numbers that are not finite end the run, except actions where it is not `active`, and but for the
-simulations of robomimic and furniture: where one diverges, its episode ends.
+first seed on, or (not on Gym) with an iterator's seed for each. `step(chunks)` steps raw actions (N,
+chunk, action_dim), on Gym only where `active` (N,); an ended episode starts anew. `close()` ends the
+simulators. Numbers that are not finite end the run, but a simulation of robomimic or furniture that
+diverges ends its episode.
 """
 
 import copy
@@ -60,16 +60,10 @@ class Episodes:
         self.started += len(seeds)
         return seeds
 
-    def running(self, chunks: np.ndarray, active: np.ndarray | None) -> np.ndarray:
-        """Where an episode steps (N,): active and not out of seeds. Checks the actions there."""
-        running = self.episode >= 0
-        if active is not None:
-            running &= active
-        check_finite(chunks[running])
-        return running
-
-    def step(self, chunks: np.ndarray, active: np.ndarray | None = None) -> Step:
-        indices = np.flatnonzero(self.running(chunks, active))
+    def step(self, chunks: np.ndarray) -> Step:
+        """See above; who is out of seeds sits still."""
+        indices = np.flatnonzero(self.episode >= 0)
+        check_finite(chunks[indices])
         reward, length = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
         terminated, truncated = np.zeros((2, self.num_envs), bool)
         self.obs = copy.deepcopy(self.obs)  # who has the last one keeps it

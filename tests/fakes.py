@@ -132,11 +132,11 @@ class FakeEnvs(Episodes):
             self.seed[i], self.t[i] = seed, 0
             self.begun[-1].append(seed)
 
-    def step(self, chunks, active=None):
+    def step(self, chunks):
         self.executed.append(chunks.copy())
         reward, length = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
         terminated, truncated = np.zeros((2, self.num_envs), bool)
-        for i in np.flatnonzero(self.running(chunks, active)):
+        for i in np.flatnonzero(self.episode >= 0):
             seed, t = self.seed[i], self.t[i]
             self.valid[seed] += self.score[i] < self.stages
             reward[i] = min(self.scores(seed, t, chunks[i]), self.stages - self.score[i])

@@ -162,19 +162,6 @@ def test_episodes_end_together_at_the_horizon_and_begin_anew_while_there_are_see
     assert simulator.resets == [[0, 1], [0]]  # never while another environment is in an episode
 
 
-def test_what_has_ended_waits_for_the_others(simulator):
-    envs = IsaacVectorEnv(2, "one_leg", "low", horizon=4)
-    envs.reset(0)
-    step = envs.step(chunks(envs), np.array([True, False]))
-    assert (step.truncated.tolist(), step.length.tolist()) == ([True, False], [4, 0])
-    assert envs.episode.tolist() == [-1, 1]
-    step = envs.step(chunks(envs))
-    assert (step.truncated.tolist(), step.length.tolist()) == ([False, True], [0, 4])
-    assert envs.episode.tolist() == [2, 3]
-    assert simulator.resets == [[0, 1], [0, 1]]
-    assert envs.obs[:, 0].tolist() == [code(0, 0), code(1, 0)]
-
-
 # --------------------------------------------------------------------------------- what is missing
 @pytest.mark.parametrize("name, missing", [
     ("furniture_bench.envs.furniture_rl_sim_env", "not the fork ankile/furniture-bench"),

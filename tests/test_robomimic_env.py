@@ -261,11 +261,10 @@ def test_vector_env_runs_the_episodes_of_their_seeds_as_a_single_environment_doe
         np.testing.assert_array_equal(kept, [alone[3][1], alone[4][1]])
         assert (step.score.tolist(), step.length.tolist()) == ([0, 0], [4, 4])
         assert not step.truncated.any()
-        broken = np.full_like(chunks[1], np.nan)  # of the one that waits: never looked at
-        last = envs.step(np.stack([chunks[1], broken]), np.array([True, False]))
-    np.testing.assert_array_equal(last.next_obs["state"], [alone[3][2], alone[4][1]])
-    assert (last.truncated.tolist(), last.length.tolist()) == ([True, False], [2, 0])
-    np.testing.assert_array_equal(envs.obs["state"], [alone[5][0], alone[4][1]])  # it starts anew
+        last = envs.step(np.stack([chunks[1]] * 2))
+    np.testing.assert_array_equal(last.next_obs["state"], [alone[3][2], alone[4][2]])
+    assert (last.truncated.tolist(), last.length.tolist()) == ([True, True], [2, 2])
+    np.testing.assert_array_equal(envs.obs["state"], [alone[5][0], alone[4][2]])  # one starts anew
     np.testing.assert_array_equal(step.next_obs["state"], kept)  # observations are copies
 
 
@@ -335,7 +334,7 @@ def test_a_worker_that_raises_or_is_slow_is_an_error(without_simulators, fault, 
     envs.reset(15)
     began = time.perf_counter()
     with pytest.raises(module.WorkerError, match=message):
-        envs.step(CHUNKS, np.array([False, True]))
+        envs.step(CHUNKS)
     assert time.perf_counter() - began < 60  # also on a busy machine
     envs.close()
     assert not any(process.is_alive() for process in envs.processes)
