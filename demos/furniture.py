@@ -16,8 +16,7 @@ def load(path: str | Path, furniture: str, max_episodes: int = 0) -> dict:
     """Reads demonstrations from data/demo_i/{actions, rewards, obs/state} of an HDF5 file.
 
     Takes those that assemble all pairs, where rewards are stored, at most `max_episodes` (0: all).
-    Returns state (T, obs_dim), action (T, 10), the stage before each action (T,), episode_ends (E,) and
-    the file's attributes as meta.
+    Returns state (T, obs_dim), action (T, 10), the stage before each action (T,), and episode_ends (E,).
     """
     spec, path = FURNITURE[furniture], Path(path)
 
@@ -34,13 +33,13 @@ def load(path: str | Path, furniture: str, max_episodes: int = 0) -> dict:
             yield {"state": state, "action": action, "stage": np.cumsum(rewards) - rewards}
 
     with reading(path) as file:
-        meta = dict(file["data"].attrs) if "data" in file else {}
-        if str(meta.get("furniture")) != furniture:
-            held = meta.get("furniture", "no demonstrations of a furniture task")
+        held = file["data"].attrs.get("furniture") if "data" in file else None
+        if str(held) != furniture:
+            held = held or "no demonstrations of a furniture task"
             raise DatasetError(f"{path}: holds {held}, not {furniture}")
         data = join(path, episodes(file), max_episodes)
     check_actions(path, data["action"])
-    return data | {"meta": meta}
+    return data
 
 
 def get(furniture: str, randomness: str, source: Path | None, max_episodes: int = 0) -> dict:

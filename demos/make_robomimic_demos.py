@@ -316,7 +316,7 @@ def transport_second_arm(env, arm, rng, handover):
     beside = lambda: (arm.position - hammer())[:2] * [1, 0.8]  # the hammer hangs beside the gripper
     yield from go(lambda: np.r_[target_bin + beside(), 1.12], level, CLOSED, 120, near=0.03)
     yield from go(lambda: np.r_[target_bin + beside(), 0.95], level, CLOSED, 40, near=0.03, speed=0.7)
-    yield from go(lambda: arm.position, level, OPEN, 8, until=lambda: False)
+    yield from go(lambda: arm.position, level, OPEN, 8)
     yield from go(arm.position + 0.1 * UP, level, OPEN, FOREVER)
 
 

@@ -31,9 +31,8 @@ def read_metadata(file: h5py.File, path: Path) -> dict:
     if not isinstance(theirs, dict):
         raise DatasetError(f"{path}: has {type(theirs).__name__} of controllers, not one for all arms")
     held, ours = recorded | theirs, metadata(task, images=False)["env_kwargs"]
-    ours = ours["controller_configs"] | {
-        key: ours[key] for key in ("robots", "control_freq", "reward_shaping")
-    }
+    others = "robots", "control_freq", "reward_shaping"
+    ours = ours["controller_configs"] | {key: ours[key] for key in others}
     for key, value in ours.items():
         if held.get(key, value) != value:
             raise DatasetError(f"{path}: recorded with {key} {held[key]}, not {value}")
@@ -60,7 +59,7 @@ def load(path: str | Path, task: str, images: bool, max_episodes: int = 0, split
     Takes those of mask/<split> (default: mask/train if there is one, else all) that get a reward, where
     rewards are stored, at most `max_episodes` (0: all). Returns state (T, obs_dim), with images rgb (T,
     3 * cameras, 96, 96) uint8 and object (T, object_size), action (T, action_dim), whether the task was
-    solved before it, solved (T,), episode_ends (E,) and the file's metadata, meta.
+    solved before it, solved (T,), and episode_ends (E,).
     Raises DatasetError on anything else, and on images of another `fast_render`.
     """
     spec, path = TASKS[task], Path(path)
@@ -100,7 +99,7 @@ def load(path: str | Path, task: str, images: bool, max_episodes: int = 0, split
             raise DatasetError(f"{path}: rendered {how}; this run renders otherwise: {RENDER}")
         data = join(path, episodes(file), max_episodes)
     check_actions(path, data["action"])
-    return data | {"meta": meta}
+    return data
 
 
 def limits(data: dict) -> dict[str, np.ndarray]:

@@ -81,7 +81,7 @@ def demonstrations(obs_dim, action_dim, lengths=(3, 17, 20)):
     steps = np.arange(ends[-1], dtype=np.float32)
     action = np.stack([steps, 1 + np.digitize(steps, ends)] + [steps + 2] * (action_dim - 2), 1)
     state = np.stack([steps] + [-1 - steps] * (obs_dim - 1), 1)
-    return {"state": state, "action": action.astype(np.float32), "episode_ends": ends, "meta": {}}
+    return {"state": state, "action": action.astype(np.float32), "episode_ends": ends}
 
 
 def new_replay(script, args, policy, rows):

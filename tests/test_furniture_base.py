@@ -60,8 +60,9 @@ def test_successful_demonstrations_are_read_in_their_order(tmp_path):
     assert np.diff(data["episode_ends"], prepend=0).tolist() == lengths
     assert (data["state"].shape, data["action"].shape) == ((sum(lengths), 44), (sum(lengths), 10))
     assert data["state"].dtype == data["action"].dtype == np.float32
-    assert data["meta"] == {"furniture": "lamp", "randomness": "low", "backend": "mujoco"}
     with h5py.File(path) as file:
+        made = {"furniture": "lamp", "randomness": "low", "backend": "mujoco"}
+        assert dict(file["data"].attrs) == made
         np.testing.assert_array_equal(data["state"][-14:], file["data/demo_11/obs/state"])
         np.testing.assert_array_equal(data["action"][3:7], file["data/demo_1/actions"])
     few = dataset.load(path, "lamp", max_episodes=2)
