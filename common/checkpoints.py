@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from common.settings import script_of
 
 FORMAT = "2"  # of checkpoints: those of another one are refused
-PLACE = ("resume", "runs", "device", "threads", "precision")  # settings that may differ when a run goes on
+PLACE = "resume", "runs", "device", "threads", "precision"  # settings that may change on a resume
 
 
 def write_atomically(path: Path, write):

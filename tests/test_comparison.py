@@ -1,15 +1,24 @@
 """The scripts in benchmark/ that run, collect, draw and diagnose."""
 
+import dataclasses
 import importlib
 import itertools
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import torch
+import tyro
 from conftest import ROOT, parse
 
-from benchmark import critic_diagnostics, plot, run
+import rldt_gym
+from baselines import qam
+from baselines.families import settings_of
+from benchmark import critic_diagnostics, gradient_norms, plot, run
+from benchmark.critic_diagnostics import load_run
 from benchmark.tools import read_csv, write_csv
 
 TINY = (
@@ -146,3 +155,73 @@ def test_diagnostics_of_a_run_are_written_in_place_of_its_former_ones(finished_r
     assert "--actor-batch 8" in row["args"]
     columns = ("q", "bias", "rmse", "correlation", "moved_zero_0", "moved_noise_0.1")
     assert all(math.isfinite(float(row[column])) for column in columns)
+
+
+def test_gradient_norms_of_rldt_and_qam(finished_run, tiny_flags, tmp_path):
+    path, _ = finished_run
+    flags = [flag for flag in tiny_flags if "n-particles" not in flag]
+    qam.main(parse(qam, [*flags, f"--runs={tmp_path / 'runs'}", "--inv-temp=2"]))
+    (other,) = (tmp_path / "runs").iterdir()
+    out = tmp_path / "norms.csv"
+    gradient_norms.main(gradient_norms.Args(run=path, qam=other, batches=2, out=out))
+    rows = read_csv(out)
+    assert {row["loss"] for row in rows if row["run"] == other.name} == {"adjoint"}
+    for loss in ("literal", "authors", "adjoint"):
+        for stage in ("base policy", "end of the run"):
+            steps = [row for row in rows if (row["loss"], row["stage"]) == (loss, stage)]
+            shares = [float(row["share"]) for row in steps]
+            assert len(shares) == 4 and sum(shares) == pytest.approx(1, abs=1e-4)  # K = 4
+
+    loaded = load_run(path)
+    args = gradient_norms.Args(run=path, batches=1)
+    shorter = dataclasses.replace(loaded, unit=1e3 * loaded.unit)  # of which the field is in units
+    norms = [gradient_norms.norms(loaded.base, each, "authors", args)[-1] for each in (loaded, shorter)]
+    assert norms[0] > 10 * norms[1] > 0  # of the last step, where no constraint pulls: v is the base's
+
+    loaded = load_run(other, settings_of(qam.Args, rldt_gym.CriticArgs))
+    norms = [gradient_norms.qam_norms(loaded.base, loaded, inv_temp, args) for inv_temp in (2.0, 4.0)]
+    torch.testing.assert_close(2 * norms[0], norms[1])  # where v = v_base: linear in inv_temp
+    assert (norms[0] > 0).all() and len(set(norms[0].tolist())) == 4  # each step has its own
+
+
+# -------------------------------------------------------------- with Ray and rliable
+def test_comparison_through_ray_runs_each_cell_once(tiny_base, tmp_path):
+    command = [sys.executable, "-m", "benchmark.run", "baselines", "--methods", "rldt", "qam"]
+    command += ["--tasks", "Hopper-v4", "--seeds", "1", "--parallel", "1"]
+    command += ["--out", tmp_path / "b.csv", "--runs", tmp_path / "runs"]
+    command += [f"--extra={TINY} --base {tiny_base}"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert process.returncode == 0, process.stdout + process.stderr
+    rows = read_csv(tmp_path / "b.csv")
+    assert sorted(row["method"] for row in rows) == ["qam", "rldt"]
+    assert {point["method"] for point in read_csv(tmp_path / "curves.csv")} == {"qam", "rldt"}
+    args = tyro.cli(run.Args, args=[str(word) for word in command[3:]])
+    assert run.cells(args) == []
+
+
+def test_figures_and_table_of_the_comparison_are_made_from_the_csvs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plot, "REPS", 50)
+    rng, rows, points = np.random.default_rng(0), [], []
+    for method, level in ("qam", 200), ("rldt", 300):
+        for task in ("A", "B"):
+            for seed in (1, 2, 3):
+                known, final = dict(task=task, method=method, seed=seed), level + rng.uniform(0, 10)
+                values = dict(base_return=100, best_return=final, base_return_sampled=90, wall_s=60)
+                values |= dict(final_return=final, final_return_sampled=final, env_steps=1000)
+                rows.append(known | values)
+                for steps, y in (0, 100), (500, ""), (1000, final):
+                    point = dict(table="baselines", env_steps=steps, wall_s=steps / 10, eval_return=y)
+                    points.append(known | point)
+    write_csv(tmp_path / "baselines.csv", rows)
+    write_csv(tmp_path / "curves.csv", points)
+    plot.main(plot.Args(results=tmp_path, images=tmp_path / "images"))
+    for name in ("baselines.png", "baselines_reliability.png"):
+        assert (tmp_path / "images" / name).read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    finals = [row["final_return"] for row in rows[3:6]]  # QAM on B
+    cell = f"{np.mean(finals):.0f} [{min(finals):.0f}, {max(finals):.0f}]"
+    cells = f"100 [100, 100] | {cell} | {cell} | 90 [90, 90] | {cell}"
+    assert f"| B | QAM | 3 | {cells} | 0.00 | 1.0 |" in printed
+    scores = np.sort(plot.final_scores(rows)["qam"].ravel())
+    iqm = np.mean(scores[1:-1])  # of six, the lowest and the highest go
+    assert f"IQM x₀ = 0, 0 at the base and 1 at the best mean: RLDT 1.00, QAM {iqm:.2f}" in printed

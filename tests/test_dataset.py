@@ -1,11 +1,13 @@
 """demos/dataset.py and demos/hdf5.py: files that are read, that are refused, and that are made."""
 
+import dataclasses
 import faulthandler
 import json
 import os
 import pickle
 import resource
 import shutil
+import sys
 from pathlib import Path
 
 import h5py
@@ -14,8 +16,9 @@ import pytest
 import torch
 from gymnasium import spaces
 from pickle_bomb import LOADED, Bomb
+from safetensors.torch import save_file
 
-from demos import dataset, furniture, hdf5, robomimic
+from demos import dataset, furniture, hdf5, robomimic, train_demonstrator
 from demos.dataset import DatasetError, load
 from envs.robomimic import TASKS, metadata
 from envs.vector import VectorEnv
@@ -380,3 +383,50 @@ def test_demonstrations_are_those_given_or_recorded_when_first_needed(tmp_path, 
     for source, steps in (str(given), 40), (None, 95), (None, 95):
         assert len(dataset.get("Walker2d-v4", source, envs).observations) == steps
     assert made == ["Walker2d-v4"]
+
+
+# ------------------------------------------------------------ demos/train_demonstrator.py
+@pytest.fixture
+def training(tmp_path, monkeypatch):
+    """A training that ends at its first evaluation, after two rollouts."""
+    pytest.importorskip("stable_baselines3")
+    monkeypatch.setattr(train_demonstrator, "EPISODES", 2)
+    monkeypatch.setattr(train_demonstrator, "EVAL_EVERY", 2)
+    out = tmp_path / "Hopper-v4" / "demonstrator.safetensors"
+    return train_demonstrator.Args(target_return=1.0, max_steps=256, num_envs=2, out=out)
+
+
+def test_demonstrator_acts_as_the_policy_that_ppo_trained(training, tmp_path):
+    model, *_ = train_demonstrator.train(training, training.target_return)
+    assert model.num_timesteps == 256
+    save_file(train_demonstrator.export(model), tmp_path / "a.safetensors")
+    policy = train_demonstrator.Demonstrator(tmp_path / "a.safetensors")
+    obs = np.random.default_rng(0).normal(0, 3, (50, 11))
+    normalized = torch.as_tensor(model.get_vec_normalize_env().normalize_obs(obs))
+    expected = model.policy.get_distribution(normalized).distribution
+    torch.testing.assert_close(policy.act(obs, 0.0), expected.mean)
+    noise = torch.randn(50, 3, generator=torch.Generator().manual_seed(1))
+    action = policy.act(obs, 1.0, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(action, expected.mean + expected.stddev * noise)
+
+
+def test_recording_reads_what_training_writes(training, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="short of 100000; nothing was written"):
+        train_demonstrator.main(dataclasses.replace(training, target_return=1e5))
+    assert not training.out.exists()
+    train_demonstrator.main(training)
+    assert '"env_steps": 256' in capsys.readouterr().out
+    monkeypatch.setattr(dataset, "DEMOS", tmp_path)
+    assert len(dataset.load(dataset.make(dataset.Args(steps=20, num_envs=2))).actions) == 20
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(env_id="Ant-v4"), "pass --target-return"), (dict(target_return=np.nan), "--target-return nan"),
+    (dict(env_id="BipedalWalker-v3", target_return=1.0), "Cannot make the env"),  # EnvPool has it
+    (dict(num_envs=0), "--num-envs 0: must lie"), (dict(out=Path("/proc/x/y")), "cannot be written"),
+    (dict(out=Path("/tmp")), "is a folder"), (dict(), r"pip install -r baselines/requirements.txt"),
+])  # fmt: skip
+def test_what_keeps_it_from_training_is_said_first(monkeypatch, changes, words):
+    monkeypatch.setitem(sys.modules, "stable_baselines3", None)
+    with pytest.raises(SystemExit, match=words):
+        train_demonstrator.main(train_demonstrator.Args(**changes))

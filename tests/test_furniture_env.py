@@ -12,11 +12,13 @@ from scipy.spatial.transform import Rotation
 import envs.furniture_mujoco as module
 from common.flow import FlowPolicy
 from demos import make_furniture_demos
-from demos.furniture_skills import from_rotation_vector
+from demos.furniture_lamp import BASE, BULB, HOOD, Lamp, heading
+from demos.furniture_skills import Arm, facing_down, from_rotation_vector
 from demos.make_furniture_demos import run_episode
 from envs.furniture_mujoco import FURNITURE, FurnitureEnv, FurnitureVectorEnv, rotation, rotation_6d
 
 TASKS = ("one_leg", "lamp")
+SEATED = np.array([0, -0.088324, 0])  # of the lamp's hood, in the base's frame
 OBSTACLES = [[0.6815, 0, 0.015], [0.6065, -0.175, 0.015], [0.6065, 0.175, 0.015]]  # front, right, left
 
 
@@ -405,3 +407,52 @@ def test_divergence_truncates_an_episode_with_the_last_finite_observation():
     step = vector.step(chunk_of(vector, rng, 2))
     assert np.isfinite(step.next_obs).all() and step.score.tolist() == [0, 0]
     vector.close()
+
+
+# ------------------------------------------------------------------------------- the lamp
+def test_hand_screws_the_bulb_in_by_the_pitch_and_the_hood_stays_on_it(envs):
+    env = envs("lamp")
+    env.reset(seed=5)
+    arm = Arm(env, np.random.default_rng(5))
+    depth, yaw, after = [], [], 0
+    for action in Lamp(arm).steps():
+        env.step(action)
+        position, matrix = env.relative_pose(BASE, BULB)
+        if action[9] > 0 and not env.assembled[0] and -0.0755 < position[1] < -0.069:
+            depth.append(-position[1])
+            yaw.append(np.arctan2(matrix[0, 2], -matrix[0, 0]))
+        after += env.assembled.all()
+        if after == 15 or env.t == env.horizon:
+            break
+    assert env.assembled.all()
+    turns = np.unwrap(yaw) / (2 * np.pi)
+    assert len(turns) > 5
+    assert abs(np.polyfit(turns, depth, 1)[0]) == pytest.approx(module.PITCH, rel=0.15)
+    away = env.relative_pose(BASE, HOOD)[0] - SEATED
+    assert np.abs(away).max() < module.POSITION_TOLERANCE  # also without the hand
+    assert env.gripper_width() > 0.06
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.008])
+def test_dropped_hood_seats_within_tolerance(envs, offset):
+    env = envs("lamp")
+    env.reset(seed=5)
+    env.resting = None
+    turn, center = module.TAG[0] @ rotation(np.pi / 2, 0, 0), np.array([0.5, 0.2, 0.0172])
+    position, matrix = env.ee_pose()
+    away = np.array([*position[:2], 0.4, *matrix[:2].reshape(6), -1.0])
+    env.place(BASE, center, turn)
+    env.place(BULB, center + turn @ [0, -0.0678, 0], turn @ rotation(0, 0, np.pi))
+    env.place(HOOD, center + turn @ [offset, -0.115, 0], turn)
+    env.refresh()
+    for _ in range(15):
+        env.step(away)
+    assert np.abs(env.relative_pose(BASE, HOOD)[0] - SEATED).max() < module.POSITION_TOLERANCE
+    assert env.assembled.all()
+
+
+def test_heading_covers_the_wrists_range():
+    for yaw in np.radians([-130, -45, 0, 90, 180, 220]):
+        for lean in (-0.8, 0.0, 0.8):  # about the axis along which the fingers close
+            matrix = rotation(0, 0, yaw) @ rotation(0, lean, 0) @ facing_down(0)
+            assert heading(matrix) == pytest.approx(yaw)

@@ -1,4 +1,4 @@
-"""What the three scripts share: rollouts, evaluations, whole short runs and their settings."""
+"""What the three scripts share: rollouts, evaluations, short runs, settings, pretraining alone."""
 
 import dataclasses
 import itertools
@@ -16,11 +16,14 @@ from fakes import ENDS_IN, MOST, arguments, each_script, each_sparse, fake_envs,
 from safetensors.torch import load_file
 from short_runs import TASKS, checkpoint, content, flags, kept_rollout, main, only_run, use_fakes
 
+import pretrain_fm
 import rldt_furniture
 import rldt_gym
 import rldt_robomimic
 from common.flow import FlowPolicy
 from common.runs import Run
+from common.settings import parse_args
+from demos import dataset
 from demos.dataset import Demonstrations
 from envs.vector import VectorEnv
 
@@ -471,3 +474,42 @@ def test_paper_preset_of_furniture_has_the_values_of_the_paper():
     assert args.actor_batch * args.n_particles == args.segments * rldt_furniture.SEGMENT == 50_000
     small, large = (rldt_furniture.PRETRAINING[preset] for preset in ("laptop", "paper"))
     assert small.keys() == large.keys()
+
+
+# ------------------------------------------------------------------------------- pretrain_fm.py
+CLONE = "--seed=0 --epochs=1 --batch=32 --width=16 --chunk=2 --euler-steps=4 --final-eval-episodes=3"
+
+
+def clone(family, *flags):
+    pretrain_fm.main(parse_args(pretrain_fm.FAMILIES[family], {}, "", flags))
+
+
+def test_policy_that_is_written_knows_its_scores_and_is_the_base_of_a_run(tmp_path, tiny_flags):
+    data, out = tmp_path / "a.hdf5", tmp_path / "mine.safetensors"
+    dataset.make(dataset.Args(env_id="Hopper-v4", steps=400, num_envs=8, out=data))
+    clone("gym", f"--dataset={data}", f"--out={out}", f"--device={DEVICE}", *CLONE.split())
+    policy, left = FlowPolicy.load(out), {path.name for path in tmp_path.iterdir()}
+    assert (policy.chunk, policy.config["width"], policy.info["env_id"]) == (2, 16, "Hopper-v4")
+    assert left == {data.name, out.name}
+    flags = *tiny_flags, f"--base={out}", "--seed=0", "--iterations=1", f"--runs={tmp_path / 'runs'}"
+    assert rldt_gym.main(parse(rldt_gym, flags))["base_return"] == policy.info["eval_return"]
+
+
+@pytest.mark.parametrize("family, flag", [
+    ("gym", "--head-steps"), ("robomimic", "--spread"), ("furniture", "--head-steps"),
+])  # fmt: skip
+def test_flag_of_another_family_is_refused(monkeypatch, family, flag):
+    for module in pretrain_fm.dataset, pretrain_fm.robomimic, pretrain_fm.furniture:
+        monkeypatch.setattr(module, "get", lambda *_: None)
+    with pytest.raises(SystemExit, match=f"{flag} is not a setting of this family"):
+        clone(family, f"{flag}=1", "--device=cpu")
+
+
+@pytest.mark.parametrize("flag, message", [
+    ("--depth=4", "--depth must be odd"), ("--depth=1", "--depth must be odd"),
+    ("--time-dim=7", "--time-dim must be even"), ("--time-dim=2", "--time-dim must be even"),
+])  # fmt: skip
+def test_sizes_that_no_network_has_are_refused_before_anything_is_made(tmp_path, flag, message):
+    with pytest.raises(SystemExit, match=message):
+        clone("gym", flag, "--device=cpu", f"--out={tmp_path / 'x' / 'a.safetensors'}")
+    assert not list(tmp_path.iterdir())

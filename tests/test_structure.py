@@ -1,9 +1,16 @@
-"""What keeps the code readable: short functions, and a common/ that knows no task."""
+"""What the project keeps to: short functions, a common/ that knows no task, a CI that runs the README's
+test, and runs that survive a kill (a small part of tests/kills.py)."""
 
 import ast
+import random
+import re
 
+import kills
 import pytest
 from conftest import ROOT
+
+from demos import dataset
+from envs.rendering import SYSTEM_PACKAGES
 
 SCRIPTS = [*ROOT.glob("*.py"), *ROOT.glob("common/*.py"), *ROOT.glob("baselines/*.py")]
 
@@ -26,3 +33,39 @@ def test_common_imports_no_script_environment_or_demonstration(path):
         if isinstance(node, ast.ImportFrom):
             imported.add(node.module.partition(".")[0])
     assert not imported & own
+
+
+def readme_lines():
+    readme = (ROOT / "README.md").read_text()
+    section = re.search(r"^## Test\n(.*?)(?=^## |\Z)", readme, re.M | re.S).group(1)
+    block = re.search(r"^```bash\n(.*?)^```", section, re.M | re.S).group(1)
+    lines = [line.strip() for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def ci_lines(*skip):
+    lines = [line.strip() for line in (ROOT / ".ci" / "run").read_text().splitlines()]
+    return [line for line in lines if line and not line.startswith(("#", "set ", "cd ", *skip))]
+
+
+def commands(lines):
+    return [part.strip() for line in lines for part in line.split("&&")]
+
+
+def test_ci_runs_the_readme_test_section_and_nothing_else():
+    assert commands(ci_lines("if ! ldconfig")) == commands(readme_lines())
+
+
+def test_ci_installs_the_system_packages_that_the_readme_and_the_error_message_name():
+    (line,) = [line for line in ci_lines() if "apt-get install" in line]
+    packages = line.partition("-qq lib")[2].partition(";")[0]
+    assert SYSTEM_PACKAGES == f"lib{packages}"
+    assert f"apt-get install {SYSTEM_PACKAGES}" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["gym", "torchrun"])
+def test_a_run_that_was_killed_somewhere_ends_as_one_that_was_not(tmp_path, kind):
+    data = tmp_path / "demonstrations.hdf5"
+    dataset.make(dataset.Args(steps=1000, num_envs=4, out=data))
+    phases = kills.kill_and_resume(kind, 1, tmp_path, data, random.Random(1))
+    assert phases.total() == 1
