@@ -35,8 +35,7 @@ def load(path: str | Path, furniture: str, max_episodes: int = 0) -> dict:
     with reading(path) as file:
         held = file["data"].attrs.get("furniture") if "data" in file else None
         if str(held) != furniture:
-            held = held or "no demonstrations of a furniture task"
-            raise DatasetError(f"{path}: holds {held}, not {furniture}")
+            raise DatasetError(f"{path}: holds {held or 'no furniture task'}, not {furniture}")
         data = join(path, episodes(file), max_episodes)
     check_actions(path, data["action"])
     return data

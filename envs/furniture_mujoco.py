@@ -9,13 +9,12 @@ Frames: the robot's poses are in its base frame, the world frame here, with the 
 parts are observed in the AprilTag frame on the table (`TAG`). Lengths in m, angles in rad.
 
 Physics. From the original: masses, sizes, gravity, the arm's drive (stiffness 1000, damping 200), torque
-limits, the fingers' 13 N, the friction of parts, 0.15, of One-Leg's and Lamp's base on the table 0.125
-(PhysX averages 0.15 and the table's 0.1; MuJoCo takes the larger, of Lamp's other parts 0.15 there, too)
-and of fingers, 0.575 (with PhysX's default of 1). Measured on the
-meshes: pitch, phase, radius and ends of the threads, helices of capsules that collide, on the leg of
-spheres; nothing but contact makes a part go in. Our choice, not calibrated against Isaac Gym: contact
-stiffness, the fingers' torsional friction, damping and friction, armature, the threads' thickness, the
-primitives that stand for concave parts, the mass that the reset's force moves (`Part.hull_mass`).
+limits, the fingers' 13 N, the friction of parts, 0.15, on the table 0.125 (PhysX averages 0.15 and the
+table's 0.1; MuJoCo takes the larger: of Lamp's bulb and hood 0.15) and of fingers, 0.575 (with PhysX's
+default of 1). Measured on the meshes: pitch, phase, radius and ends of the threads, helices of capsules
+that collide, on the leg of spheres; nothing but contact makes a part go in. Our choice, not calibrated
+against Isaac Gym: contact stiffness, the fingers' torsional friction, damping and friction, armature, the
+threads' thickness, primitives for concave parts, the mass that the reset's force moves (`Part.hull_mass`).
 """
 
 import copy

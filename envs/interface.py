@@ -3,8 +3,7 @@
 They have `num_envs`, and `obs`, what to act on next. `reset(seeds)` starts an episode everywhere: from a
 first seed on, or (not on Gym) with an iterator's seed for each. `step(chunks)` steps raw actions (N,
 chunk, action_dim), on Gym only where `active` (N,); an ended episode starts anew. `close()` ends the
-simulators. Numbers that are not finite end the run, but a simulation of robomimic or furniture that
-diverges ends its episode.
+simulators. Numbers that are not finite end the run; on manipulation a simulation's end its episode.
 """
 
 import copy

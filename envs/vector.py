@@ -97,7 +97,7 @@ class VectorEnv:
     def state_dict(self) -> dict:
         """Seed and actions since the last reset, as simulators cannot be saved."""
         tape = torch.as_tensor(np.array(self.tape))
-        return {"backend": self.backend, "seed": self.seed, "tape": tape}
+        return dict(backend=self.backend, seed=self.seed, tape=tape)
 
     def load_state_dict(self, state: dict):
         """Replays them. Raises ValueError on those of another simulator."""
