@@ -13,8 +13,8 @@ limits, the fingers' 13 N, the friction of parts, 0.15, on the table 0.125 (Phys
 table's 0.1; MuJoCo takes the larger: of Lamp's bulb and hood 0.15) and of fingers, 0.575 (with PhysX's
 default of 1). Measured on the meshes: pitch, phase, radius and ends of the threads, helices of capsules
 that collide, on the leg of spheres; nothing but contact makes a part go in. Our choice, not calibrated
-against Isaac Gym: contact stiffness, the fingers' torsional friction, damping and friction, armature, the
-threads' thickness, primitives for concave parts, the mass that the reset's force moves (`Part.hull_mass`).
+against Isaac Gym: contact stiffness, the fingers' torsional friction, damping and friction, armature,
+threads' thickness, primitives for concave parts, the mass that the reset's force moves (`hull_mass`).
 """
 
 import copy

@@ -82,7 +82,7 @@ def test_successful_demonstrations_are_read_in_their_order(tmp_path):
     (dict(spoil=lambda demo: demo.pop("actions")), "lacks data/demo_0/actions"),
     (dict(spoil=lambda demo: demo["obs/state"].__setitem__(3, np.nan)), "obs/state contains NaN"),
     (dict(scale=1.8), "an action is .* in dimension"),
-    (dict(spoil=lambda demo: demo.parent.attrs.clear()), "holds no furniture task, not lamp"),
+    (dict(spoil=lambda demo: demo.parent.attrs.clear()), "holds no furniture task, not one_leg"),
 ])  # fmt: skip
 def test_demonstrations_that_do_not_fit_stop_in_one_line(tmp_path, written, message):
     path = write_demos(tmp_path / "d.hdf5", **written)
