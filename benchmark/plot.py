@@ -337,7 +337,8 @@ def main(args: Args):
         plot_scores(plt, rows, curves, table, args.images / f"{name}.png", **shown)
         updates = read_csv(args.results / "throughput.csv")
         print(success_table(rows) if table == "sparse" else returns_table(rows, mean_range, updates))
-        if importlib.util.find_spec("rliable") and len(group(rows, "seed")) > 1:
+        several = all(len(runs) > 1 for runs in group(rows, "method").values())
+        if importlib.util.find_spec("rliable") and several:
             scores = final_scores(rows), final_scores(rows, "_sampled")
             plot_reliability(plt, *scores, args.images / f"{name}_reliability.png")
 
