@@ -193,7 +193,7 @@ def test_policy_of_a_method_says_so_and_is_no_plain_flow(finished, name):
 ])  # fmt: skip
 def test_settings_that_cannot_be_stop_in_one_line(make_args, bases, tmp_path, name, changes, message):
     args = make_args(name, tmp_path, **changes)
-    args.base = bases.get(args.base, args.base)
+    args.base = bases.get(str(args.base), args.base)
     with pytest.raises(SystemExit, match=message):
         METHODS[name].main(args)
 
