@@ -6,7 +6,7 @@
     python -m benchmark.run sparse                     # peers on sparse rewards, for equal time
     python -m benchmark.run ablations                  # one setting of RLDT changed at a time
     python -m benchmark.run search                     # settings of each method, on seeds of their own
-    python -m benchmark.run search-sparse              # and on One-Leg; of RLDT see docs/
+    python -m benchmark.run search-sparse              # and of its peers on One-Leg
     python -m benchmark.run controls                   # what each addition gives on sparse rewards
 
 A row per run goes to benchmark/results/<experiment>.csv, its curve to curves.csv beside it. What the CSV
