@@ -29,7 +29,8 @@ from demos.dataset import as_rollouts, chunk_rows, chunk_starts
 from envs.interface import success_rate
 from envs.robomimic import IMAGE_SIZE, TASKS, RobomimicVectorEnv, record_video
 
-# "state" (..., obs_dim), or all features if the encoder is frozen; "rgb" (..., 3 * cameras, 96, 96)
+# "state" (..., obs_dim); with images "object" (..., object_size), and "rgb" (..., 3 * cameras, 96, 96) or,
+# if the encoder is frozen, "features" (..., cond_dim)
 Obs = dict[str, torch.Tensor]
 
 
@@ -188,17 +189,25 @@ class Encoder(nn.Module):
 
 
 class Policy(FlowPolicy):
-    """A FlowPolicy that also sees the encoded images of its cameras, where it has some."""
+    """A FlowPolicy that also sees the encoded images of its cameras, where it has some.
 
-    def __init__(self, obs_dim, action_dim, chunk, euler_steps, cameras, **network):
+    It then scales the state of objects, for a critic: it does not see that itself.
+    """
+
+    def __init__(self, obs_dim, action_dim, chunk, euler_steps, cameras, object_size=0, **network):
         super().__init__(obs_dim, action_dim, chunk, euler_steps, 128 * cameras, **network)
-        self.config["cameras"], self.cameras, self.frozen = cameras, cameras, False
+        self.config |= dict(cameras=cameras, object_size=object_size)
+        self.cameras, self.object_size, self.frozen = cameras, object_size, False
         self.encoder = Encoder(cameras, obs_dim) if cameras else None
+        for end, sign in ("min", -1.0), ("max", 1.0):
+            self.register_buffer(f"object_{end}", torch.full((object_size,), sign) if cameras else None)
 
     def observe(self, raw: dict[str, np.ndarray]) -> Obs:
-        """Raw observations -> what networks see: the state normalised; of frozen encoders, features."""
-        obs = {k: torch.as_tensor(raw[k], device=self.obs_min.device) for k in OBS if k in raw}
-        obs["state"] = self.normalize(raw["state"])
+        """Raw observations -> what networks see: states normalised; of frozen encoders, features."""
+        obs = {"state": self.normalize(raw["state"])}
+        if self.cameras:
+            obs["object"] = self.normalize(raw["object"], "object")
+            obs["rgb"] = torch.as_tensor(raw["rgb"], device=self.obs_min.device)
         if self.frozen and self.cameras:
             obs["features"] = self.encoder(obs)
             del obs["rgb"]
@@ -266,9 +275,9 @@ def pretrain(args: TaskArgs, data: dict, checkpoint, epochs, batch, lr, head_ste
     The velocity network needs more steps than an encoder of images can afford. So shifted copies of all
     images are then encoded once, for `head_steps` further steps of the velocity network alone.
     """
-    cameras = len(TASKS[args.task].cameras) if args.obs == "image" else 0
-    policy = Policy(data["state"].shape[1], data["action"].shape[1], cameras=cameras, **sizes)
-    policy.to(args.device)
+    spec, images = TASKS[args.task], args.obs == "image"
+    seen = dict(cameras=len(spec.cameras) * images, object_size=spec.object_size * images)
+    policy = Policy(data["state"].shape[1], data["action"].shape[1], **seen, **sizes).to(args.device)
     policy.set_limits(**dataset.limits(data))
     first = chunk_starts(data["episode_ends"], policy.chunk)  # (n,)
     action = policy.from_env(data["action"][first[:, None] + np.arange(policy.chunk)])  # (n, D)
@@ -311,7 +320,8 @@ def get_base(args: TaskArgs, run: Run) -> Policy:
 
     policy = run.keep_base(make, Policy)
     wanted = spec.state_dim(images), 7 * spec.robots, len(spec.cameras) * images
-    if (policy.obs_dim, policy.action_dim, policy.cameras) != wanted:
+    wanted += (spec.object_size * images,)
+    if (policy.obs_dim, policy.action_dim, policy.cameras, policy.object_size) != wanted:
         raise SystemExit(f"{args.base or shipped}: not a policy for {args.task} with --obs {args.obs}.")
     policy.frozen = args.encoder == "frozen"
     if policy.cameras:

@@ -38,16 +38,17 @@ class Args(ppo.PPOArgs):
     # DPPO
     form: Literal["flow", "diffusion"] = "flow"  # finetune RLDT's flow, or a diffusion of its own
     tuned_steps: Size = 0  # K', the last steps, noisy and trained (official: 10 of 20); 0: half of them
-    sigma: Deviation = 0.1  # least of a noisy step, in normalised actions (official: 0.1)
+    sigma: Deviation = 0.1  # least of a noisy step, in normalised actions (official: 0.1, of half-ranges)
     gamma_denoising: Share = 0.99  # factor on the advantage per step still to come (official: 0.99)
-    batch: Count = 2500  # denoising steps per update (official: 50 000, all ten of 5000 chunks)
+    batch: Count = 2500  # denoising steps per update (official: 50 000)
     clip: Weight = 0.02  # PPO's clipping range of the ratio (official: 0.01)
     actor_lr: Weight = 3e-4  # Adam step size of the actor (official: 1e-4)
     actor_lr_end: Weight = 1.0  # factor on actor_lr, reached linearly at the end (official: 1)
 
 
 SHARED = ppo.SHARED
-GENTLE = dict(actor_lr=3e-5, clip=0.01, warmup_iterations=2)  # official: 1e-5, 0.01 or 0.001, 2 or 1
+# official: 1e-4 and a clip that rises to 0.01 over the steps; furniture 1e-5 and 0.001
+GENTLE = dict(actor_lr=3e-5, clip=0.01, warmup_iterations=2)
 PRESETS = {
     **{task: GENTLE for task in ("lift", "can", "square", "transport")},
     **{task: GENTLE | dict(sigma=0.04, gamma_denoising=0.9) for task in ("one_leg", "lamp")},  # official
@@ -57,6 +58,7 @@ PRESETS = {
     )
 }  # fmt: skip
 DIFFUSION_STEPS = 20  # of a diffusion that is pretrained here (official)
+LIKELIHOOD_SIGMA = 0.1  # least deviation in likelihoods, where steps may have less (official)
 
 
 # ------------------------------------------------------------------------------------- policy
@@ -88,10 +90,10 @@ class DenoisingPolicy(FlowPolicy):
     its network predicts the noise. The steps before the last `tuned_steps` stay the base's, `frozen`.
     """
 
-    def __init__(self, *sizes, form="flow", tuned_steps=0, bound=1.0, **network):
+    def __init__(self, *sizes, form="flow", tuned_steps=0, **network):
         super().__init__(*sizes, **network)
-        self.config |= dict(form=form, tuned_steps=tuned_steps, bound=bound)
-        self.form, self.tuned_steps, self.bound = form, tuned_steps, bound
+        self.config |= dict(form=form, tuned_steps=tuned_steps)
+        self.form, self.tuned_steps = form, tuned_steps
         self.frozen = copy.deepcopy(self.velocity).requires_grad_(False)
         alpha_bar, alpha = noise_schedule(self.euler_steps)
         self.register_buffer("alpha_bar", alpha_bar, persistent=False)
@@ -105,7 +107,7 @@ class DenoisingPolicy(FlowPolicy):
         now, after, alpha = self.alpha_bar[k], self.alpha_bar[k + 1], self.alpha[k]
         action = (x - (1 - now).sqrt()[..., None] * output) / now.sqrt()[..., None]
         to_action, to_x = after.sqrt() * (1 - alpha) / (1 - now), alpha.sqrt() * (1 - after) / (1 - now)
-        mean = to_action[..., None] * action.clamp(-self.bound, self.bound) + to_x[..., None] * x
+        mean = to_action[..., None] * action.clamp(-1, 1) + to_x[..., None] * x
         return mean, ((1 - alpha) * (1 - after) / (1 - now)).sqrt()
 
     def network(self, k: int) -> nn.Module:
@@ -134,8 +136,7 @@ def make_policy(policy_class: type, base: FlowPolicy, family: families.Family) -
     if args.tuned_steps > base.euler_steps:
         raise SystemExit(f"--tuned-steps {args.tuned_steps}: the base has {base.euler_steps} steps.")
     tuned = args.tuned_steps or base.euler_steps // 2
-    form = dict(form=args.form, tuned_steps=tuned, bound=family.bound)
-    policy = policy_class(**base.config, **form)
+    policy = policy_class(**base.config, form=args.form, tuned_steps=tuned)
     policy.load_state_dict(base.state_dict(), strict=False)
     policy.frozen.load_state_dict(base.velocity.state_dict())
     return policy
@@ -150,16 +151,13 @@ def pretrain(family, checkpoint: Path, epochs: int, batch: int, lr: float, **siz
     first = chunk_starts(data.episode_ends, policy.chunk)  # (n,)
     obs = policy.normalize(data.obs[first])  # (n, obs_dim)
     action = policy.from_env(data.action[first[:, None] + np.arange(policy.chunk)])  # (n, D)
-    held_out, train = torch.randperm(len(obs), device=args.device).tensor_split([len(obs) // 20])
 
     def loss():
-        i = train[torch.randint(len(train), (batch,), device=args.device)]
+        i = torch.randint(len(obs), (batch,), device=args.device)
         return noise_loss(policy, action[i], obs[i])
 
-    averaged = fit(policy, loss, max(1, epochs * len(train) // batch), lr, args, checkpoint)
-    with torch.no_grad():
-        validation = noise_loss(averaged, action[held_out], obs[held_out]).item()
-    averaged.info = dict(task=family.task, form="diffusion", validation_loss=validation)
+    averaged = fit(policy, loss, max(1, epochs * len(obs) // batch), lr, args, checkpoint)
+    averaged.info = dict(task=family.task, form="diffusion")
     return averaged
 
 
@@ -196,10 +194,11 @@ def act(policy: DenoisingPolicy, obs: torch.Tensor, x0: torch.Tensor, args: Args
 
 # -------------------------------------------------------------------------------------- actor
 def step_log_prob(policy: DenoisingPolicy, batch: dict, args: Args) -> torch.Tensor:
-    """log N(x_{k+1}; mean_k, max(sigma_k, sigma)^2) of steps (B,), clamped and averaged over D."""
+    """log N(x_{k+1}; mean_k, max(sigma_k, sigma, 0.1)^2) of steps (B,), clamped and averaged over D."""
     with autocast(args):
         mean, std = policy.step(policy.velocity, batch["x"], batch["k"], batch["obs"])
-    steps = torch.distributions.Normal(mean, std.clamp_min(args.sigma)[..., None].expand_as(mean))
+    std = std.clamp_min(max(args.sigma, LIKELIHOOD_SIGMA))
+    steps = torch.distributions.Normal(mean, std[..., None].expand_as(mean))
     return steps.log_prob(batch["x_next"]).clamp(-5, 2).mean(-1)  # (D1) of docs/baselines.md
 
 
@@ -229,7 +228,7 @@ def update_actor(policy: DenoisingPolicy, optimizer, batch: dict, args: Args) ->
     parameters = list(policy.velocity.parameters())
     average_gradients(parameters)
     optimizer.step()
-    norm = ppo.gradient_norm(parameters)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
     metrics = {"losses/policy": loss.detach(), "diagnostics/actor_grad_norm": norm}
     return metrics | ppo.ratio_metrics(log_ratio, args.clip)
 

@@ -162,10 +162,6 @@ def ratio_metrics(log_ratio: torch.Tensor, clip: float) -> dict[str, torch.Tenso
     return {"diagnostics/kl": kl, "diagnostics/clip_fraction": outside}
 
 
-def gradient_norm(parameters) -> torch.Tensor:
-    return torch.stack(torch._foreach_norm([p.grad for p in parameters])).norm()
-
-
 # -------------------------------------------------------------------- exploration and rollout
 def collect(family: Family, policy: FlowPolicy, act: Callable, storage, run: Run, iteration: int, row):
     """A rollout, values (T, N, ...), and its environment steps; the row learns how episodes ended."""

@@ -202,7 +202,8 @@ def update_actor(policy: NoisyPolicy, optimizer, batch: dict, args: Args) -> dic
     total.backward()
     average_gradients([*policy.velocity.parameters(), *policy.noise.parameters()])
     optimizer.step()
-    metrics["diagnostics/actor_grad_norm"] = ppo.gradient_norm(policy.velocity.parameters())
+    gradients = [p.grad for p in policy.velocity.parameters()]
+    metrics["diagnostics/actor_grad_norm"] = nn.utils.get_total_norm(gradients)
     return metrics | ppo.ratio_metrics(log_ratio, args.clip)
 
 

@@ -145,14 +145,15 @@ class FlowPolicy(nn.Module):
             self.register_buffer(f"{name}_max", torch.ones(dim))
 
     def set_limits(self, **limits):
-        """Sets obs_min, obs_max, action_min and action_max, which become -1 and 1."""
+        """Sets obs_min, obs_max, action_min, action_max and the like, which become -1 and 1."""
         for name, value in limits.items():
             getattr(self, name).copy_(torch.as_tensor(value))
 
-    def normalize(self, obs) -> torch.Tensor:
-        """Raw observations (..., obs_dim) -> about [-1, 1], at most +-5."""
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.obs_min.device)
-        return (2 * (obs - self.obs_min) / (self.obs_max - self.obs_min + 1e-6) - 1).clamp(-5, 5)
+    def normalize(self, obs, name="obs") -> torch.Tensor:
+        """Raw observations (..., obs_dim), or others that have limits -> about [-1, 1], at most +-5."""
+        low, high = getattr(self, f"{name}_min"), getattr(self, f"{name}_max")
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=low.device)
+        return (2 * (obs - low) / (high - low + 1e-6) - 1).clamp(-5, 5)
 
     def from_env(self, action) -> torch.Tensor:
         """Raw actions (N, chunk, action_dim) -> flat normalised chunks (N, D)."""

@@ -105,8 +105,10 @@ def load(path: str | Path, task: str, images: bool, max_episodes: int = 0, split
 def limits(data: dict) -> dict[str, np.ndarray]:
     """What becomes -1 and 1 in the networks: the range of the data and of zero, as in DPPO."""
     result = {}
-    for name, values in ("obs", data["state"]), ("action", data["action"]):
-        result |= widen(name, np.minimum(values.min(0), 0), np.maximum(values.max(0), 0))
+    for name, values in data.items():
+        if name in ("state", "action", "object"):
+            limits = np.minimum(values.min(0), 0), np.maximum(values.max(0), 0)
+            result |= widen("obs" if name == "state" else name, *limits)
     return result
 
 

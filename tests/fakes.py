@@ -37,7 +37,7 @@ def arguments(script, **changes):
 def small_policy(script, obs_dim=4, action_dim=2, chunk=2, euler_steps=4, cameras=0):
     sizes = dict(chunk=chunk, euler_steps=euler_steps, width=16, depth=3, time_dim=8)
     if script is rldt_robomimic:
-        return script.Policy(obs_dim, action_dim, cameras=cameras, **sizes)
+        return script.Policy(obs_dim, action_dim, cameras=cameras, object_size=10 * cameras, **sizes)
     return FlowPolicy(obs_dim, action_dim, **sizes)
 
 

@@ -138,14 +138,25 @@ def test_critic_target_encodes_what_each_of_the_networks_sees(unshifted):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_critic_of_objects_sees_the_simulators_state_in_place_of_images(frozen):
+def test_a_critic_of_objects_sees_the_simulators_state_scaled_in_place_of_images(frozen):
     policy, obs = seeing_policy(), observations(3)
     policy.frozen = frozen
+    policy.set_limits(object_min=-2 * np.ones(10), object_max=np.linspace(1, 4, 10))
     critic = rldt_robomimic.Critic(14, policy.action_size, True)
     seen = policy.observe({name: value.numpy() for name, value in obs.items()})
     assert ("rgb" in seen) == (not frozen)
-    expected = torch.cat([policy.normalize(obs["state"].numpy()), obs["object"]], -1)
-    assert torch.equal(critic.encode(seen), expected)
+    scaled = (obs["object"] + 2) / torch.linspace(3, 6, 10) * 2 - 1
+    expected = torch.cat([policy.normalize(obs["state"].numpy()), scaled.clamp(-5, 5)], -1)
+    torch.testing.assert_close(critic.encode(seen), expected)
+
+
+@pytest.mark.parametrize("task", ["lift", "square", "transport"])
+def test_shipped_policies_of_images_scale_objects_as_those_of_states_do(task):
+    load = lambda obs: Policy.load(rldt_robomimic.dataset.DEMOS / task / f"base_{obs}.safetensors")
+    images, states = load("image"), load("state")
+    for end in "min", "max":
+        seen = getattr(states, f"obs_{end}")[-rldt_robomimic.TASKS[task].object_size :]
+        assert torch.equal(getattr(images, f"object_{end}"), seen)
 
 
 # ----------------------------------------------------------------------- the encoder in updates
@@ -211,7 +222,7 @@ def test_replay_holds_images_or_with_a_frozen_encoder_features(frozen):
         for row, episode in enumerate(rows):
             raw = envs.observation(*episode)
             obs = {"state": policy.normalize(raw["state"])[None], "rgb": torch.tensor(raw["rgb"])[None]}
-            assert torch.equal(slot["object"][row, column], torch.tensor(raw["object"]))
+            assert torch.equal(slot["object"][row, column], policy.normalize(raw["object"], "object"))
             assert torch.equal(slot["state"][row, column], obs["state"][0])
             if frozen:
                 expected = policy.encoder(obs)[0].detach()

@@ -131,6 +131,9 @@ def test_images_are_those_of_the_environment(image_file, tmp_path):
     assert data["state"].shape == (24, 9)
     states = load(image_file, "lift", images=False)["state"]
     np.testing.assert_array_equal(np.concatenate([data["state"], data["object"]], 1), states)
+    of_states = limits(load(image_file, "lift", images=False))["obs_max"]
+    found = limits(data)["object_max"]
+    np.testing.assert_array_equal(found[found > 0.1], of_states[9:][found > 0.1])  # no widened ones
     load(image_file, "lift", images=True, fast_render=True)
     with pytest.raises(DatasetError, match="rendered without shadows"):
         load(image_file, "lift", images=True, fast_render=False)
