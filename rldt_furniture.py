@@ -97,7 +97,7 @@ class CriticArgs(TaskArgs):  # of methods with RLDT's critic; docs/ says why the
 class Args(CriticArgs):
     # exploration and actor
     exploration_steps: Size = 0  # noise |a - a_dagger_k|, k of this many last Euler steps (authors: 2)
-    best_of: Count = 1  # samples; half of the environments act on their best quarter (authors: 1)
+    best_of: Count = 1  # samples; after half of the warm-up half of the environments act on the best
     actor_steps: Size = 6  # per round (authors: 2)
     actor_batch: Count = 64  # states per actor step, n_particles particles in each (authors: 6250)
     n_particles: Count = 16  # P, particles per state (paper: 8)
@@ -132,7 +132,7 @@ PRETRAINING = {  # of a base policy that is made here; pretrain_fm.py has these 
 }  # fmt: skip
 CRITIC_WIDTH = {"laptop": 256, "paper": 512}
 SEGMENT = 16  # chunks of a replay segment (authors: the whole rollout)
-FRESH = 0.33  # least share of the segments that comes from the newest rollout (authors)
+FRESH = 0.33  # least share, of either kind that the newest rollout has, which comes from it (authors)
 BC_BATCH = 256  # chunks on which eq. (2) goes on, an actor step
 ACTOR_WARMUP = 32  # actor steps over which its step size rises linearly (paper)
 
@@ -440,9 +440,8 @@ def update_actor(policy: FlowPolicy, reference, critic: Critic, optimizer, obs, 
     with torch.no_grad(), autocast(args):
         trajectory = policy.sample(obs[:, None, :-1], x0, trajectory=True)
     losses = actor_losses(policy.velocity, reference.velocity, critic, obs, trajectory, args)
-    transport, consistency, constraint, metrics = losses
-    loss = transport + args.consistency_weight * consistency  # eq. (16)
-    loss += args.constraint_weight * constraint
+    transport, consistency, constraint, metrics = losses  # the terms of eq. (16)
+    loss = transport + args.consistency_weight * consistency + args.constraint_weight * constraint
     if args.bc_weight and len(good[1]):
         with autocast(args):
             cloning = flow_matching_loss(policy.velocity, good[1], good[0][:, :-1])
@@ -496,8 +495,8 @@ def resolve(args: TaskArgs):
 def main(args: Args) -> dict | None:
     set_up(args)
     resolve(args)
-    if args.q_gradient == "particles" and args.n_particles < 2:
-        raise SystemExit("--q-gradient particles needs --n-particles of at least 2, better 16.")
+    if args.q_gradient == "particles" and (args.n_particles < 2 or args.kernel == "delta"):
+        raise SystemExit("--q-gradient particles: needs --kernel rbf and --n-particles 2 or more, as 16")
     envs = make_envs(args, args.num_envs)
     measure = partial(evaluate, envs=envs, args=args)
     if args.evaluate:
@@ -538,6 +537,7 @@ def main(args: Args) -> dict | None:
             row["train_success"] = (pairs == stages_of(args)).float().mean()
             row["train_stages"] = pairs.mean()
 
+            warm = state["trained"] < args.warmup_iterations
             for _ in range(args.rounds):
                 # 2. the critic: TD(lambda) targets of some segments, then steps on minibatches of them
                 with run.timer(row, "critic_s"):
@@ -549,11 +549,10 @@ def main(args: Args) -> dict | None:
                     good = further.nonzero()[:, 0]
                     for _ in range(args.critic_steps):
                         i = torch.randint(len(y), (args.critic_batch,), device=args.device)
-                        rows = obs[i], action[i], y[i]
-                        run.add(update_critic(critic, target, critic_optimizer, *rows, args))
+                        batch = obs[i], action[i], y[i]
+                        run.add(update_critic(critic, target, critic_optimizer, *batch, args))
                 # 3. the actor: particles in some of the same states follow the transport field
                 with run.timer(row, "actor_s"):
-                    warm = state["trained"] < args.warmup_iterations
                     for _ in range(0 if warm else args.actor_steps):
                         i = torch.randint(len(obs), (args.actor_batch,), device=args.device)
                         state["actor_steps"] += 1
@@ -561,8 +560,8 @@ def main(args: Args) -> dict | None:
                         rise = min(1.0, state["actor_steps"] / ACTOR_WARMUP)
                         actor_optimizer.param_groups[0]["lr"] = args.actor_lr * decay * rise
                         j = good[torch.randint(max(1, len(good)), (min(len(good), BC_BATCH),))]
-                        rows = obs[i], (obs[j], action[j])
-                        run.add(update_actor(policy, reference, critic, actor_optimizer, *rows, args))
+                        batch = obs[i], (obs[j], action[j])
+                        run.add(update_actor(policy, reference, critic, actor_optimizer, *batch, args))
             # 4. the reference of the constraint follows, or stays the base
             state["trained"] += 1
             run.add({"diagnostics/base_distance": policy.distance(base, obs[:512, :-1])})

@@ -174,7 +174,7 @@ def get_base(args: TaskArgs, run: Run, envs: VectorEnv) -> FlowPolicy:
 
     def make(checkpoint: Path) -> FlowPolicy:
         if args.base:
-            return FlowPolicy.load(args.base, env_id=args.env_id, script="rldt_gym")
+            return FlowPolicy.load(args.base, env_id=args.env_id, script="rldt_gym", form="flow")
         if shipped.exists() and not args.dataset:
             return FlowPolicy.load(shipped)
         data = dataset.get(args.env_id, args.dataset, envs)
@@ -437,7 +437,7 @@ def main(args: Args) -> dict | None:
             reward_scale = average_magnitude(state, replay.newest()["reward"])
             row["diagnostics/reward_scale"] = reward_scale
 
-            warm = state["trained"] < args.warmup_iterations
+            warm, lengths = state["trained"] < args.warmup_iterations, []
             for _ in range(args.rounds):
                 # 2. the critic: TD(lambda) targets of some segments, then steps on minibatches of them
                 with run.timer(row, "critic_s"):
@@ -447,8 +447,8 @@ def main(args: Args) -> dict | None:
                     obs, action = batch["obs"].flatten(0, 1), batch["action"].flatten(0, 1)
                     for _ in range(args.critic_steps * (WARMUP_FACTOR if warm else 1)):
                         i = torch.randint(len(y), (args.critic_batch,), device=args.device)
-                        rows = obs[i], action[i], y[i]
-                        run.add(update_critic(critic, target, critic_optimizer, *rows, args))
+                        batch = obs[i], action[i], y[i]
+                        run.add(update_critic(critic, target, critic_optimizer, *batch, args))
                 # 3. the actor: particles in some of the same states follow the transport field
                 with run.timer(row, "actor_s"):
                     for _ in range(0 if warm else args.actor_steps):
@@ -457,11 +457,13 @@ def main(args: Args) -> dict | None:
                         decay = 1 + (args.anneal - 1) * spent
                         rise = min(1.0, state["actor_steps"] / ACTOR_WARMUP)
                         actor_optimizer.param_groups[0]["lr"] = args.actor_lr * decay * rise
-                        rest = actor_optimizer, obs[i], args, state["unit"]
-                        run.add(update_actor(policy, reference, critic, *rest))
-            norms = run.metrics.get("diagnostics/grad_q_norm")
-            if norms and not state["unit"]:  # that of the actor's first iteration
-                state["unit"] = average(torch.stack(norms).double().mean()).item()
+                        metrics = update_actor(
+                            policy, reference, critic, actor_optimizer, obs[i], args, state["unit"]
+                        )
+                        lengths.append(metrics["diagnostics/grad_q_norm"])
+                        run.add(metrics)
+            if lengths and not state["unit"]:  # that of the actor's first iteration
+                state["unit"] = average(torch.stack(lengths).double().mean()).item()
             # 4. the reference of the constraint follows, or stays the base
             state["trained"] += 1
             run.add({"diagnostics/base_distance": policy.distance(base, obs[:512])})

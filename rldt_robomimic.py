@@ -29,8 +29,8 @@ from demos.dataset import as_rollouts, chunk_rows, chunk_starts
 from envs.interface import success_rate
 from envs.robomimic import IMAGE_SIZE, TASKS, RobomimicVectorEnv, record_video
 
-# "state" (..., obs_dim); with images "object" (..., object_size), and "rgb" (..., 3 * cameras, 96, 96) or,
-# if the encoder is frozen, "features" (..., cond_dim)
+# "state" (..., obs_dim); with images also "object" (..., object_size), and "features" (..., cond_dim) of
+# frozen encoders or "rgb" (..., 3 * cameras, 96, 96)
 Obs = dict[str, torch.Tensor]
 
 
@@ -95,14 +95,14 @@ class CriticArgs(TaskArgs):  # of methods with RLDT's critic; docs/ says why the
 class Args(CriticArgs):
     # exploration and actor
     exploration_steps: Size = 2  # noise |a - a_dagger_k|, k of this many last Euler steps (authors: 2)
-    best_of: Count = 1  # samples; half of the simulators act on their best quarter (authors: 1)
+    best_of: Count = 1  # samples; after half of the warm-up half of the simulators act on the best
     actor_steps: Size = 4  # per round (authors: 2)
     actor_batch: Count = 512  # states per actor step, n_particles particles in each (authors: 6250)
     n_particles: Count = 4  # P, particles per state (paper: 8)
     kernel: Literal["rbf", "delta"] = "rbf"  # of the field; delta: RLDT-Delta, with --q-gradient critic
     q_gradient: Literal["critic", "particles"] = "critic"  # of Q, or toward particles of a high Q (ours)
     alpha: Weight = 1e-3  # temperature, the weight of the repulsion relative to |grad Q| (paper: 1e-3)
-    transport_scale: Weight = 30.0  # factor on grad Q: values are below 1, on Gym near 50 (authors: 1)
+    transport_scale: Weight = 30.0  # factor on grad Q, as values are below 1 (authors: 1)
     consistency_weight: Weight = 0.05  # of eq. (14) (paper: 0.5)
     constraint_weight: Weight = 0.2  # of eq. (15) (paper: 0.2)
     bc_weight: Weight = 0.0  # of eq. (2) on chunks of episodes that succeed (paper: 0)
@@ -140,7 +140,7 @@ OBS = "state", "object", "rgb", "features"  # names of observations
 COPIES = 6  # of every image, shifted, on which the velocity network is pretrained alone
 SHIFT = 4  # pixels by which images, where there are some, are shifted in training (DPPO)
 SEGMENT = 16  # chunks of a replay segment (authors: the whole rollout, 200)
-FRESH = 0.33  # least share of the segments that comes from the newest rollout (authors)
+FRESH = 0.33  # least share, of either kind that the newest rollout has, which comes from it (authors)
 ENCODER_LR = 4e-5  # Adam step size of the critic's own encoder (paper)
 BC_BATCH = 256  # chunks on which eq. (2) goes on, an actor step
 ACTOR_WARMUP = 32  # actor steps over which its step size rises linearly (paper)
@@ -189,15 +189,12 @@ class Encoder(nn.Module):
 
 
 class Policy(FlowPolicy):
-    """A FlowPolicy that also sees the encoded images of its cameras, where it has some.
-
-    It then scales the state of objects, for a critic: it does not see that itself.
-    """
+    """A FlowPolicy that also sees the encoded images of its cameras, and scales objects for critics."""
 
     def __init__(self, obs_dim, action_dim, chunk, euler_steps, cameras, object_size=0, **network):
         super().__init__(obs_dim, action_dim, chunk, euler_steps, 128 * cameras, **network)
         self.config |= dict(cameras=cameras, object_size=object_size)
-        self.cameras, self.object_size, self.frozen = cameras, object_size, False
+        self.cameras, self.frozen = cameras, False
         self.encoder = Encoder(cameras, obs_dim) if cameras else None
         for end, sign in ("min", -1.0), ("max", 1.0):
             self.register_buffer(f"object_{end}", torch.full((object_size,), sign) if cameras else None)
@@ -320,8 +317,7 @@ def get_base(args: TaskArgs, run: Run) -> Policy:
 
     policy = run.keep_base(make, Policy)
     wanted = spec.state_dim(images), 7 * spec.robots, len(spec.cameras) * images
-    wanted += (spec.object_size * images,)
-    if (policy.obs_dim, policy.action_dim, policy.cameras, policy.object_size) != wanted:
+    if (policy.obs_dim, policy.action_dim, policy.cameras) != wanted:
         raise SystemExit(f"{args.base or shipped}: not a policy for {args.task} with --obs {args.obs}.")
     policy.frozen = args.encoder == "frozen"
     if policy.cameras:
@@ -434,20 +430,19 @@ def collect(policy: Policy, critic, envs: RobomimicVectorEnv, rollout: dict, see
             obs = policy.observe(envs.obs)
             action = explore(policy.sample(policy.encode(obs), x0, trajectory=True), args)
             if critic:
-                half = slice(args.num_envs // 2, None)
-                action[half] = best_of(policy, critic, take(obs, half), args)
+                half = args.num_envs // 2
+                action[half:] = best_of(policy, critic, take(obs, slice(half, None)), args)
         step = envs.step(policy.to_env(action))
         ended = step.terminated | step.truncated  # a time limit is a failure
-        row = dict(action=action, reward=step.score, terminated=ended, succeeded=step.score)
+        row = dict(action=action, reward=step.reward, terminated=ended, succeeded=step.score)
         row["valid"] = np.ones(args.num_envs)
         for name, value in (obs | row).items():
             rollout[name][t] = torch.as_tensor(value, device=device)
         successes.extend(step.score[ended])
         steps += int(step.length.sum())
     with autocast(args):
-        obs = policy.observe(envs.obs)
-    for name, value in obs.items():
-        rollout[name][-1] = value
+        for name, value in policy.observe(envs.obs).items():
+            rollout[name][-1] = value
     succeeded, terminated = rollout["succeeded"], rollout["terminated"] > 0
     for t in reversed(range(len(succeeded) - 1)):  # an episode's rows learn how it ends
         succeeded[t] = torch.where(terminated[t], succeeded[t], succeeded[t + 1])
@@ -564,9 +559,8 @@ def update_actor(policy: Policy, reference, critic: Critic, optimizer, obs: Obs,
             trajectory = policy.sample(cond[:, None], x0, trajectory=True)
     rows = cond, cond_ref, cond_q, trajectory
     losses = actor_losses(policy.velocity, reference.velocity, critic, *rows, args)
-    transport, consistency, constraint, metrics = losses
-    loss = transport + args.consistency_weight * consistency  # eq. (16)
-    loss += args.constraint_weight * constraint
+    transport, consistency, constraint, metrics = losses  # the terms of eq. (16)
+    loss = transport + args.consistency_weight * consistency + args.constraint_weight * constraint
     if args.bc_weight and len(good[1]):
         with autocast(args):
             cloning = flow_matching_loss(policy.velocity, good[1], policy.encode(augment(good[0])))
@@ -612,8 +606,8 @@ def resolve(args: TaskArgs):
 def main(args: Args) -> dict | None:
     set_up(args)
     resolve(args)
-    if args.q_gradient == "particles" and args.n_particles < 2:
-        raise SystemExit("--q-gradient particles needs --n-particles of at least 2, better 16.")
+    if args.q_gradient == "particles" and (args.n_particles < 2 or args.kernel == "delta"):
+        raise SystemExit("--q-gradient particles: needs --kernel rbf and --n-particles 2 or more, as 16")
     if args.evaluate:
         measure = lambda policy, **of: evaluate(policy, make_envs(args, policy), args, **of)
         return evaluate_stored(args, Policy, measure)
@@ -656,6 +650,7 @@ def main(args: Args) -> dict | None:
             if successes:
                 row["train_success"] = np.mean(successes)
 
+            warm = state["trained"] < args.warmup_iterations
             for _ in range(args.rounds):
                 # 2. the critic: TD(lambda) targets of some segments, then steps on minibatches of them
                 with run.timer(row, "critic_s"):
@@ -666,11 +661,10 @@ def main(args: Args) -> dict | None:
                     good = batch["succeeded"][valid].nonzero()[:, 0]
                     for _ in range(args.critic_steps):
                         i = torch.randint(len(y), (args.critic_batch,), device=args.device)
-                        rows = take(obs, i), action[i], y[i]
-                        run.add(update_critic(critic, target, critic_optimizer, *rows, args))
+                        batch = take(obs, i), action[i], y[i]
+                        run.add(update_critic(critic, target, critic_optimizer, *batch, args))
                 # 3. the actor: particles in some of the same states follow the transport field
                 with run.timer(row, "actor_s"):
-                    warm = state["trained"] < args.warmup_iterations
                     for _ in range(0 if warm else args.actor_steps):
                         i = torch.randint(len(y), (args.actor_batch,), device=args.device)
                         state["actor_steps"] += 1
@@ -678,12 +672,13 @@ def main(args: Args) -> dict | None:
                         rise = min(1.0, state["actor_steps"] / ACTOR_WARMUP)
                         actor_optimizer.param_groups[0]["lr"] = args.actor_lr * decay * rise
                         j = good[torch.randint(max(1, len(good)), (min(len(good), BC_BATCH),))]
-                        rows = take(obs, i), (take(obs, j), action[j])
-                        run.add(update_actor(policy, reference, critic, actor_optimizer, *rows, args))
+                        batch = take(obs, i), (take(obs, j), action[j])
+                        run.add(update_actor(policy, reference, critic, actor_optimizer, *batch, args))
             # 4. the reference of the constraint follows, or stays the base
             state["trained"] += 1
-            cond = policy.encode(take(obs, slice(256))).detach()
-            run.add({"diagnostics/base_distance": policy.distance(base, cond)})
+            if not own:  # the base's velocity knows no other features than its own
+                cond = policy.encode(take(obs, slice(512)))
+                run.add({"diagnostics/base_distance": policy.distance(base, cond)})
             if args.reference_every and state["trained"] % args.reference_every == 0:
                 reference.load_state_dict(policy.state_dict())
         run.log(row, state["env_steps"])

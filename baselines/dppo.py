@@ -38,7 +38,7 @@ class Args(ppo.PPOArgs):
     # DPPO
     form: Literal["flow", "diffusion"] = "flow"  # finetune RLDT's flow, or a diffusion of its own
     tuned_steps: Size = 0  # K', the last steps, noisy and trained (official: 10 of 20); 0: half of them
-    sigma: Deviation = 0.1  # least of a noisy step, in normalised actions (official: 0.1, of half-ranges)
+    sigma: Deviation = 0.1  # least of a noisy step, in normalised actions (official: 0.1)
     gamma_denoising: Share = 0.99  # factor on the advantage per step still to come (official: 0.99)
     batch: Count = 2500  # denoising steps per update (official: 50 000)
     clip: Weight = 0.02  # PPO's clipping range of the ratio (official: 0.01)
@@ -157,24 +157,23 @@ def pretrain(family, checkpoint: Path, epochs: int, batch: int, lr: float, **siz
         return noise_loss(policy, action[i], obs[i])
 
     averaged = fit(policy, loss, max(1, epochs * len(obs) // batch), lr, args, checkpoint)
-    averaged.info = dict(task=family.task, form="diffusion")
+    averaged.info = dict(env_id=family.task, form="diffusion")
     return averaged
 
 
 def get_base(family: families.Family, run) -> FlowPolicy:
-    """The family's base policy; the diffusion's is pretrained here unless --base gives one."""
-    kept, args = run.path / "base.safetensors", family.args
-    if args.form == "diffusion" and run.rank == 0 and not args.base and not kept.exists():
-        checkpoint = run.path / "pretraining.pt"
-        settings = PRETRAINING[args.preset] | dict(euler_steps=DIFFUSION_STEPS)
-        policy = pretrain(family, checkpoint, **settings)
-        policy.save(kept, **policy.info)
-        checkpoint.unlink(missing_ok=True)
-    base = family.base(run)
-    form = base.info.get("form", "flow")
-    if form != args.form:
-        raise SystemExit(f"{args.base}: a {form} policy, the run wants a {args.form}.")
-    return base
+    """The family's base policy; the diffusion's is given, or pretrained here."""
+    args, settings = family.args, PRETRAINING[family.args.preset] | dict(euler_steps=DIFFUSION_STEPS)
+
+    def make(checkpoint: Path) -> FlowPolicy:
+        if not args.base:
+            return pretrain(family, checkpoint, **settings)
+        policy = FlowPolicy.load(args.base, env_id=family.task)
+        if "form" not in policy.info or policy.obs_dim != family.envs.obs_dim:
+            raise SystemExit(f"{args.base}: no diffusion for {family.task}.")
+        return policy
+
+    return run.keep_base(make, FlowPolicy) if args.form == "diffusion" else family.base(run)
 
 
 # -------------------------------------------------------------------- exploration and rollout
@@ -203,14 +202,14 @@ def step_log_prob(policy: DenoisingPolicy, batch: dict, args: Args) -> torch.Ten
 
 
 @torch.no_grad()
-def make_batch(policy: DenoisingPolicy, rollout: dict, args: Args) -> dict[str, torch.Tensor]:
-    """A rollout (T, N, ...) as denoising steps (T * N * K', ...), with their log-probabilities."""
-    chain, K = rollout["chain"].flatten(0, 1), policy.euler_steps  # (T * N, K' + 1, D)
+def make_batch(policy: DenoisingPolicy, rows: dict, args: Args) -> dict[str, torch.Tensor]:
+    """Rows of a rollout as denoising steps (n * K', ...), with their log-probabilities."""
+    chain, K = rows["chain"], policy.euler_steps  # (rows, K' + 1, D)
     batch = {"x": chain[:, :-1].flatten(0, 1), "x_next": chain[:, 1:].flatten(0, 1)}
     k = torch.arange(K - policy.tuned_steps, K, device=chain.device)
     batch["k"] = k.repeat(len(chain))
     for name in ("obs", "seen", "advantage", "target"):
-        batch[name] = rollout[name].flatten(0, 1).repeat_interleave(len(k), 0)
+        batch[name] = rows[name].repeat_interleave(len(k), 0)
     old = []
     for i in torch.arange(len(batch["k"]), device=chain.device).split(args.batch):
         old.append(step_log_prob(policy, {name: x[i] for name, x in batch.items()}, args))

@@ -32,8 +32,8 @@ class Args(ppo.PPOArgs):
 
     # FPO
     form: Literal["fpo", "fpo++"] = "fpo++"  # a ratio of mean losses, or one per sample and ASPO
-    samples: Size = 0  # N, pairs (epsilon, t) per action; 0: SAMPLES of the form and preset
-    clip: Weight = 0.0  # trust region of the ratio; 0: TRUST of the form and preset
+    samples: Count = 8  # N, pairs (epsilon, t) per action (official: 8 of FPO, 16 of FPO++)
+    clip: Weight = 0.02  # trust region of the ratio (official: 0.01 to 0.03)
     batch: Count = 500  # chunks per update, each with N samples (official: about 375)
     actor_lr: Weight = 3e-5  # Adam step size of the actor (official: 1e-5)
     actor_lr_end: Weight = 1.0  # factor on actor_lr, reached linearly at the end (official: 1)
@@ -44,15 +44,8 @@ PRESETS = {
     "paper": dict(
         iterations=80, precision="float32", num_envs=100, rollout_chunks=500, eval_every=5,
         eval_episodes=100, batch=50_000, value_lr=1e-3, warmup_iterations=0, actor_lr=1e-4, lr_warmup=10,
+        samples=16, clip=0.01,  # of FPO++; for --form fpo 8 and 0.05
     )
-}  # fmt: skip
-SAMPLES = {  # N
-    ("fpo", "laptop"): 8, ("fpo", "paper"): 8,  # official
-    ("fpo++", "laptop"): 8, ("fpo++", "paper"): 16,  # paper
-}  # fmt: skip
-TRUST = {  # clip
-    ("fpo", "laptop"): 0.02, ("fpo", "paper"): 0.05,  # official: 0.01 to 0.03; from scratch 0.05
-    ("fpo++", "laptop"): 0.02, ("fpo++", "paper"): 0.01,  # paper: the best of 0.01, 0.02 and 0.04
 }  # fmt: skip
 LOSS_CLAMP = 20.0  # at which flow-matching losses are cut off (official FPO++)
 LOG_RATIO_CLAMP = 10.0  # at which log-ratios are cut off, both ways (official: 3 of FPO, 10 of FPO++)
@@ -88,15 +81,13 @@ def cfm_losses(policy: FlowPolicy, batch: dict, args: Args) -> torch.Tensor:
 
 
 @torch.no_grad()
-def make_batch(policy: FlowPolicy, rollout: dict, args: Args) -> dict[str, torch.Tensor]:
-    """A rollout (T, N, ...) as rows (T * N, ...), with pairs (epsilon, t) and losses at these."""
-    names = "obs", "seen", "action", "advantage", "target"
-    batch = {name: rollout[name].flatten(0, 1) for name in names}
-    shape, device = (len(batch["obs"]), args.samples), batch["obs"].device
-    batch["noise"] = torch.randn(*shape, policy.action_size, device=device)
-    batch["t"] = torch.randint(policy.euler_steps, shape, device=device) / policy.euler_steps
-    old = []
-    for i in torch.arange(len(batch["obs"]), device=device).split(args.batch):
+def make_batch(policy: FlowPolicy, rows: dict, args: Args) -> dict[str, torch.Tensor]:
+    """Rows of a rollout, with pairs (epsilon, t) and losses at these."""
+    shape, device = (len(rows["obs"]), args.samples), rows["obs"].device
+    noise = torch.randn(*shape, policy.action_size, device=device)
+    t = torch.randint(policy.euler_steps, shape, device=device) / policy.euler_steps
+    batch, old = rows | {"noise": noise, "t": t}, []
+    for i in torch.arange(len(noise), device=device).split(args.batch):
         old.append(cfm_losses(policy, {name: x[i] for name, x in batch.items()}, args))
     return batch | {"old_losses": torch.cat(old)}
 
@@ -137,8 +128,6 @@ def update_actor(policy: FlowPolicy, optimizer, batch: dict, args: Args) -> dict
 
 # --------------------------------------------------------------------------------------- main
 def main(args) -> dict | None:
-    args.samples = args.samples or SAMPLES[args.form, args.preset]
-    args.clip = args.clip or TRUST[args.form, args.preset]
     functions = make_policy, act, make_batch, update_actor
     return ppo.main(args, ppo.Method(FlowPolicy, *functions))
 

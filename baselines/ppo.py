@@ -36,7 +36,7 @@ class PPOArgs:
     epochs: Count = 5  # passes over each rollout (DPPO: 5)
     repeats: Count = 1  # times that a pass takes each of its rows (DPPO: 1, ReinFlow: 10)
     target_kl: Weight = 1.0  # KL divergence beyond which an iteration's updates end (DPPO: 1)
-    lr_warmup: Count = 2  # training iterations over which the step size rises linearly (DPPO: 10)
+    lr_warmup: Count = 2  # iterations of the actor over which its step size rises linearly (DPPO: 10)
 
     exploration_steps: ClassVar[int] = 0  # no settings: the method's own noise explores
     buffer_iterations: ClassVar[int] = 1
@@ -123,13 +123,14 @@ def gae(reward, terminated, truncated, value, next_value, gamma: float, lam: flo
 
 @torch.no_grad()
 def advantages(value: Value, reward_scale: RewardScale, rollout: dict, args: PPOArgs) -> dict:
-    """The advantages of a rollout's chunks and the targets of their values, (T, N) each."""
+    """The chunks of a rollout (T, N, ...), with their advantages and the targets of V: (rows, ...)."""
     terminated, truncated = rollout["terminated"], rollout["truncated"]
     reward = reward_scale(rollout["reward"], terminated + truncated)  # (T, N)
     v, next_v = value(torch.stack([rollout["seen"], rollout["next_seen"]]))
     advantage = gae(reward, terminated, truncated, v, next_v, args.gamma, args.gae_lambda)
-    advantage = advantage * rollout["valid"]
-    return {"advantage": advantage, "target": advantage + v}
+    rollout |= {"advantage": advantage, "target": advantage + v}
+    valid = rollout["valid"] > 0  # in Isaac Gym an episode goes on after success
+    return {name: x[valid] for name, x in rollout.items()}
 
 
 def update_value(value: Value, optimizer, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -186,7 +187,7 @@ class Method(NamedTuple):
     act: Callable
     """(policy, obs, x0, args): actions (N, D) and, by name, what else the rollout is to keep."""
     make_batch: Callable
-    """(policy, rollout, args): rows of obs, seen, advantage, target and what `update_actor` needs."""
+    """(policy, rows, args): rows of obs, seen, advantage, target and what `update_actor` needs."""
     update_actor: Callable
     """(policy, optimizer, batch, args): a step on some of these rows; returns metrics."""
     get_base: Callable = lambda family, run: family.base(run)
@@ -196,6 +197,8 @@ class Method(NamedTuple):
 
 
 def main(args, method: Method) -> dict | None:
+    if args.preset == "paper" and not isinstance(args, rldt_gym.TaskArgs):
+        raise SystemExit("--preset paper: the PPO family's are of Gym's tasks.")
     set_up(args)
     family = family_of(args, iterations=(31, 106))
     policy_class = mix(method.policy_class, family)
@@ -234,16 +237,16 @@ def main(args, method: Method) -> dict | None:
 
             with run.timer(row, "update_s"):
                 # 2. advantages of the rollout's chunks
-                rollout |= advantages(value, reward_scale, rollout, args)
-                batch = method.make_batch(policy, rollout, args)
+                rows = advantages(value, reward_scale, rollout, args)
+                batch = method.make_batch(policy, rows, args)
                 # 3. passes over all rows, until the policy is too far from the one that acted
                 n = len(batch["obs"])
                 decay = 1 + (args.actor_lr_end - 1) * spent
-                rise = min(1.0, (state["trained"] + 1) / args.lr_warmup)
+                rise = min(1.0, (state["trained"] + 1 - args.warmup_iterations) / args.lr_warmup)
                 actor_optimizer.param_groups[0]["lr"] = args.actor_lr * decay * rise
                 m, device = n * args.repeats, args.device
                 passes = (torch.randperm(m, device=device) % n for _ in range(args.epochs))
-                for i in itertools.chain.from_iterable(rows.split(args.batch) for rows in passes):
+                for i in itertools.chain.from_iterable(each.split(args.batch) for each in passes):
                     minibatch = {name: x[i] for name, x in batch.items()}
                     metrics = update_value(value, value_optimizer, minibatch)
                     if state["trained"] >= args.warmup_iterations:
@@ -252,7 +255,7 @@ def main(args, method: Method) -> dict | None:
                     if metrics.get("diagnostics/kl", 0) > args.target_kl:
                         break
             state["trained"] += 1
-            unexplained = rollout["advantage"].var() / rollout["target"].var().clamp_min(1e-8)
+            unexplained = rows["advantage"].var() / rows["target"].var().clamp_min(1e-8)
             row["diagnostics/explained_variance"] = 1 - unexplained.item()
             row["diagnostics/reward_scale"] = reward_scale.scale().item()
             obs = batch["obs"][:512]

@@ -164,14 +164,11 @@ def chain_log_prob(policy: NoisyPolicy, obs: torch.Tensor, chain: torch.Tensor, 
 
 
 @torch.no_grad()
-def make_batch(policy: NoisyPolicy, rollout: dict, args: Args) -> dict[str, torch.Tensor]:
-    """A rollout (T, N, ...) as rows (T * N, ...), with the log-probabilities of their chains."""
-    names = "obs", "seen", "chain", "advantage", "target"
-    batch = {name: rollout[name].flatten(0, 1) for name in names}
-    old = []
-    for obs, chain in zip(batch["obs"].split(args.batch), batch["chain"].split(args.batch), strict=True):
-        old.append(chain_log_prob(policy, obs, chain, args)[0])
-    return batch | {"old_log_prob": torch.cat(old)}
+def make_batch(policy: NoisyPolicy, rows: dict, args: Args) -> dict[str, torch.Tensor]:
+    """Rows of a rollout, with the log-probabilities of their chains."""
+    parts = zip(*(rows[name].split(args.batch) for name in ("obs", "chain")), strict=True)
+    old = [chain_log_prob(policy, obs, chain, args)[0] for obs, chain in parts]
+    return rows | {"old_log_prob": torch.cat(old)}
 
 
 def clone_loss(policy: NoisyPolicy, obs: torch.Tensor, args: Args) -> torch.Tensor:

@@ -54,7 +54,7 @@ class Args:
 
 @dataclass
 class GymArgs(rldt_gym.TaskArgs):
-    """Short rollouts, as an action is a single one; other tasks' are RLDT's, in steps."""
+    """Short rollouts, as an action is a single one; other tasks' are whole episodes."""
 
     # rollouts and evaluation
     num_envs: Count = 20  # parallel environments (SB3: 1)
@@ -198,6 +198,9 @@ def update(model, steps: int, batch: int, critic_only: bool) -> dict[str, float]
 # --------------------------------------------------------------------------------------- main
 def main(args) -> dict | None:
     set_up(args)
+    if isinstance(args, rldt_robomimic.TaskArgs):
+        args.horizon = args.horizon or rldt_robomimic.TASKS[args.task].horizon
+        args.rollout_chunks = args.rollout_chunks or args.horizon
     family = families.family_of(args, iterations=(105, 355))
     policy_class = families.mix(GaussianPolicy, family)
     if args.evaluate:

@@ -98,6 +98,7 @@ class Experiment:
 
 
 RLDT = {name: METHODS[name] for name in ("rldt", "rldt-delta")}
+DELTA = {"rldt-delta": ("rldt", "--kernel delta --q-gradient critic")}  # on furniture
 PEERS = {name: METHODS[name] for name in ("rldt", "dppo", "qam", "dsrl", "best-of-n", "qc", "dsrl-sac")}
 for name in ("qam", "dsrl", "best-of-n", "qc"):  # with demonstrations in the replay
     PEERS[f"{name}-demos"] = (METHODS[name][0], f"{METHODS[name][1]} --demos".strip())
@@ -106,7 +107,7 @@ SHORT = {name: ("rldt", f"{flags} --iterations 24".strip()) for name, flags in V
 EXPERIMENTS = {
     "gym": Experiment({"rldt": METHODS["rldt"]}, GYM, (1, 2, 3, 4, 5)),
     "robomimic": Experiment(RLDT, ("lift-image", "square-state"), (1, 2, 3)),
-    "furniture": Experiment(RLDT, ("one_leg-low", "lamp-low"), (1, 2, 3)),
+    "furniture": Experiment(RLDT | DELTA, ("one_leg-low", "lamp-low"), (1, 2, 3)),
     "controls": Experiment(PARTS, ("one_leg-low", "square-state"), (1, 2, 3)),
     "baselines": Experiment(METHODS, GYM, (1, 2, 3), timed=True),
     "sparse": Experiment(PEERS, ("one_leg-low", "square-state"), (1, 2, 3), timed=True),

@@ -80,9 +80,10 @@ class Run:
             print(f"{script_of(type(args))}: {name.replace('__', ' ')}, in {self.path}", flush=True)
 
     def interrupt(self, *_):
-        """Ctrl-C: the iteration is finished and saved; a second one stops at once."""
+        """Ctrl-C: the iteration is finished and saved. A second one, or in `finish`, stops at once."""
+        if self.interrupted or self.progress["over"]:
+            raise KeyboardInterrupt
         self.interrupted = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def keep_base(self, make, policy_class):
         """The base policy, of which the run has a copy; the first process makes it, make(checkpoint)."""
@@ -93,8 +94,6 @@ class Run:
             checkpoint.unlink(missing_ok=True)
         self.barrier()
         base = policy_class.load(kept).to(self.args.device)
-        if base.info.get("form") == "diffusion" != getattr(self.args, "form", ""):
-            raise SystemExit(f"{kept}: a diffusion, which only baselines.dppo --form diffusion takes.")
         torch.manual_seed(self.args.seed)  # networks to come are the same, wherever the base is from
         return base
 
@@ -156,12 +155,12 @@ class Run:
     def log(self, row: dict, env_steps: int):
         """Ends an iteration with a row of metrics.csv. Raises SystemExit on NaN and infinity."""
         done = self.progress
+        means = {key: torch.stack(values).mean().item() for key, values in self.metrics.items()}
         self.barrier()  # while the first process evaluates, time passes for all
         elapsed = torch.tensor(time.perf_counter() - self.start, device=self.args.device)
         done["wall_s"] += average(elapsed).item()
         row = {key: float(value) for key, value in row.items()}  # a checkpoint holds no numpy scalars
-        row = dict(iteration=done["iteration"], env_steps=env_steps, wall_s=done["wall_s"]) | row
-        row |= {key: torch.stack(values).mean().item() for key, values in self.metrics.items()}
+        row = dict(iteration=done["iteration"], env_steps=env_steps, wall_s=done["wall_s"]) | row | means
         for key, value in row.items():
             if not math.isfinite(value):
                 raise SystemExit(f"{key} became {value}; the checkpoint in {self.path} is from before.")

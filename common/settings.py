@@ -32,7 +32,8 @@ def parse_args(cls, presets: dict[str, dict], doc: str, argv: list[str] | None =
     """Command line -> `cls`: flags win over the presets; --resume and --evaluate take the run's own.
 
     A preset has the name of a choice, as of --preset or of a task; that of a later setting wins.
-    Raises SystemExit on a value out of bounds and on a directory that holds no run.
+    Raises SystemExit on a value out of bounds, on a directory that holds no run, and where --resume has
+    another flag than --device and --threads.
     """
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & {*argv}:
@@ -47,7 +48,10 @@ def parse_args(cls, presets: dict[str, dict], doc: str, argv: list[str] | None =
         default = read_args(cls, run)
     args = tyro.cli(cls, args=argv, default=default)
     if first.resume:
-        args = dataclasses.replace(default, resume=run, device=args.device, threads=args.threads)
+        kept = dataclasses.replace(default, resume=run, device=args.device, threads=args.threads)
+        for name, value in vars(kept).items():
+            if getattr(args, name) != value:
+                raise SystemExit(f"--{name.replace('_', '-')}: a run goes on with {value}")
     check_bounds(args)
     return args
 
@@ -74,7 +78,7 @@ def script_of(cls) -> str:
 
 
 def read_args(cls, run: Path):
-    """The settings in a run directory, but for its device, which another machine may lack."""
+    """The settings in a run directory."""
     try:
         stored = json.loads((run / "args.json").read_text())
         script = stored.pop("script")
@@ -82,7 +86,6 @@ def read_args(cls, run: Path):
         raise SystemExit(f"{run}: not a run directory ({error!r})") from error
     if script != script_of(cls):
         raise SystemExit(f"{run}: a run of {script}, not of {script_of(cls)}")
-    stored["device"] = "auto"
     flags = [f"--{key}={value}" for key, value in stored.items() if value is not None]
     try:
         return tyro.cli(cls, args=flags, config=(tyro.conf.FlagConversionOff,), console_outputs=False)

@@ -120,12 +120,17 @@ def rolled_out(name, rollout_chunks=3, **changes):
     return policy, rollout, args
 
 
+def rows(rollout):
+    """The chunks of a rollout (T, N, ...), (T * N, ...) each."""
+    return {name: value.flatten(0, 1) for name, value in rollout.items()}
+
+
 def first_update(name, **changes):
     """Metrics of an update on the batch that the policy has just drawn, and of the next one on it."""
     policy, rollout, args = rolled_out(name, rollout_chunks=8, **changes)
     torch.manual_seed(0)
     policy.velocity = VelocityMLP(6, 11, 16, 3, 8)
-    batch = METHODS[name].make_batch(policy, rollout, args)
+    batch = METHODS[name].make_batch(policy, rows(rollout), args)
     i = torch.randperm(len(batch["obs"]))[:13]  # in another order and number than it was made in
     batch = {key: value[i] for key, value in batch.items()}
     optimizer = torch.optim.Adam(policy.velocity.parameters(), 0.01)
@@ -196,7 +201,7 @@ def test_reinflow_is_drawn_to_the_actions_of_the_base_policy_from_zero():
     torch.testing.assert_close(loss, (start[0] - start[1]).square().mean())
     (expected,) = torch.autograd.grad(loss, policy.velocity.b)
     policy.velocity.time_mlp = torch.nn.Identity()
-    batch, gradients = reinflow.make_batch(policy, rollout, args), []
+    batch, gradients = reinflow.make_batch(policy, rows(rollout), args), []
     for args.clone_weight in 0.0, 0.5:
         optimizer = torch.optim.SGD(policy.parameters(), 0.0)
         metrics = reinflow.update_actor(policy, optimizer, batch, args)
@@ -205,22 +210,25 @@ def test_reinflow_is_drawn_to_the_actions_of_the_base_policy_from_zero():
     torch.testing.assert_close(gradients[1] - gradients[0], 0.5 * expected)
 
 
-def test_log_probabilities_of_points_far_from_their_means_are_cut_off():
+def test_log_probabilities_of_points_far_from_their_means_are_cut_off(monkeypatch):
     policy, rollout, args = rolled_out("reinflow", rollout_chunks=1)
     chain = rollout["chain"][0].clone()
     chain[0, 2:] += 5  # beyond any noise
     ours, _ = reinflow.chain_log_prob(policy, rollout["obs"][0], chain, args)
     assert ours[0] == -1 and ours[1] > -1
     policy, rollout, args = rolled_out("dppo", rollout_chunks=1)
-    batch = dppo.make_batch(policy, rollout, args)
+    batch = dppo.make_batch(policy, rows(rollout), args)
     off = 0.1 * torch.linspace(-4, 4, 6)  # -4 to 4 standard deviations
     policy.step = lambda network, x, k, obs: (batch["x_next"] - off, torch.full((len(x),), 0.01))
     density = Normal(0, 0.1).log_prob(off)
     assert density.min() < -5
     expected = density.clamp(-5, 2).mean().expand(len(batch["k"]))
     torch.testing.assert_close(dppo.step_log_prob(policy, batch, args), expected)
-    off, low = 0 * off, dataclasses.replace(args, sigma=0.01)  # whose greatest log-density is 3.7
-    assert (dppo.step_log_prob(policy, batch, low) == 2).all()
+    small = dataclasses.replace(args, sigma=0.01)  # of steps: likelihoods have no less than 0.1
+    torch.testing.assert_close(dppo.step_log_prob(policy, batch, small), expected)
+    off = 0 * off
+    monkeypatch.setattr(dppo, "LIKELIHOOD_SIGMA", 0.01)  # whose greatest log-density is 3.7
+    assert (dppo.step_log_prob(policy, batch, small) == 2).all()
 
 
 # --------------------------------------------------------------------------------------- DPPO
@@ -240,7 +248,7 @@ def test_dppo_draws_and_scores_its_last_steps_by_the_tuned_network_and_the_first
             if k > 0:
                 log_prob.append(Normal(mean, 0.2).log_prob(x).clamp(-5, 2).mean(1))
     torch.testing.assert_close(rollout["chain"][0], torch.stack([*chain, x], 1))
-    batch = dppo.make_batch(policy, rollout, args)
+    batch = dppo.make_batch(policy, rows(rollout), args)
     assert batch["k"].tolist() == [1, 2, 3] * 4
     torch.testing.assert_close(batch["old_log_prob"], torch.stack(log_prob, 1).flatten())
     assert torch.equal(batch["obs"].view(4, 3, 11)[:, 1], obs)
@@ -248,7 +256,7 @@ def test_dppo_draws_and_scores_its_last_steps_by_the_tuned_network_and_the_first
 
 def test_dppo_discounts_the_advantage_by_the_denoising_steps_that_follow():
     policy, rollout, args = rolled_out("dppo", tuned_steps=4, gamma_denoising=0.5)
-    batch = dppo.make_batch(policy, rollout, args)
+    batch = dppo.make_batch(policy, rows(rollout), args)
     advantage = (batch["advantage"] - batch["advantage"].mean()) / batch["advantage"].std()
     weight = torch.tensor([0.125, 0.25, 0.5, 1.0]).repeat(12)
     objective = (weight * advantage * dppo.step_log_prob(policy, batch, args)).mean()
@@ -330,7 +338,7 @@ def test_fpo_update_takes_the_ratio_of_the_old_loss_over_the_new_one_and_bounds_
 @pytest.mark.parametrize("form", ["fpo", "fpo++"])
 def test_fpo_compares_losses_at_the_same_pairs_and_bounds_them(monkeypatch, form):
     policy, rollout, args = rolled_out("fpo", samples=5, form=form)
-    batch = fpo.make_batch(policy, rollout, args)
+    batch = fpo.make_batch(policy, rows(rollout), args)
     assert batch["noise"].shape == (12, 5, 6)
     assert set(batch["t"].flatten().tolist()) <= {0.0, 0.25, 0.5, 0.75}
     action, noise, t = batch["action"][:, None], batch["noise"], batch["t"][..., None]

@@ -80,15 +80,9 @@ def test_reinflow_takes_the_official_settings_of_the_task(monkeypatch, task, exp
     assert {name: getattr(args, name) for name in own} == expected | dict(warmup_iterations=2)
 
 
-@pytest.mark.parametrize("form, preset, samples, clip", [
-    ("fpo", "laptop", 8, 0.02), ("fpo", "paper", 8, 0.05),
-    ("fpo++", "laptop", 8, 0.02), ("fpo++", "paper", 16, 0.01),
-])  # fmt: skip
-def test_fpo_takes_what_its_form_wants_unless_told_otherwise(monkeypatch, form, preset, samples, clip):
-    args = settled(monkeypatch, fpo, form=form, preset=preset)
-    assert (args.samples, args.clip, args.zero_fraction) == (samples, clip, 0)
-    args = settled(monkeypatch, fpo, form=form, preset=preset, samples=5, clip=0.2)
-    assert (args.samples, args.clip) == (5, 0.2)
+def test_papers_preset_of_the_ppo_family_is_for_gym_alone(tmp_path):
+    with pytest.raises(SystemExit, match="of Gym's tasks"):
+        dppo.main(parse(dppo, ["--task", "one-leg-low", "--preset", "paper", "--runs", tmp_path]))
 
 
 # ----------------------------------------------------------------------------------- tiny runs
@@ -188,8 +182,8 @@ def test_policy_of_a_method_says_so_and_is_no_plain_flow(finished, name):
 
 @pytest.mark.parametrize("name, changes, message", [
     ("reinflow", dict(sigma_min=0.3), "--sigma-min"), ("dppo", dict(tuned_steps=9), "--tuned-steps 9"),
-    ("dppo", dict(form="diffusion"), "a flow policy, the run wants a diffusion"),
-    ("qam", dict(base="diffusion"), "a diffusion, which only"), ("dppo", dict(base="diffusion"), "only"),
+    ("dppo", dict(form="diffusion"), "no diffusion for Hopper-v4"),
+    *[(name, dict(base="diffusion"), "its form is diffusion, not flow") for name in ("qam", "dppo")],
 ])  # fmt: skip
 def test_settings_that_cannot_be_stop_in_one_line(make_args, bases, tmp_path, name, changes, message):
     args = make_args(name, tmp_path, **changes)

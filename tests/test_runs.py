@@ -145,9 +145,11 @@ def test_resume_and_evaluate_take_the_stored_arguments(tmp_path):
     stored = dict(preset="large", iterations=9, quick=False, data="my data --x=1", threads=2, rate=0.7)
     stored = vars(Args(**stored, device="cuda:3"))
     (tmp_path / "args.json").write_text(json.dumps(stored | dict(script="test_runs"), default=str))
-    stored["device"] = "auto"
-    args = parse("--resume", tmp_path, "--seed=99", "--threads=4", "--rate=0.1")
-    assert vars(args) == stored | dict(resume=tmp_path, threads=4)  # all but device and threads
+    args = parse("--resume", tmp_path, "--threads=4", "--device=cpu", "--rate=0.7")
+    assert vars(args) == stored | dict(resume=tmp_path, threads=4, device="cpu")
+    for flag, kept in {"--seed=99": 1, "--rate=0.1": 0.7, "--preset=small": "large"}.items():
+        with pytest.raises(SystemExit, match=f"{flag.partition('=')[0]}: a run goes on with {kept}"):
+            parse("--resume", tmp_path, flag)
     args = parse("--evaluate", tmp_path, "--seed=99", "--quick", "--threads=4")
     assert vars(args) == stored | dict(evaluate=tmp_path, seed=99, quick=True, threads=4)  # flags win
 
