@@ -50,7 +50,7 @@ class TaskArgs:
     exp_name: str = "rldt"  # name of the experiment, part of the run directory's name
     seed: Seed = 1  # of networks, minibatches, noise and environments
     iterations: Size = 0  # training iterations, evaluations included (paper: 250; med: 500); 0: 60
-    wall_budget_s: Weight = 0.0  # seconds after which a run evaluates and ends; 0: no limit
+    wall_budget_s: Weight = 0.0  # seconds until a run ends, in place of the task's iterations; 0: none
     runs: Path = Path("runs")  # directory in which run directories are made
     device: str = "auto"  # torch device: cpu, cuda, cuda:0, ...; auto: CUDA where there is one
     threads: Threads = 2  # CPU threads of torch and of the environments in MuJoCo
@@ -58,10 +58,10 @@ class TaskArgs:
     resume: Path | None = None  # run directory to continue from its last checkpoint, with its arguments
     evaluate: Path | None = None  # run directory whose final policy to evaluate
     track: bool = False  # also log to Weights & Biases (pip install wandb)
-    capture_video: bool = False  # film an episode of the final policy (needs a MuJoCo GL backend)
+    capture_video: bool = False  # film an episode after training (needs a MuJoCo GL backend)
 
     # base policy
-    base: Path | None = None  # base policy (.safetensors); default: the shipped one, or pretrained here
+    base: Path | None = None  # base policy (.safetensors); default: shipped (laptop's), or made here
     dataset: Path | None = None  # to pretrain on (.hdf5); default: the scripted assembler's
 
     # rollouts and evaluation

@@ -232,7 +232,7 @@ def plot_reliability(plt, scores: dict[str, np.ndarray], sampled: dict[str, np.n
     middle, limits = interval(scores, metrics.aggregate_iqm)
     order = sorted(scores, key=lambda method: middle[method][0])
     plot_bars(means, order, middle, limits)
-    means.set(xlabel="normalised final return", title="IQM over tasks and seeds")
+    means.set(xlabel="normalised final score", title="IQM over tasks and seeds")
 
     every = np.concatenate([values.ravel() for values in scores.values()])
     tau = np.linspace(min(0, every.min()), every.max(), 101)
@@ -241,7 +241,7 @@ def plot_reliability(plt, scores: dict[str, np.ndarray], sampled: dict[str, np.n
         name, color = METHODS[method]
         profiles.plot(tau, share[method], color=color, label=name)
         profiles.fill_between(tau, *bounds[method], color=color, alpha=0.15, lw=0)
-    profiles.set(xlabel="normalised final return τ", ylabel="share of runs above τ")
+    profiles.set(xlabel="normalised final score τ", ylabel="share of runs above τ")
     profiles.set_title("performance profiles")
 
     others = [method for method in order if method != "rldt"]

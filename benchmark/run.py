@@ -26,7 +26,7 @@ from typing import Literal
 import tyro
 
 from baselines import families
-from benchmark.tools import RESULTS, ROOT, read_csv
+from benchmark.tools import RESULTS, ROOT, read_csv, replace_rows
 
 GYM = ("Hopper-v4", "Walker2d-v4", "HalfCheetah-v4")
 METHODS = {  # module and flags
@@ -195,16 +195,15 @@ def execute(cell: Cell, runs: Path) -> dict[str, str]:
     return {file: (run / file).read_text() for file in ("metrics.csv", "result.json")}
 
 
-def append(path: Path, rows: list[dict], columns):
-    """Appends rows to a CSV under the header it has; a new one gets these columns."""
+def append(path: Path, points: list[dict]):
+    """Appends points to curves.csv."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    held = read_csv(path)
+    new = not path.exists()
     with path.open("a", newline="") as file:
-        names = list(held[0]) if held else columns
-        writer = csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
-        if not held:
+        writer = csv.DictWriter(file, CURVE, extrasaction="ignore", lineterminator="\n")
+        if new:
             writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(points)
 
 
 def keep(cell: Cell, files: dict[str, str], args: Args) -> str:
@@ -221,11 +220,11 @@ def keep(cell: Cell, files: dict[str, str], args: Args) -> str:
             if any(point.get(column) for column in SCORES):
                 point = {k: f"{float(v):.6g}" if "." in v else v for k, v in point.items()}
                 points.append(point | {"table": args.experiment} | row)
-        append(args.out.with_name("curves.csv"), points, CURVE)
+        append(args.out.with_name("curves.csv"), points)
     kept = ("backend", "preset", "threads", "device", "num_envs", "precision")
     row |= {key: settings.get(key) for key in kept}
     row |= {"episodes": settings["final_eval_episodes"], "args": cell.flags} | result
-    append(args.out, [row], list(row))
+    replace_rows(args.out, [row], ("task", "method", "seed"))
     measure = "return" if "base_return" in row else "success"
     change = f"{row[f'base_{measure}']} -> {row[f'final_{measure}']}"
     return f"{cell.name}: {change}, {float(row['wall_s']) / 60:.1f} min"
