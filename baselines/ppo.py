@@ -64,7 +64,7 @@ class Value(nn.Module):
 
     def __init__(self, size: int, width=256, depth=3):
         super().__init__()
-        blocks = [ResidualBlock(width, "mish", False) for _ in range((depth - 1) // 2)]
+        blocks = [ResidualBlock(width, nn.Mish, False) for _ in range((depth - 1) // 2)]
         self.layers = nn.Sequential(nn.Linear(size, width), *blocks, nn.Linear(width, 1))
 
     def forward(self, seen: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,6 @@ from tqdm import tqdm
 from common.checkpoints import identity, load_parts, read_tensors, save_parts, write_tensors
 from common.runs import autocast
 
-ACTIVATIONS = {"relu": nn.ReLU, "mish": nn.Mish, "silu": nn.SiLU, "gelu": nn.GELU}
-
 
 def time_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
     """Sinusoidal embedding (Vaswani et al. 2017) of t in [0, 1]: (...) -> (..., dim), dim even."""
@@ -29,12 +27,12 @@ def time_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
 class ResidualBlock(nn.Module):
     """x + W2 act(W1 act(x)), each activation optionally after a LayerNorm."""
 
-    def __init__(self, width: int, activation: str, layer_norm: bool):
+    def __init__(self, width: int, activation: type[nn.Module], layer_norm: bool):
         super().__init__()
         layers = []
         for _ in range(2):
             norm = nn.LayerNorm(width) if layer_norm else nn.Identity()
-            layers += [norm, ACTIVATIONS[activation](), nn.Linear(width, width)]
+            layers += [norm, activation(), nn.Linear(width, width)]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -49,7 +47,7 @@ class VelocityMLP(nn.Module):
     """
 
     def __init__(self, action_size: int, cond_dim: int, width=512, depth=3, time_dim=16,
-                 activation="relu", layer_norm=False, cond_mlp: Sequence[int] = ()):  # fmt: skip
+                 activation=nn.ReLU, layer_norm=False, cond_mlp: Sequence[int] = ()):  # fmt: skip
         super().__init__()
         if depth < 3 or depth % 2 == 0:
             raise ValueError(f"depth must be odd and at least 3 (blocks have two layers), got {depth}")
@@ -58,7 +56,7 @@ class VelocityMLP(nn.Module):
         self.time_mlp = nn.Sequential(widen, nn.Mish(), narrow)
         layers, size = [], cond_dim
         for hidden in cond_mlp:
-            layers += [nn.Linear(size, hidden), ACTIVATIONS[activation]()]
+            layers += [nn.Linear(size, hidden), activation()]
             size = hidden
         self.cond_mlp = nn.Sequential(*layers[:-1])  # no activation after its last layer
         layers = [nn.Linear(action_size + time_dim + size, width)]

@@ -40,7 +40,7 @@ def shares(actions):
 def pretrained():
     """A flow fitted to the two modes in equal parts."""
     torch.manual_seed(0)
-    policy = FlowPolicy(1, 2, 1, K, width=64, activation="mish")
+    policy = FlowPolicy(1, 2, 1, K, width=64, activation=torch.nn.Mish)
     optimizer = torch.optim.Adam(policy.velocity.parameters(), 3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1500)
     for _ in range(1500):

@@ -366,7 +366,7 @@ class Quadratic(torch.nn.Module):
 
 def test_lean_adjoint_is_the_product_of_the_jacobians():
     K, B, D = 5, 3, 4
-    base = VelocityMLP(D, 2, 16, 3, 8, activation="mish").double()
+    base = VelocityMLP(D, 2, 16, 3, 8, activation=torch.nn.Mish).double()
     obs, points = torch.randn(B, 2).double(), 0.5 * torch.randn(K + 1, B, D).double()
     critic = Quadratic(torch.full((D,), 0.3))
     q_of = lambda action: critic(obs, action.clamp(-1, 1))

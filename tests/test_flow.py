@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 import rldt_gym
 from common.checkpoints import read_checked, read_tensors, write_checked, write_tensors
 from common.flow import (
-    ACTIVATIONS,
     FlowPolicy,
     VelocityMLP,
     expected_target,
@@ -58,7 +57,7 @@ def test_flow_matching_loss_is_the_mean_square_at_uniform_times():
     assert (histogram - 1).abs().max() < 0.035  # 5 standard errors
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", [torch.nn.ReLU, torch.nn.Mish])
 @pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("cond_mlp", [(), (7,), (9, 6)])
 def test_every_weight_of_every_velocity_network_has_a_gradient(activation, layer_norm, cond_mlp):

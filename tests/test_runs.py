@@ -506,6 +506,8 @@ def test_ctrl_c_finishes_the_iteration_and_a_second_one_stops_at_once(
     if stopped is SystemExit:
         assert str(stop.value).endswith(f"Continue with --resume {run}")
     assert_same(run, train(Args(resume=run)), whole)
+    with pytest.raises(KeyboardInterrupt):  # a run that is over swallows none
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_tensorboard_holds_the_rows_and_one_that_is_logged_twice_once(args, only_run, monkeypatch):

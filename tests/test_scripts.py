@@ -444,9 +444,10 @@ def test_the_task_decides_what_is_not_given(monkeypatch, script, names, flags, e
 
 
 @each_sparse
-def test_gradient_of_the_particles_needs_two_of_them(script):
-    with pytest.raises(SystemExit, match="--q-gradient particles needs --n-particles"):
-        main(script, ["--q-gradient=particles", "--n-particles=1"])
+def test_gradient_of_the_particles_needs_two_of_them_and_their_kernel(script):
+    for flag in "--n-particles=1", "--kernel=delta":
+        with pytest.raises(SystemExit, match="--q-gradient particles: needs"):
+            main(script, ["--q-gradient=particles", flag])
 
 
 @pytest.mark.parametrize("script, most, flag", [
@@ -467,13 +468,6 @@ def test_settings_are_few_and_help_shows_all_of_them_on_two_screens(script, most
     assert shown == [f"--{field.name.replace('_', '-')}" for field in fields]
     sections = {above for above, line in itertools.pairwise(lines) if line.startswith("  --")}
     assert {"the run", "base policy", "critic", "exploration and actor"} <= sections
-
-
-def test_paper_preset_of_furniture_has_the_values_of_the_paper():
-    args = parse(rldt_furniture, ["--preset=paper"])
-    assert args.actor_batch * args.n_particles == args.segments * rldt_furniture.SEGMENT == 50_000
-    small, large = (rldt_furniture.PRETRAINING[preset] for preset in ("laptop", "paper"))
-    assert small.keys() == large.keys()
 
 
 # ------------------------------------------------------------------------------- pretrain_fm.py
