@@ -219,7 +219,8 @@ def step_times(threads: int, seconds: float, device: str):
     batch = {name: torch.rand(T, L) for name in ("reward", "terminated", "truncated")}
     batch["next_obs"] = torch.randn(T, L, policy.obs_dim)
     obs, action, y = torch.randn(B, policy.obs_dim), torch.randn(B, policy.action_size), torch.randn(B)
-    a, b = torch.randn(4096, 1024).bfloat16(), torch.randn(1024, 1024).bfloat16()
+    products = torch.float32 if getattr(args, "precision", "") == "float32" else torch.bfloat16
+    a, b = torch.randn(4096, 1024, dtype=products), torch.randn(1024, 1024, dtype=products)
     parts = {
         "ceiling": lambda: a @ b,
         "critic_target": lambda: script.critic_target(policy, target, batch, 1.0, 0.5, args),
