@@ -316,8 +316,8 @@ def get_base(args: TaskArgs, run: Run) -> Policy:
         return pretrain(args, data, checkpoint, **settings)
 
     policy = run.keep_base(make, Policy)
-    wanted = spec.state_dim(images), 7 * spec.robots, len(spec.cameras) * images
-    if (policy.obs_dim, policy.action_dim, policy.cameras) != wanted:
+    wanted = spec.state_dim(images), 7 * spec.robots, spec.object_size * images
+    if (policy.obs_dim, policy.action_dim, policy.config["object_size"]) != wanted:
         raise SystemExit(f"{args.base or shipped}: not a policy for {args.task} with --obs {args.obs}.")
     policy.frozen = args.encoder == "frozen"
     if policy.cameras:

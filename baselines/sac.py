@@ -81,7 +81,7 @@ def make_sac(args, obs_dim: int, action_dim: int, device="cpu"):
     """Stable-Baselines3's SAC without an environment: networks, and `train` on its `replay_buffer`."""
     try:
         from stable_baselines3 import SAC
-        from stable_baselines3.common.logger import configure
+        from stable_baselines3.common.logger import Logger
     except ImportError as error:
         raise SystemExit("SAC is missing: pip install -r baselines/requirements.txt") from error
     model = SAC(
@@ -93,7 +93,7 @@ def make_sac(args, obs_dim: int, action_dim: int, device="cpu"):
     model.action_space = gym.spaces.Box(-1, 1, (action_dim,), np.float32)
     model.n_envs = 1
     model._setup_model()
-    model.set_logger(configure(None, []))
+    model.set_logger(Logger(None, []))
     return model
 
 

@@ -1,4 +1,3 @@
-import copy
 import csv
 import dataclasses
 import os
@@ -91,10 +90,10 @@ def bases(tmp_path_factory):
 def tiny_flags(tiny_base):
     """Flags of a Hopper run of six iterations that takes about a second."""
     flags = dict(
-        env_id="Hopper-v4", base=tiny_base, device=DEVICE, seed=3, iterations=6, num_envs=4,
-        rollout_chunks=12, buffer_iterations=2, eval_every=4, eval_episodes=2, final_eval_episodes=3,
-        rounds=2, critic_steps=2, critic_batch=16, segments=8, warmup_iterations=1, actor_steps=1,
-        actor_batch=8, n_particles=3, actor_lr=1e-3,
+        env_id="Hopper-v4", base=tiny_base, device=DEVICE, precision="float32", seed=3, iterations=6,
+        num_envs=4, rollout_chunks=12, buffer_iterations=2, eval_every=4, eval_episodes=2,
+        final_eval_episodes=3, rounds=2, critic_steps=2, critic_batch=16, segments=8,
+        warmup_iterations=1, actor_steps=1, actor_batch=8, n_particles=3, actor_lr=1e-3,
     )  # fmt: skip
     return [f"--{key.replace('_', '-')}={value}" for key, value in flags.items()]
 
@@ -137,25 +136,3 @@ def d4rl_arrays():
     arrays["rewards"] = rng.normal(size=9)
     arrays = {name: value.astype(np.float32) for name, value in arrays.items()}
     return arrays | dict(terminals=terminals, timeouts=timeouts)
-
-
-@pytest.fixture
-def scripted_evaluations(monkeypatch):
-    """Replaces a script's `evaluate` by one that gives these scores in turn, under `column`.
-
-    The seeds of its episodes and its policies are recorded.
-    """
-
-    def replace(module, scores, column="eval_return"):
-        episodes_of, policies, scores = [], [], iter(scores)
-
-        def evaluate(policy, args, episodes, seed, envs=None):
-            assert not getattr(envs, "closed", False)  # the environments of manipulation
-            episodes_of.append(set(range(seed, seed + 2 * episodes)))  # environment i has seed + i
-            policies.append(copy.deepcopy(policy))
-            return {column: next(scores)}
-
-        monkeypatch.setattr(module, "evaluate", evaluate)
-        return episodes_of, policies
-
-    return replace

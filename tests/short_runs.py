@@ -19,10 +19,10 @@ TASKS = {  # script, sizes of observations and actions, and flags
     "lamp": (rldt_furniture, 44, 10, dict(furniture="lamp", backend="mujoco", horizon=52)),
 }
 SHORT = dict(  # four iterations, the first and the last of which evaluate
-    threads=1, seed=3, device=DEVICE, iterations=4, num_envs=2, buffer_iterations=2, eval_every=10,
-    eval_episodes=2, final_eval_episodes=3, rounds=2, critic_steps=2, critic_batch=8, segments=6,
-    warmup_iterations=1, actor_steps=1, actor_batch=4, n_particles=2, actor_lr=1e-3,
-    exploration_steps=2, reference_every=1,
+    threads=1, seed=3, precision="float32", device=DEVICE, iterations=4, num_envs=2,
+    buffer_iterations=2, eval_every=10, eval_episodes=2, final_eval_episodes=3, rounds=2,
+    critic_steps=2, critic_batch=8, segments=6, warmup_iterations=1, actor_steps=1, actor_batch=4,
+    n_particles=2, actor_lr=1e-3, exploration_steps=2, reference_every=1,
 )  # fmt: skip
 
 

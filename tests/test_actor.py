@@ -34,7 +34,7 @@ def call_losses(script, velocity, reference, critic, state, trajectory, args, **
 
 def losses(script, given=(), **settings):
     """The three losses on random trajectories, with all that went into them."""
-    velocity, reference = (VelocityMLP(D, OBS, 8, 3, 4, "silu").double() for _ in range(2))
+    velocity, reference = (VelocityMLP(D, OBS, 8, 3, 4, torch.nn.SiLU).double() for _ in range(2))
     state, start = torch.randn(B, OBS).double(), torch.randn(B, P, D).double()
     states = state[:, None].expand(-1, P, -1)
     trajectory = sample(velocity, states, start, K, trajectory=True)

@@ -146,7 +146,7 @@ def first_update(name, **changes):
 ])  # fmt: skip
 def test_ratio_of_the_first_minibatch_is_one(name, changes, precision):
     first, second = first_update(name, clip=1e-5, precision=precision, **changes)
-    assert first["diagnostics/kl"].item() == pytest.approx(0, abs=1e-9)  # products round by their size
+    assert first["diagnostics/kl"].item() == pytest.approx(0, abs=1e-7)  # products round by their size
     assert first["diagnostics/clip_fraction"] == 0
     assert second["diagnostics/kl"] > 0
     assert second["diagnostics/clip_fraction"] > 0.5

@@ -87,8 +87,8 @@ def test_papers_preset_of_the_ppo_family_is_for_gym_alone(tmp_path):
 
 # ----------------------------------------------------------------------------------- tiny runs
 COMMON = dict(
-    env_id="Hopper-v4", device="cpu", seed=3, num_envs=4, rollout_chunks=12, iterations=5, eval_every=3,
-    eval_episodes=2, final_eval_episodes=3,
+    env_id="Hopper-v4", device="cpu", precision="float32", seed=3, num_envs=4, rollout_chunks=12,
+    iterations=5, eval_every=3, eval_episodes=2, final_eval_episodes=3,
 )  # fmt: skip
 ON_POLICY = COMMON | dict(batch=16, epochs=2, lr_warmup=1, actor_lr=1e-3, warmup_iterations=0)
 CRITIC = COMMON | dict(
@@ -155,8 +155,8 @@ def test_run_writes_what_a_run_of_rldt_writes(finished, finished_run, name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_base_policy_is_evaluated_as_rldt_evaluates_it(finished, finished_run, name):
-    tolerance = 0.5 if name == "reinflow" else 1e-6  # ReinFlow clips each step
-    for key in "base_return", "base_return_sampled":
+    clips = 0.05 if name == "reinflow" else 1e-6  # each step, which matters less from zero
+    for key, tolerance in {"base_return": 1e-6, "base_return_sampled": clips}.items():
         assert finished(name)[1][key] == pytest.approx(finished_run[1][key], rel=tolerance)
 
 

@@ -7,17 +7,19 @@ import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import tyro
 from conftest import ROOT, parse
 
 import rldt_gym
 from baselines import qam
 from baselines.families import settings_of
-from benchmark import critic_diagnostics, gradient_norms, plot, run
+from benchmark import critic_diagnostics, gradient_norms, plot, run, throughput
 from benchmark.critic_diagnostics import load_run
 from benchmark.tools import read_csv, write_csv
 
@@ -41,8 +43,8 @@ def test_what_a_csv_holds_is_not_run_again(tmp_path):
 def test_every_method_gets_the_same_time_on_a_task(tmp_path):
     cells = run.cells(run.Args("baselines", out=tmp_path / "none.csv"))
     cells += run.cells(run.Args("sparse", tasks=("one-leg-low",), out=tmp_path / "none.csv"))
-    times = {cell.task: cell.flags.split("-s ")[1].split()[0] for cell in cells}
-    assert times == {"Hopper-v4": "300", "one_leg-low": "2700"} | dict.fromkeys(run.GYM[1:], "600")
+    times = {(cell.task, int(cell.flags.split("-s ")[1].split()[0])) for cell in cells}
+    assert times == {("Hopper-v4", 300), ("one_leg-low", 2700), *((task, 600) for task in run.GYM[1:])}
 
 
 @pytest.mark.parametrize("experiment", run.EXPERIMENTS)
@@ -53,42 +55,12 @@ def test_scripts_understand_what_every_run_is_given(experiment, tmp_path):
         assert (args.seed, args.exp_name, args.threads, args.runs) == (7, cell.method, 1, tmp_path)
 
 
-def test_cell_is_run_and_its_row_and_curve_are_kept(tiny_base, tmp_path):
-    chosen = dict(methods=("qam",), tasks=("Hopper-v4",), seeds=(4,), out=tmp_path / "b.csv")
-    args = run.Args("baselines", extra=f"{TINY} --base {tiny_base}", **chosen)
-    (cell,) = run.cells(args)
-    files = run.execute(cell, tmp_path / "runs")
-    args.out.write_text("task,method,seed\nOld-v0,qam,4\n")  # of a time with fewer columns
-    assert run.keep(cell, files, args).startswith("Hopper-v4__qam__4: ")
-    old, row = read_csv(args.out)
-    assert old["task"] == "Old-v0"
-    known = dict(task="Hopper-v4", backend="", method="qam", seed="4", threads="1")  # "": no choice
-    assert known.items() <= row.items()
-    assert row["args"] == f"--wall-budget-s 300 {args.extra}"
-    result = json.loads(files["result.json"])
-    assert float(row["final_return"]) == pytest.approx(result["final_return"], abs=1e-4)
-    curve = read_csv(tmp_path / "curves.csv")
-    known = {tuple(point[key] for key in ("table", "task", "method", "seed")) for point in curve}
-    assert known == {("baselines", "Hopper-v4", "qam", "4")}
-    assert curve[-1]["iteration"] == "4" and float(curve[-1]["eval_return"]) > 0
-    assert run.cells(args) == []
-
-
 def test_run_that_fails_is_reported_and_not_kept(tmp_path):
     args = run.Args("gym", tasks=("Nothing-v0",), seeds=(1,), out=tmp_path / "b.csv")
     (cell,) = run.cells(args)
     files = run.execute(cell, tmp_path / "runs")
     assert "Cannot make the environment 'Nothing-v0'" in run.keep(cell, files, args)
     assert not args.out.exists()
-
-
-def test_pins_of_the_extras_do_not_contradict_those_of_the_project():
-    def pinned(name):
-        return dict(line.split("==") for line in (ROOT / name).read_text().split() if "==" in line)
-
-    ours, theirs = pinned("baselines/requirements.txt"), pinned("requirements.txt")
-    shared = ours.keys() & theirs.keys()
-    assert {key: ours[key] for key in shared} == {key: theirs[key] for key in shared}
 
 
 def row(task, method, seed, final):
@@ -147,6 +119,22 @@ def test_monte_carlo_returns_go_on_after_a_time_limit_and_stop_after_an_end():
     np.testing.assert_allclose(y.T, [cut_off, ended])
 
 
+def test_values_are_compared_where_episodes_run_and_over_episodes_at_each_time():
+    q, y = np.array([[3.0, 5], [4, 9]]), np.array([[2.0, 3], [0, 99]])  # errors 1, 2, 4
+    found = critic_diagnostics.compare(q, y, np.array([[True, True], [True, False]]))
+    assert (found["bias"], found["rmse"]) == (pytest.approx(7 / 3), pytest.approx(math.sqrt(7)))
+    assert found["correlation"] == pytest.approx(np.corrcoef([3, 5, 4], [2, 3, 0])[0, 1])
+    assert found["correlation_within_time"] == pytest.approx(1)
+
+
+def test_moved_chunks_climb_the_critic_by_the_length_on_average():
+    start, goal = torch.randn(50, 4), torch.full((4,), 9.0)
+    critic = lambda obs, action: -(action - goal).norm(dim=-1).expand(2, -1)
+    policy = critic_diagnostics.moved(SimpleNamespace(sample=lambda obs, x0: start), critic, 0.5)
+    way = policy.sample(torch.zeros(50, 1)) - start
+    torch.testing.assert_close(way, 0.5 * F.normalize(goal - start, dim=-1))
+
+
 def test_diagnostics_of_a_run_are_written_in_place_of_its_former_ones(finished_run, tmp_path):
     chosen = dict(episodes=2, steps=(0.0, 0.1), out=tmp_path / "d.csv")
     args = critic_diagnostics.Args((finished_run[0],), **chosen)
@@ -157,6 +145,16 @@ def test_diagnostics_of_a_run_are_written_in_place_of_its_former_ones(finished_r
     assert "--actor-batch 8" in row["args"]
     columns = ("q", "bias", "rmse", "correlation", "moved_zero_0", "moved_noise_0.1")
     assert all(math.isfinite(float(row[column])) for column in columns)
+
+
+def test_parts_of_an_iteration_are_timed_and_counted(capsys):
+    torch.set_num_threads(1)
+    throughput.step_times(1, 1e-9, "cpu")
+    parts = json.loads(capsys.readouterr().out)
+    calls = {name: calls for name, (calls, *_) in parts.items()}
+    assert calls == dict(ceiling=0, critic_target=16, update_critic=16 * 32, update_actor=16 * 8)
+    for _, milliseconds, gflop in parts.values():
+        assert milliseconds > 0 and gflop > 1
 
 
 def test_gradient_norms_of_rldt_and_qam(finished_run, tiny_flags, tmp_path):
@@ -187,16 +185,25 @@ def test_gradient_norms_of_rldt_and_qam(finished_run, tiny_flags, tmp_path):
 
 
 # -------------------------------------------------------------- with Ray and rliable
-def test_comparison_through_ray_runs_each_cell_once(tiny_base, tmp_path):
+def test_comparison_through_ray_runs_each_cell_once_and_keeps_rows_and_curves(tiny_base, tmp_path):
+    extra, out = f"{TINY} --base {tiny_base}", tmp_path / "b.csv"
+    out.write_text("task,method,seed\nOld-v0,qam,1\n")  # of a time with fewer columns
     command = [sys.executable, "-m", "benchmark.run", "baselines", "--methods", "rldt", "qam"]
-    command += ["--tasks", "Hopper-v4", "--seeds", "1", "--parallel", "1"]
-    command += ["--out", tmp_path / "b.csv", "--runs", tmp_path / "runs"]
-    command += [f"--extra={TINY} --base {tiny_base}"]
+    command += ["--tasks", "Hopper-v4", "--seeds", "1", "--parallel", "1", f"--extra={extra}"]
+    command += ["--out", out, "--runs", tmp_path / "runs"]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert process.returncode == 0, process.stdout + process.stderr
-    rows = read_csv(tmp_path / "b.csv")
-    assert sorted(row["method"] for row in rows) == ["qam", "rldt"]
-    assert {point["method"] for point in read_csv(tmp_path / "curves.csv")} == {"qam", "rldt"}
+    old, *rows = read_csv(out)
+    assert old["task"] == "Old-v0" and sorted(row["method"] for row in rows) == ["qam", "rldt"]
+    known = dict(task="Hopper-v4", backend="", seed="1", threads="1")  # "": no choice
+    for row in rows:
+        (result,) = tmp_path.glob(f"runs/*/*{row['method']}*/result.json")
+        final = json.loads(result.read_text())["final_return"]
+        assert float(row["final_return"]) == pytest.approx(final, rel=1e-4)
+        assert (known | {"args": f"--wall-budget-s 300 {extra}"}).items() <= row.items()
+        curve = [p for p in read_csv(tmp_path / "curves.csv") if p["method"] == row["method"]]
+        assert {(p["table"], p["task"], p["seed"]) for p in curve} == {("baselines", "Hopper-v4", "1")}
+        assert curve[-1]["iteration"] == "4" and float(curve[-1]["eval_return"]) > 0
     args = tyro.cli(run.Args, args=[str(word) for word in command[3:]])
     assert run.cells(args) == []
 

@@ -2,24 +2,25 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import DEVICE, assert_same, metrics, parse
-from fakes import small_policy, words
+from fakes import recorded, small_policy, words
 from short_runs import TASKS, only_run, use_fakes
 from test_baselines import RUNS
 
 import rldt_furniture
 import rldt_gym
 import rldt_robomimic
-from baselines import best_of_n, dppo, dsrl, families, offpolicy, ppo, qam
+from baselines import best_of_n, dppo, dsrl, families, offpolicy, ppo, qam, sac
 from common.runs import Run
 
 PLACES = {"state": "lift-state", "lamp": "lamp-low"}
 SCORE = {"hopper": "return", "state": "success", "lamp": "stages"}
 COMMON = dict(
-    threads=1, seed=3, device=DEVICE, iterations=4, num_envs=2, eval_every=10, eval_episodes=2,
-    final_eval_episodes=3, warmup_iterations=1,
+    threads=1, seed=3, precision="float32", device=DEVICE, iterations=4, num_envs=2, eval_every=10,
+    eval_episodes=2, final_eval_episodes=3, warmup_iterations=1,
 )  # fmt: skip
 CRITIC = COMMON | dict(buffer_iterations=2, rounds=2, critic_steps=2, critic_batch=8, segments=6)
 PPO = COMMON | dict(batch=8, epochs=2)
@@ -117,6 +118,37 @@ def test_advantages_of_a_sparse_rollout_are_those_made_by_hand(start, place):
     assert torch.equal(found["seen"], rollout["seen"][:3, 0])
 
 
+@pytest.mark.parametrize("method, rates", [("dppo", [3.75e-4, 6.25e-4]), ("qam", [7.5e-4, 6.25e-4])])
+def test_step_sizes_rise_from_the_actors_first_iteration_and_fall_to_the_end(
+    start, monkeypatch, method, rates
+):
+    monkeypatch.setattr(qam, "ACTOR_WARMUP", 1)
+    of = lambda *args: args[3 if method == "qam" else 1].param_groups[0]["lr"]
+    module, rise = RUNS[method], dict(lr_warmup=2) if method == "dppo" else {}
+    seen = recorded(monkeypatch, module, "update_actor", of)
+    module.main(start(method, "lamp", iterations=4, actor_lr=1e-3, actor_lr_end=0.5, **rise))
+    assert [*dict.fromkeys(seen)] == pytest.approx(rates)  # of the iterations after the warm-up
+
+
+def test_processes_of_torchrun_play_episodes_of_their_own(start):
+    args = start("dppo", "lamp")
+    family = families.family_of(args)
+    policy = small_policy(rldt_furniture, 44, 10)
+    for rank in 0, 1:
+        rollout, run = family.make_replay(policy).next(), SimpleNamespace(rank=rank, world=2)
+        family.rollout(policy, rollout, run, 1, {})
+    first, second = family.envs.begun
+    assert first and not {*first} & {*second}
+
+
+def test_sac_plays_whole_episodes_of_single_actions(monkeypatch):
+    monkeypatch.setattr(sac, "Run", lambda *_: 1 / 0)
+    args = parse(sac, ["--task=lift-state"])
+    with pytest.raises(ZeroDivisionError):
+        sac.main(args)
+    assert (args.horizon, args.rollout_chunks) == (300, 300)
+
+
 @pytest.mark.parametrize("place", ["hopper", "lamp"])
 def test_returns_are_carried_on_only_where_episodes_are(start, monkeypatch, place):
     carried, advantages = [], ppo.advantages
@@ -178,8 +210,10 @@ def test_dsrl_as_sac_keeps_the_noise_that_acted_and_is_paid_for_its_entropy(star
         method.collected(rollout)
         w = torch.stack(method.recorder.kept)
         assert torch.equal(rollout["action"], w) and (w.abs().max() > args.bound) == warm
-        chunks = method.policy.flow(method.policy.normalize(family.envs.obs), w[-1])
-        assert chunks.shape == w[-1].shape and not torch.equal(chunks, w[-1])
+        flowed = method.policy.flow(rollout["obs"][:-1, :, :44], w)
+        executed = torch.tensor(np.stack(family.envs.executed[-len(w) :])).flatten(2)
+        chunks = method.policy.to_env(flowed.flatten(0, 1))
+        torch.testing.assert_close(executed, torch.tensor(chunks).view_as(w))
     assert method.value_of(None)[0].bonus == 0  # targets end at 2, however large the bonus
     soft = dsrl.Soft(method.policy, lambda seen, w: torch.ones(2, len(seen)), bonus=0.1)
     obs = torch.randn(5, 44)
@@ -209,10 +243,6 @@ def test_best_of_n_goes_on_cloning_what_it_is_told_to(start):
     seen, action = torch.randn(64, 45), torch.full((64, 20), 0.7)
     losses = [row["losses/cloning"].item() for row in method.update(seen, action, None, False, 0.0)]
     assert len(losses) == 40 and sum(losses[-5:]) < 0.8 * sum(losses[:5])
-    args = start("best_of_n", "lamp", clone_steps=0)
-    method = best_of_n.Choice(small_policy(rldt_furniture, 44, 10), families.family_of(args), args)
-    assert not any(p.requires_grad for p in method.policy.velocity.parameters())
-    assert list(method.update(seen, action, None, False, 0.0)) == []
 
 
 @pytest.mark.parametrize("task, script, names", [

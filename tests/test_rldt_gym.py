@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from short_runs import checkpoint, kept_rollout
 
 import rldt_gym
-from common.flow import FlowPolicy, flow_matching_loss
+from common.flow import FlowPolicy
 from demos import dataset
 from demos.dataset import Demonstrations
 from envs.vector import VectorEnv
@@ -216,19 +216,11 @@ def pretrain(data, **changes):
     return rldt_gym.pretrain(rldt_gym.Args(device="cpu"), data, None, **settings | changes)
 
 
-def test_pretraining_learns_the_demonstrators_actions():
-    other, loss, error = demonstrations(seed=1), [], []
-    for epochs in 1, 150:
-        torch.manual_seed(0)
-        policy = pretrain(demonstrations(), epochs=epochs)
-        obs, action = policy.normalize(other.observations), policy.from_env(other.actions[:, None])
-        with torch.no_grad():
-            loss.append(flow_matching_loss(policy.velocity, action, obs))
-            action = policy.to_env(policy.sample(obs, torch.zeros(360, 2)))
-        error.append(np.abs(action[:, 0] - other.actions).mean())
-    assert policy.info == dict(env_id="Hopper-v4")
-    assert loss[1] < 0.5 * loss[0]
-    assert error[1] < 0.25 * error[0]
+def test_a_shipped_policy_acts_as_when_it_was_made():
+    policy = FlowPolicy.load(dataset.DEMOS / "Hopper-v4" / "base.safetensors")
+    args = rldt_gym.Args(device="cpu", precision="float32")
+    found = rldt_gym.evaluate(policy, args, 5, 0)["eval_return"]  # one episode deviates by 87
+    assert found == pytest.approx(policy.info["return_zero"], abs=120)
 
 
 def test_pretraining_chunks_are_consecutive_and_stay_inside_an_episode(monkeypatch):
@@ -236,7 +228,8 @@ def test_pretraining_chunks_are_consecutive_and_stay_inside_an_episode(monkeypat
     steps = np.arange(40, dtype=np.float32)  # episodes of 3, 17 and 20 steps
     ends = np.array([3, 20, 40])
     actions = np.stack([steps, np.digitize(steps, ends)], 1).astype(np.float32)  # (step, episode)
-    pretrain(Demonstrations(steps[:, None], actions, ends), chunk=4, epochs=60, batch=32)
+    data = Demonstrations(steps[:, None], actions, ends)
+    assert pretrain(data, chunk=4, epochs=60, batch=32).info == dict(env_id="Hopper-v4")
     chunk = torch.cat([a for a, _ in seen]).view(-1, 4, 2)
     obs = torch.cat([o for _, o in seen])
     step, episode = ((chunk + 1) / 2 * torch.tensor([39.0, 2])).round().unbind(-1)

@@ -350,27 +350,37 @@ def test_run_with_other_choices_moves_its_policy(monkeypatch, bases, tmp_path, t
 def test_reference_follows_every_nth_iteration(monkeypatch, bases, tmp_path, task, every, follows):
     script = TASKS[task][0]
     use_fakes(monkeypatch, script)
+    of_actor = fakes.recorded(monkeypatch, script, "update_actor", lambda *args: args[:3])
+    of_targets = fakes.recorded(monkeypatch, script, "critic_target", lambda *args: args[:2])
     main(script, flags(task, bases[task], tmp_path, iterations=3, reference_every=every))  # trains twice
     saved = checkpoint(only_run(tmp_path))
+    for names, nets in (("policy reference critic", of_actor[-1]), ("policy target", of_targets[-1])):
+        assert all(fakes.same(net, saved[name]) for name, net in zip(names.split(), nets, strict=True))
     expected = saved["policy"] if follows else load_file(only_run(tmp_path) / "base.safetensors")
     for key, value in saved["reference"].items():
         assert torch.equal(value.cpu(), expected[key].cpu()), key
 
 
 @pytest.mark.parametrize("task, score", [("hopper", "return"), ("state", "success"), ("lamp", "stages")])
-def test_best_policy_is_measured_again(monkeypatch, bases, tmp_path, scripted_evaluations, task, score):
-    script = TASKS[task][0]
+def test_best_policy_is_measured_again(monkeypatch, bases, tmp_path, task, score):
+    script, drawn = TASKS[task][0], []
     use_fakes(monkeypatch, script)
-    scores = [0.25, 0.75, 0.125, 0.5]  # base, middle, final, the middle's policy again
-    episodes, _ = scripted_evaluations(script, scores, f"eval_{score}")
+    scores = iter([0.25, 0.75, 0.125, 0.5])  # base, middle, final, the middle's policy again
+
+    def evaluate(policy, args, episodes, seed, envs=None):
+        assert not getattr(envs, "closed", False)  # the environments of manipulation
+        drawn.append({*range(seed, seed + 2 * episodes)})
+        return {f"eval_{score}": next(scores)}
+
+    monkeypatch.setattr(script, "evaluate", evaluate)
     changes = dict(eval_every=2, eval_episodes=3, final_eval_episodes=4, warmup_iterations=0)
     monkeypatch.setattr(script, "record_video", lambda *_: 1 / 0)  # a film costs no result
     with pytest.raises(ZeroDivisionError):
         main(script, flags(task, bases[task], tmp_path, capture_video=True, **changes))
     result = json.loads((only_run(tmp_path) / "result.json").read_text())
     assert [result[f"{name}_{score}"] for name in ("base", "final", "best")] == [0.25, 0.125, 0.5]
-    assert [len(some) for some in episodes] == [8, 6, 8, 8]
-    assert episodes[1] < episodes[0] == episodes[2] and not episodes[3] & episodes[0]
+    assert [len(episodes) for episodes in drawn] == [8, 6, 8, 8]
+    assert drawn[1] < drawn[0] == drawn[2] and not drawn[3] & drawn[0]
 
 
 @each_sparse
@@ -437,6 +447,7 @@ FURNITURE = "horizon", "transport_scale", "iterations"
     (rldt_furniture, FURNITURE, "--furniture=one_leg", (700, 30, 60)),
     (rldt_furniture, FURNITURE, "--furniture=lamp --wall-budget-s=9", (1000, 2, 0)),
     (rldt_furniture, FURNITURE, "--horizon=48 --transport-scale=3", (48, 3, 60)),
+    (rldt_furniture, FURNITURE, "--furniture=lamp --preset=paper --num-envs=1", (1000, 1, 250)),
 ])  # fmt: skip
 def test_the_task_decides_what_is_not_given(monkeypatch, script, names, flags, expected):
     args = settled(monkeypatch, script, *flags.split())

@@ -2,6 +2,7 @@
 
 import math
 import re
+from types import SimpleNamespace
 from typing import get_type_hints
 
 import pytest
@@ -15,6 +16,7 @@ import rldt_gym
 import rldt_robomimic
 from baselines import best_of_n, dppo, dsrl, fpo, qam, reinflow, sac
 from baselines.families import settings_of
+from common import checkpoints
 from common.settings import bounds_of, parse_args
 
 BASELINES = best_of_n, dppo, dsrl, fpo, qam, reinflow, sac
@@ -76,6 +78,9 @@ SIZES = "num-envs", "final-eval-episodes", "rollout-chunks", "actor-batch", "seg
 
 
 @pytest.mark.parametrize("flag", SIZES)
-def test_sizes_beyond_the_memory_are_refused_with_an_estimate(tmp_path, flag):
-    with pytest.raises(SystemExit, match=r"would take .* GiB; .* GiB are free"):
-        rldt_gym.main(parse(rldt_gym, [f"--{flag}=1000000", f"--runs={tmp_path / 'runs'}"]))
+def test_sizes_beyond_the_memory_are_refused_with_an_estimate(tmp_path, monkeypatch, flag):
+    free = SimpleNamespace(available=8 * 2**30)
+    monkeypatch.setattr(checkpoints.psutil, "virtual_memory", lambda: free)
+    argv = [f"--{flag}=1000000", f"--runs={tmp_path / 'runs'}", "--device=cpu"]
+    with pytest.raises(SystemExit, match=r"would take .* GiB; 8 GiB are free"):
+        rldt_gym.main(parse(rldt_gym, argv))
