@@ -458,7 +458,7 @@ def test_the_task_decides_what_is_not_given(monkeypatch, script, names, flags, e
 def test_gradient_of_the_particles_needs_two_of_them_and_their_kernel(script):
     for flag in "--n-particles=1", "--kernel=delta":
         with pytest.raises(SystemExit, match="--q-gradient particles: needs"):
-            main(script, ["--q-gradient=particles", flag])
+            main(script, ["--q-gradient=particles", flag, "--base=nothing"])
 
 
 @pytest.mark.parametrize("script, most, flag", [
