@@ -1,5 +1,6 @@
 """Settings of a script: a dataclass with one line a field, from flags, presets and stored runs."""
 
+import ctypes
 import dataclasses
 import importlib.util
 import inspect
@@ -26,6 +27,8 @@ Threads = Annotated[int, 1, 1024]
 Weight = Annotated[float, 0, 1e6]
 Share = Annotated[float, 0, 1]
 Precision = Literal["auto", "bfloat16", "float32"]
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def parse_args(cls, presets: dict[str, dict], doc: str, argv: list[str] | None = None):
@@ -102,6 +105,14 @@ def faster_precision(device: str) -> Precision:
     return min(seconds, key=seconds.get)
 
 
+def keep_freed_memory():
+    """Has glibc keep what tensors free: else the kernel clears their pages anew at each step."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_TRIM_THRESHOLD, 2**30)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**25)
+
+
 def set_up(args):
     """Chooses device, threads and precision, seeds torch, and joins the other processes of torchrun."""
     world, device = int(os.environ.get("WORLD_SIZE", 1)), args.device
@@ -120,6 +131,7 @@ def set_up(args):
         patience = timedelta(days=7)  # the first process may clone or evaluate for hours
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=patience)
     args.device = device
+    keep_freed_memory()
     torch.set_num_threads(args.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(args.seed)

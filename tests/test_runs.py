@@ -8,6 +8,8 @@ import pickle
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 import timeit
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +21,7 @@ from typing import Literal
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from conftest import metrics
+from conftest import ROOT, metrics
 from fakes import same, small_policy
 from hypothesis import given
 from hypothesis import strategies as st
@@ -190,6 +192,26 @@ def test_precision_is_the_faster_one_unless_it_is_given(monkeypatch, asked, slow
     args = Args(precision=asked)
     set_up(args)
     assert args.precision == chosen
+
+
+ALLOCATION = """
+import resource, torch
+from common.settings import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        tensors = [torch.zeros(2**20) for _ in range(8)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+keep_freed_memory()
+faults()
+print(faults())
+"""
+
+
+def test_memory_of_tensors_is_not_asked_for_again_and_again():
+    command = [sys.executable, "-c", ALLOCATION]
+    faults = int(subprocess.check_output(command, text=True, cwd=ROOT))
+    assert faults < 100  # pages; without it, 60 000
 
 
 @pytest.mark.parametrize("device, alone, together", [
