@@ -80,9 +80,12 @@ def test_reinflow_takes_the_official_settings_of_the_task(monkeypatch, task, exp
     assert {name: getattr(args, name) for name in own} == expected | dict(warmup_iterations=2)
 
 
-def test_papers_preset_of_the_ppo_family_is_for_gym_alone(tmp_path):
+def test_papers_preset_of_the_ppo_family_is_for_gym_alone(monkeypatch):
+    monkeypatch.setattr(ppo, "set_up", lambda args: 1 / 0)
     with pytest.raises(SystemExit, match="of Gym's tasks"):
-        dppo.main(parse(dppo, ["--task", "one-leg-low", "--preset", "paper", "--runs", tmp_path]))
+        dppo.main(parse(dppo, ["--task", "one-leg-low", "--preset", "paper"]))
+    with pytest.raises(ZeroDivisionError):
+        dppo.main(parse(dppo, ["--task", "Hopper-v4", "--preset", "paper"]))
 
 
 # ----------------------------------------------------------------------------------- tiny runs
