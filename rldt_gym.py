@@ -447,8 +447,8 @@ def main(args: Args) -> dict | None:
                     obs, action = batch["obs"].flatten(0, 1), batch["action"].flatten(0, 1)
                     for _ in range(args.critic_steps * (WARMUP_FACTOR if warm else 1)):
                         i = torch.randint(len(y), (args.critic_batch,), device=args.device)
-                        batch = obs[i], action[i], y[i]
-                        run.add(update_critic(critic, target, critic_optimizer, *batch, args))
+                        minibatch = obs[i], action[i], y[i]
+                        run.add(update_critic(critic, target, critic_optimizer, *minibatch, args))
                 # 3. the actor: particles in some of the same states follow the transport field
                 with run.timer(row, "actor_s"):
                     for _ in range(0 if warm else args.actor_steps):

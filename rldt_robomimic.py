@@ -661,8 +661,8 @@ def main(args: Args) -> dict | None:
                     good = batch["succeeded"][valid].nonzero()[:, 0]
                     for _ in range(args.critic_steps):
                         i = torch.randint(len(y), (args.critic_batch,), device=args.device)
-                        batch = take(obs, i), action[i], y[i]
-                        run.add(update_critic(critic, target, critic_optimizer, *batch, args))
+                        minibatch = take(obs, i), action[i], y[i]
+                        run.add(update_critic(critic, target, critic_optimizer, *minibatch, args))
                 # 3. the actor: particles in some of the same states follow the transport field
                 with run.timer(row, "actor_s"):
                     for _ in range(0 if warm else args.actor_steps):
@@ -672,8 +672,8 @@ def main(args: Args) -> dict | None:
                         rise = min(1.0, state["actor_steps"] / ACTOR_WARMUP)
                         actor_optimizer.param_groups[0]["lr"] = args.actor_lr * decay * rise
                         j = good[torch.randint(max(1, len(good)), (min(len(good), BC_BATCH),))]
-                        batch = take(obs, i), (take(obs, j), action[j])
-                        run.add(update_actor(policy, reference, critic, actor_optimizer, *batch, args))
+                        seen = take(obs, i), (take(obs, j), action[j])
+                        run.add(update_actor(policy, reference, critic, actor_optimizer, *seen, args))
             # 4. the reference of the constraint follows, or stays the base
             state["trained"] += 1
             if not own:  # the base's velocity knows no other features than its own
