@@ -65,7 +65,7 @@ TRIES = {  # four settings of each method, numbered from 1; `earlier-` in the CS
     "sac": ("", "--lr 1e-4", "--gradient-steps 100", "--entropy-start 0.01"),
 }  # fmt: skip
 SPARSE_TRIES = {  # two settings of each peer
-    "dppo": ("", "--actor-lr 1e-5"), "qam-demos": ("", "--inv-temp 30"),
+    "dppo": ("", "--clip 0.01"), "qam-demos": ("", "--inv-temp 30"),
     "dsrl-demos": ("", "--bound 1"), "best-of-n-demos": ("--candidates 4", "--candidates 16"),
 }  # fmt: skip
 RECIPE = (  # all that may be added on sparse rewards
