@@ -19,11 +19,10 @@ import tyro
 
 from common.settings import Count, Seed, Weight, check_bounds
 from demos import hdf5
-from demos.hdf5 import DatasetError, check_size, numbers, parsing, reading
+from demos.hdf5 import DEMOS, DatasetError, check_size, numbers, parsing, reading
 from demos.train_demonstrator import Demonstrator
 from envs.vector import VectorEnv
 
-DEMOS = Path(__file__).parent
 KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
 
 
@@ -60,8 +59,7 @@ def chunk_rows(episode_ends: np.ndarray, length: int) -> tuple[np.ndarray, np.nd
     """First steps (n,) of chunks of episodes, from each of their first steps on, and episodes' ends."""
     first = []
     for start, end in zip([0, *episode_ends[:-1]], episode_ends, strict=True):
-        for offset in range(start, min(start + length, end)):
-            first.append(np.arange(offset, end, length))
+        first += [np.arange(i, end, length) for i in range(start, min(start + length, end))]
     first = np.concatenate(first)
     return first, episode_ends[np.searchsorted(episode_ends, first, side="right")]
 

@@ -6,10 +6,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from demos.hdf5 import DatasetError, check_actions, in_order, join, numbers, reading, widen
+from demos.hdf5 import DEMOS, DatasetError, check_actions, in_order, join, numbers, reading, widen
 from envs.furniture_mujoco import FURNITURE
-
-DEMOS = Path(__file__).parent
 
 
 def load(path: str | Path, furniture: str, max_episodes: int = 0) -> dict:

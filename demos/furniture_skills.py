@@ -4,10 +4,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from demos.make_robomimic_demos import wrap
+from demos.make_robomimic_demos import CLOSED, OPEN, wrap
 from envs.furniture_mujoco import FurnitureEnv, rotation, rotation_6d, rotation_vector
 
-OPEN, CLOSED = -1.0, 1.0
 Pose = tuple[np.ndarray, np.ndarray]  # position (3,), rotation (3, 3)
 Skill = Iterator[np.ndarray]  # of actions (10,)
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from common.checkpoints import require_memory
 
+DEMOS = Path(__file__).parent
 PACKED = 1100  # gzip makes numbers at most 1032 times smaller
 SMALL = 2**26  # bytes that any file may claim
 LARGEST = 1e9  # an observation or an action beyond it is a flipped bit

@@ -22,11 +22,10 @@ from common.settings import Count, Seed, Share, Weight, check_bounds
 from demos.furniture_lamp import Lamp
 from demos.furniture_one_leg import OneLeg
 from demos.furniture_skills import OPEN, Arm
-from demos.hdf5 import replacing
+from demos.hdf5 import DEMOS, replacing
 from demos.make_robomimic_demos import record, write_arrays
 from envs.furniture_mujoco import FURNITURE, FurnitureEnv, PhysicsError
 
-DEMOS = Path(__file__).parent
 ASSEMBLERS: dict[str, Callable] = {"one_leg": OneLeg, "lamp": Lamp}
 MEMORY = 0.7  # of the noise, per step
 CHUNK = 8  # steps of a turn

@@ -24,12 +24,11 @@ from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 from common.settings import Count, Seed, Weight, check_bounds
-from demos.hdf5 import in_order, numbers, reading, replacing
+from demos.hdf5 import DEMOS, in_order, numbers, reading, replacing
 from demos.robomimic import read_metadata
 from envs.rendering import choose_renderer
-from envs.robomimic import MODEL_SEED, TASKS, control_step, make_robosuite, metadata, render_fast
+from envs.robomimic import TASKS, control_step, make_robosuite, metadata, render_fast
 
-DEMOS = Path(__file__).parent
 OPEN, CLOSED = -1.0, 1.0
 UP = np.array([0.0, 0.0, 1.0])
 FOREVER = 10**9  # steps
@@ -334,14 +333,8 @@ EXPERTS = {"lift": lift, "can": can, "square": square, "transport": transport}
 
 
 # ----------------------------------------------------------------------------------- recording
-def build(task: str, images: bool = False, **kwargs):
-    """The task's environment, with the sizes of objects that it also has in training."""
-    np.random.seed(MODEL_SEED)  # noqa: NPY002, robosuite draws from the global generator
-    return make_robosuite(task, images, **kwargs)
-
-
-def run_episode(env, task: str, seed: int, horizon: int = 0, noise: float = 0.05) -> dict:
-    """The expert's episode from a reset with `seed`, of at most `horizon` steps (0: the task's).
+def run_episode(env, task: str, seed: int, noise: float = 0.05) -> dict:
+    """The expert's episode from a reset with `seed`.
 
     Returns actions (T, action_dim), rewards (T,), 0 or 1, obs and next_obs, {key: (T, dim)}, in float32,
     and float64 states (T, n), the simulator's before each action.
@@ -351,8 +344,7 @@ def run_episode(env, task: str, seed: int, horizon: int = 0, noise: float = 0.05
     obs, sim = [env.reset()], env.env
     actions, rewards, states = [], [], []
     arms = [Arm(sim, i, rng, noise) for i in range(TASKS[task].robots)]
-    horizon = horizon or TASKS[task].horizon
-    for action in itertools.islice(EXPERTS[task](sim, rng, *arms), horizon):
+    for action in itertools.islice(EXPERTS[task](sim, rng, *arms), TASKS[task].horizon):
         actions.append(action.astype(np.float32))
         states.append(sim.sim.get_state().flatten())
         rewards.append(control_step(sim, actions[-1], observe=True))
@@ -412,7 +404,7 @@ def make(args: Args) -> Path:
     """Lets the expert act until `args.episodes` have succeeded; returns the path of their file."""
     check_bounds(args)
     out = args.out or DEMOS / args.task / "low_dim.hdf5"
-    env = build(args.task)
+    env = make_robosuite(args.task, images=False)
 
     def attempt(seed: int) -> dict | None:
         episode = run_episode(env, args.task, seed, noise=args.noise)
@@ -445,7 +437,7 @@ def render_images(source: Path, out: Path | None = None, fast_render: bool = Tru
     for key, value in metadata(task, images=True)["env_kwargs"].items():
         if "camera" in key or "render" in key:
             meta["env_kwargs"][key] = value
-    env = build(task, images=True, meta=meta, fast_render=fast_render)
+    env = make_robosuite(task, images=True, meta=meta, fast_render=fast_render)
     env.reset()
     progress = tqdm(total=sum(map(len, demos.values())), desc=f"{task} images", unit="step")
     with closing(env.env), h5py.File(source) as original, replacing(out) as file, progress:

@@ -9,10 +9,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from demos.hdf5 import DatasetError, check_actions, in_order, join, numbers, reading, widen
+from demos.hdf5 import DEMOS, DatasetError, check_actions, in_order, join, numbers, reading, widen
 from envs.robomimic import IMAGE_SIZE, TASKS, metadata
 
-DEMOS = Path(__file__).parent
 WIDTHS = {"pos": 3, "quat": 4, "qpos": 2}  # of proprioception, by the end of its key
 RENDER = "render them with `python -m demos.make_robomimic_demos --images-from FILE`"
 

@@ -18,7 +18,7 @@ import tyro
 from safetensors.torch import load_file, save_file
 
 from common.settings import Count, Seed, Threads, check_bounds
-from demos.hdf5 import parsing
+from demos.hdf5 import DEMOS, parsing
 from envs.vector import VectorEnv
 
 TARGET_RETURN = {"Hopper-v4": 1422.0, "Walker2d-v4": 2852.0, "HalfCheetah-v4": 4770.0}  # D4RL medium-v2
@@ -102,7 +102,7 @@ def main(args: Args):
     if target is None:
         raise SystemExit(f"No default target return for {args.env_id}; pass --target-return.")
     VectorEnv(args.env_id, 1, backend="gymnasium").close()  # says what is wrong with it
-    out = args.out or Path(__file__).parent / args.env_id / "demonstrator.safetensors"
+    out = args.out or DEMOS / args.env_id / "demonstrator.safetensors"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

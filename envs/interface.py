@@ -3,7 +3,7 @@
 They have `num_envs`, and `obs`, what to act on next. `reset(seeds)` starts an episode everywhere: from a
 first seed on, or (not on Gym) with an iterator's seed for each. `step(chunks)` steps raw actions (N,
 chunk, action_dim), on Gym only where `active` (N,); an ended episode starts anew. `close()` ends the
-simulators. Numbers that are not finite end the run; on manipulation a simulation's end its episode.
+simulators. Numbers that are not finite end the run; where MuJoCo diverges, manipulation's episode ends.
 """
 
 import copy
@@ -18,7 +18,7 @@ from scipy.stats import binomtest
 class Step(NamedTuple):
     """What one chunk of actions led to; every array is (N, ...)."""
 
-    next_obs: np.ndarray | dict[str, np.ndarray]  # where it ended; on Gym alone also of an ended episode
+    next_obs: np.ndarray | dict[str, np.ndarray]  # where it ended; robomimic's may be a new episode's
     reward: np.ndarray  # summed over the chunk
     terminated: np.ndarray  # whether the episode ended by itself
     truncated: np.ndarray  # whether a time limit cut it

@@ -78,9 +78,7 @@ def write_control(ctrl, mass, jacobian, qpos, qvel, bias, first, pose, goal, gai
     n, (p, v, c) = len(rest), first
     M, J = mass[v : v + n, v : v + n].copy(), jacobian[:, v : v + n]
     tau = torques(M, J, qpos[p : p + n], qvel[v : v + n], bias[v : v + n], pose, goal, gains, rest)
-    low, high = limits
-    for j in range(n):
-        ctrl[c + j] = min(max(tau[j], low[j]), high[j])
+    ctrl[c : c + n] = np.minimum(np.maximum(tau, limits[0]), limits[1])
 
 
 class ArmControl:

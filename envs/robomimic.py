@@ -142,6 +142,7 @@ def make_robosuite(task: str, images: bool, meta: dict | None = None, fast_rende
     import robomimic.utils.env_utils as env_utils
     import robomimic.utils.obs_utils as obs_utils
 
+    np.random.seed(MODEL_SEED)  # noqa: NPY002, sizes of objects are drawn when they are built
     mujoco.set_mju_user_warning(lambda text: None)  # no MUJOCO_LOG.TXT: `RobomimicEnv.step` looks
     spec = TASKS[task]
     modalities = {"low_dim": [*spec.proprioception, "object"], "rgb": list(spec.image_keys)}
@@ -207,7 +208,6 @@ class RobomimicEnv:
     def reset(self, seed: int) -> dict[str, np.ndarray]:
         """Starts an episode; returns the observation."""
         if self.env is None:
-            np.random.seed(MODEL_SEED)  # noqa: NPY002, sizes of objects are drawn when they are built
             options = dict(fast_render=self.fast_render, render=self.renders)
             self.env = make_robosuite(self.task, self.images, **options)
         np.random.seed(seed)  # noqa: NPY002, robosuite draws from the global generator

@@ -95,7 +95,7 @@ class VectorEnv:
         check_finite(values, f"{self.env_id}: the environment returned a non-finite {name}")
 
     def state_dict(self) -> dict:
-        """Seed and actions since the last reset, as simulators cannot be saved."""
+        """Seed and actions since the last reset, all active: simulators cannot be saved."""
         tape = torch.as_tensor(np.array(self.tape))
         return dict(backend=self.backend, seed=self.seed, tape=tape)
 

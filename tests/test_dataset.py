@@ -5,7 +5,6 @@ import faulthandler
 import json
 import os
 import pickle
-import resource
 import shutil
 import sys
 from pathlib import Path
@@ -227,7 +226,6 @@ FORMATS["images"] = lambda folder: lift(folder, images=True)
 def test_flipped_bits_are_refused_in_one_line_or_do_no_harm(tmp_path, kind):
     path, read = FORMATS[kind](tmp_path)
     content, rng, refused = path.read_bytes(), np.random.default_rng(len(kind)), 0
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     read()
     for _ in range(FLIPS):
         damaged = bytearray(content)
@@ -244,8 +242,9 @@ def test_flipped_bits_are_refused_in_one_line_or_do_no_harm(tmp_path, kind):
             faulthandler.cancel_dump_traceback_later()
     print(f"{kind}: {refused} of {FLIPS} refused")  # seen with pytest -s
     assert refused > FLIPS / 10
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory  # kB
-    assert used < 4.5e6  # HDF5 itself takes up to 4 GiB for a text whose length is damaged
+
+
+def test_error_of_two_lines_is_told_in_one():
     assert str(DatasetError("two\nlines")) == "two lines"
 
 
