@@ -41,10 +41,12 @@ class Pretraining:
 
     def settings(self, defaults: dict) -> dict:
         """The script's settings with those that were given."""
-        names = [field.name for field in fields(Pretraining) if field.name != "out"]
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        for name in given.keys() - defaults.keys():
-            raise SystemExit(f"--{name.replace('_', '-')} is not a setting of this family")
+        given = {f.name: v for f in fields(Pretraining)[1:] if (v := getattr(self, f.name)) is not None}
+        unused = [n for n in ("base", "track", "capture_video", "wall_budget_s") if getattr(self, n)]
+        for name in [*unused, *(given.keys() - defaults.keys())]:
+            raise SystemExit(f"--{name.replace('_', '-')} is not a setting of this pretraining")
+        if self.out and self.out.is_dir():
+            raise SystemExit(f"--out {self.out}: is a folder")
         chosen = defaults | given
         if chosen["depth"] < 3 or chosen["depth"] % 2 == 0:
             raise SystemExit("--depth must be odd and at least 3: residual blocks have two layers")
@@ -55,13 +57,12 @@ class Pretraining:
 
 @dataclass
 class Gym(Pretraining, rldt_gym.TaskArgs):
-    def run(self, seed: int):
+    def run(self):
         settings = self.settings(rldt_gym.PRETRAINING[self.preset])
         out = self.out or dataset.DEMOS / self.env_id / "base.safetensors"
         data = dataset.get(self.env_id, self.dataset, rldt_gym.make_envs(self, 1))
         policy = rldt_gym.pretrain(self, data, out.with_suffix(".unfinished"), **settings)
-        scores = rldt_gym.evaluate(policy, self, self.final_eval_episodes, seed)
-        return policy, scores, out
+        return policy, out, lambda **of: rldt_gym.evaluate(policy, self, **of)
 
 
 @dataclass
@@ -69,33 +70,29 @@ class Robomimic(Pretraining, rldt_robomimic.TaskArgs):
     episodes: Size = 0  # demonstrations to clone; 0: all
     split: str | None = None  # clone those of mask/<split> in the file
 
-    def run(self, seed: int):
+    def run(self):
         chunk = dict(chunk=rldt_robomimic.TASKS[self.task].chunk)
         settings = self.settings(rldt_robomimic.PRETRAINING[self.preset][self.obs] | chunk)
         out = self.out or dataset.DEMOS / self.task / f"base_{self.obs}.safetensors"
         fast = rldt_robomimic.FAST_RENDER[self.preset]
         data = robomimic.get(self.task, self.obs, self.dataset, fast, self.episodes, self.split)
         policy = rldt_robomimic.pretrain(self, data, out.with_suffix(".unfinished"), **settings)
-        envs = rldt_robomimic.make_envs(self, policy)
-        scores = rldt_robomimic.evaluate(policy, envs, self, self.final_eval_episodes, seed)
-        envs.close()
-        return policy, scores, out
+        make_envs, evaluate = rldt_robomimic.make_envs, rldt_robomimic.evaluate
+        return policy, out, lambda **of: evaluate(policy, make_envs(self, policy), self, **of)
 
 
 @dataclass
 class Furniture(Pretraining, rldt_furniture.TaskArgs):
     episodes: Size = 0  # demonstrations to clone; 0: all
 
-    def run(self, seed: int):
+    def run(self):
         rldt_furniture.resolve(self)
         settings = self.settings(rldt_furniture.PRETRAINING[self.preset])
         out = self.out or dataset.DEMOS / self.furniture / f"base_{self.randomness}.safetensors"
         data = furniture.get(self.furniture, self.randomness, self.dataset, self.episodes)
         policy = rldt_furniture.pretrain(self, data, out.with_suffix(".unfinished"), **settings)
-        envs = rldt_furniture.make_envs(self, self.num_envs)
-        scores = rldt_furniture.evaluate(policy, envs, self, self.final_eval_episodes, seed)
-        envs.close()
-        return policy, scores, out
+        make_envs, evaluate = rldt_furniture.make_envs, rldt_furniture.evaluate
+        return policy, out, lambda **of: evaluate(policy, make_envs(self, self.num_envs), self, **of)
 
 
 FAMILIES = {"gym": Gym, "robomimic": Robomimic, "furniture": Furniture}
@@ -103,13 +100,16 @@ FAMILIES = {"gym": Gym, "robomimic": Robomimic, "furniture": Furniture}
 
 def main(args: Pretraining):
     set_up(args)
-    policy, scores, out = args.run(derive_seed(args.seed, "evaluation"))
-    policy.save(out, **policy.info | scores)
+    policy, out, measure = args.run()
+    policy.save(out, **policy.info)  # first: simulators may be missing
     out.with_suffix(".unfinished").unlink(missing_ok=True)
+    scores = measure(episodes=args.final_eval_episodes, seed=derive_seed(args.seed, "evaluation"))
+    policy.save(out, **policy.info | scores)
     print(f"{out}: {scores}")
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in FAMILIES:
         raise SystemExit(__doc__)
-    launch(main, FAMILIES[sys.argv.pop(1)], {}, __doc__)
+    go_on = "the same command (another one needs its .unfinished file deleted)"
+    launch(main, FAMILIES[sys.argv.pop(1)], {"paper": dict(precision="float32")}, __doc__, go_on=go_on)

@@ -43,14 +43,14 @@ class TaskArgs:
     """Settings of every method on these tasks; in comments, paper is its text, authors their code."""
 
     # the run
-    furniture: Literal["one_leg", "lamp"] = "one_leg"  # a leg of a table, or a lamp's bulb and hood
+    furniture: Literal["one_leg", "lamp"] = "one_leg"  # a table's leg; a lamp, with its own defaults
     randomness: Literal["low", "med"] = "low"  # range of the initial states (FurnitureBench)
     backend: Literal["auto", "isaac", "mujoco"] = "auto"  # simulator; auto: Isaac Gym if installed
     preset: Literal["laptop", "paper"] = "laptop"  # defaults for two cores, or the paper's; flags win
     exp_name: str = "rldt"  # name of the experiment, part of the run directory's name
     seed: Seed = 1  # of networks, minibatches, noise and environments
     iterations: Size = 0  # training iterations, evaluations included (paper: 250; med: 500); 0: 60
-    wall_budget_s: Weight = 0.0  # seconds until a run ends, in place of the task's iterations; 0: none
+    wall_budget_s: Weight = 0.0  # seconds until a run ends, or sooner by --iterations; 0: none
     runs: Path = Path("runs")  # directory in which run directories are made
     device: str = "auto"  # torch device: cpu, cuda, cuda:0, ...; auto: CUDA where there is one
     threads: Threads = 2  # CPU threads of torch and of the environments in MuJoCo
@@ -115,7 +115,7 @@ class Args(CriticArgs):
 
 PRESETS = {
     "paper": dict(
-        iterations=250, precision="float32", num_envs=1000, zero_fraction=0.0, eval_every=10,
+        precision="float32", num_envs=1000, zero_fraction=0.0, eval_every=10,
         eval_episodes=500, final_eval_episodes=500, exploration_steps=2, buffer_iterations=20,
         segments=3125, gamma=0.995, target_momentum=0.998, rounds=16, critic_batch=8192,
         critic_layer_norm=False, warmup_iterations=2, actor_steps=2, actor_batch=6250, n_particles=8,
@@ -377,10 +377,10 @@ def update_critic(critic: Critic, target: Critic, optimizer, obs, action, y, arg
 
 
 # -------------------------------------------------------------------------------------- actor
-def start_noise(shape, args: Args) -> torch.Tensor:
-    """x_0 of particles (..., D): N(0, I), and zero for a share `zero_fraction` of them."""
-    noise = torch.randn(shape, device=args.device)
-    return noise * (torch.rand(*shape[:-1], 1, device=args.device) >= args.zero_fraction)
+def start_noise(shape, args: TaskArgs) -> torch.Tensor:
+    """x_0 of particles, and of the constraint's paths: N(0, I), zero for a share `zero_fraction`."""
+    x0 = torch.randn(shape, device=args.device)
+    return x0 * (torch.rand(*shape[:-1], 1, device=args.device) >= args.zero_fraction)
 
 
 def actor_losses(velocity, reference, critic: Critic, obs, trajectory, args: Args, k=None):
@@ -394,7 +394,7 @@ def actor_losses(velocity, reference, critic: Critic, obs, trajectory, args: Arg
     k = torch.randint(K, (B, P), device=device) if k is None else k
     x = trajectory.gather(0, k[None, ..., None].expand(1, -1, -1, D))[0]  # x_{t_k}, (B, P, D)
     t = k / K
-    t_c = torch.randint(K, (B, P), device=device) / K
+    t_c = torch.randint(K, (B, P), device=device) / K  # of a fresh point x_c of the path, for eq. (15)
     x_c = interpolate(action, start_noise(action.shape, args), t_c)
     with autocast(args):
         v, v_c = velocity(torch.stack([x, x_c]), torch.stack([t, t_c]), state)
@@ -457,7 +457,7 @@ def update_actor(policy: FlowPolicy, reference, critic: Critic, optimizer, obs, 
 
 # --------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
-def evaluate(policy: FlowPolicy, envs, args: Args, episodes: int, seed: int) -> dict[str, float]:
+def evaluate(policy: FlowPolicy, envs, args: TaskArgs, episodes: int, seed: int) -> dict[str, float]:
     """Success and pairs assembled, from x_0 = 0 and, as `sampled`, from noise in the same states."""
     generator = torch.Generator(args.device).manual_seed(seed)
     stages = np.zeros(2 * episodes)  # first those from x_0 = 0
@@ -473,7 +473,7 @@ def evaluate(policy: FlowPolicy, envs, args: Args, episodes: int, seed: int) -> 
     return summary(stages[:episodes], "", args) | summary(stages[episodes:], "_sampled", args)
 
 
-def summary(stages: np.ndarray, name: str, args: Args) -> dict[str, float]:
+def summary(stages: np.ndarray, name: str, args: TaskArgs) -> dict[str, float]:
     """Success of episodes that assembled `stages` pairs, its interval, and their mean."""
     scores = success_rate(stages == stages_of(args), f"eval_success{name}")
     scores |= {f"eval_stages{name}": float(stages.mean())}
@@ -482,14 +482,17 @@ def summary(stages: np.ndarray, name: str, args: Args) -> dict[str, float]:
 
 # --------------------------------------------------------------------------------------- main
 def resolve(args: TaskArgs):
-    """Fills in what depends on the machine and on the task."""
+    """Fills in what depends on the machine, on the preset and on the task."""
     if args.backend == "auto":
         args.backend = "mujoco" if isaac_missing() else "isaac"
     if args.backend == "isaac" and isaac_missing():
         raise SystemExit(f"--backend isaac: {isaac_missing()}; use --backend mujoco.")
+    if args.backend == "isaac" and args.capture_video:
+        raise SystemExit("--capture-video films in MuJoCo: use --backend mujoco, or leave it out.")
     args.horizon = args.horizon or FURNITURE[args.furniture].horizon
     if args.iterations == 0 and args.wall_budget_s == 0:
-        args.iterations = 60
+        paper = 500 if args.randomness == "med" else 250
+        args.iterations = paper if args.preset == "paper" else 60
 
 
 def main(args: Args) -> dict | None:
@@ -530,8 +533,7 @@ def main(args: Args) -> dict | None:
             with run.timer(row, "rollout_s"):
                 seed = derive_seed(args.seed, "rollouts", iteration, run.rank)
                 knows = args.best_of > 1 and 2 * state["trained"] >= args.warmup_iterations
-                explorer = critic if knows else None
-                steps = collect(policy, explorer, envs, replay.next(), seed, args)
+                steps = collect(policy, critic if knows else None, envs, replay.next(), seed, args)
             state["env_steps"] += steps * run.world
             pairs = replay.newest()["reached"][0]  # of first episodes: the rollout's end cuts later ones
             row["train_success"] = (pairs == stages_of(args)).float().mean()

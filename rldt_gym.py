@@ -39,7 +39,7 @@ class TaskArgs:
     exp_name: str = "rldt"  # name of the experiment, part of the run directory's name
     seed: Seed = 1  # of networks, minibatches, noise and environments
     iterations: Size = 0  # training iterations, evaluations included (paper: 70); 0: the task's
-    wall_budget_s: Weight = 0.0  # seconds until a run ends, in place of the task's iterations; 0: none
+    wall_budget_s: Weight = 0.0  # seconds until a run ends, or sooner by --iterations; 0: none
     runs: Path = Path("runs")  # directory in which run directories are made
     device: str = "auto"  # torch device: cpu, cuda, cuda:0, ...; auto: CUDA where there is one
     threads: Threads = 1  # CPU threads of torch and EnvPool; one repeats bit for bit, in one precision
@@ -51,7 +51,7 @@ class TaskArgs:
 
     # base policy
     base: Path | None = None  # base policy (.safetensors); default: shipped (laptop's), or made here
-    dataset: str | None = None  # to pretrain on: D4RL .hdf5, DPPO train.npz, Minari id or folder
+    dataset: str | None = None  # to clone without --base: D4RL .hdf5, DPPO .npz, Minari id or folder
 
     # rollouts and evaluation
     num_envs: Count = 100  # parallel environments, per process under torchrun (paper: 100)
@@ -190,10 +190,11 @@ def get_base(args: TaskArgs, run: Run, envs: VectorEnv) -> FlowPolicy:
 class Replay(Ring):
     """The last rollouts, (rollout_chunks, num_envs, ...) each; row t is chunk t, ending in next_obs."""
 
-    def __init__(self, args: Args, obs_dim: int, action_size: int):
-        rows = args.rollout_chunks, args.num_envs
+    def __init__(self, args: Args, policy: FlowPolicy):
+        rows, obs_dim = (args.rollout_chunks, args.num_envs), policy.obs_dim
         shapes = {name: rows for name in ("reward", "terminated", "truncated")}
-        shapes |= dict(obs=(*rows, obs_dim), action=(*rows, action_size), next_obs=(*rows, obs_dim))
+        shapes |= dict(obs=(*rows, obs_dim), next_obs=(*rows, obs_dim))
+        shapes["action"] = *rows, policy.action_size
         super().__init__(args.buffer_iterations, shapes, args.device)
 
     def draw(self, segments: int) -> dict[str, torch.Tensor]:
@@ -314,7 +315,7 @@ def actor_losses(velocity, reference, critic: Critic, obs, trajectory, args: Arg
     k = torch.randint(K, (B, P), device=device) if k is None else k
     x = trajectory.gather(0, k[None, ..., None].expand(1, -1, -1, D))[0]  # x_{t_k}, (B, P, D)
     t = k / K
-    t_c = torch.randint(K, (B, P), device=device) / K
+    t_c = torch.randint(K, (B, P), device=device) / K  # of a fresh point x_c of the path, for eq. (15)
     x_c = interpolate(action, start_noise(action.shape, args), t_c)
     with autocast(args):
         v, v_c = velocity(torch.stack([x, x_c]), torch.stack([t, t_c]), obs[:, None])
@@ -371,7 +372,7 @@ def update_actor(policy, reference, critic: Critic, optimizer, obs, args: Args, 
 
 # --------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
-def evaluate(policy: FlowPolicy, args: Args, episodes: int, seed: int) -> dict[str, float]:
+def evaluate(policy: FlowPolicy, args: TaskArgs, episodes: int, seed: int) -> dict[str, float]:
     """Mean and deviation of undiscounted returns, from x_0 = 0 and, as `sampled`, from x_0 ~ N(0, I)."""
     N, device = 2 * episodes, args.device
     envs = make_envs(args, N)
@@ -415,7 +416,7 @@ def main(args: Args) -> dict | None:
     target = copy.deepcopy(critic).requires_grad_(False)
     actor_optimizer = torch.optim.Adam(policy.velocity.parameters(), args.actor_lr, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_lr, fused=True)
-    replay = Replay(args, policy.obs_dim, policy.action_size)
+    replay = Replay(args, policy)
     state = dict(env_steps=0, trained=0, actor_steps=0, reward_scale=1.0, rewarded=0, unit=0.0)
     run.checkpoints(
         state, policy, reference=reference, critic=critic, target=target, envs=envs, replay=replay,
@@ -457,9 +458,8 @@ def main(args: Args) -> dict | None:
                         decay = 1 + (args.anneal - 1) * spent
                         rise = min(1.0, state["actor_steps"] / ACTOR_WARMUP)
                         actor_optimizer.param_groups[0]["lr"] = args.actor_lr * decay * rise
-                        metrics = update_actor(
-                            policy, reference, critic, actor_optimizer, obs[i], args, state["unit"]
-                        )
+                        seen = obs[i], args, state["unit"]
+                        metrics = update_actor(policy, reference, critic, actor_optimizer, *seen)
                         lengths.append(metrics["diagnostics/grad_q_norm"])
                         run.add(metrics)
             if lengths and not state["unit"]:  # that of the actor's first iteration

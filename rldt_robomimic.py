@@ -40,13 +40,13 @@ class TaskArgs:
     """Settings of every method on these tasks; in comments, paper is its text, authors their code."""
 
     # the run
-    task: Literal["lift", "can", "square", "transport"] = "square"  # robomimic task
+    task: Literal["lift", "can", "square", "transport"] = "square"  # transport has its own defaults
     obs: Literal["state", "image"] = "state"  # proprioception, with the objects' state or camera images
     preset: Literal["laptop", "paper"] = "laptop"  # defaults for two cores, or the paper's; flags win
     exp_name: str = "rldt"  # name of the experiment, part of the run directory's name
     seed: Seed = 1  # of networks, minibatches, noise and environments
     iterations: Size = 0  # training iterations, evaluations included (paper: 200); 0: the task's
-    wall_budget_s: Weight = 0.0  # seconds until a run ends, in place of the task's iterations; 0: none
+    wall_budget_s: Weight = 0.0  # seconds until a run ends, or sooner by --iterations; 0: none
     runs: Path = Path("runs")  # directory in which run directories are made
     device: str = "auto"  # torch device: cpu, cuda, cuda:0, ...; auto: CUDA where there is one
     threads: Threads = 2  # CPU threads of torch; simulators are processes of their own
@@ -58,7 +58,7 @@ class TaskArgs:
 
     # base policy
     base: Path | None = None  # base policy (.safetensors); default: shipped (laptop's), or made here
-    dataset: Path | None = None  # to pretrain on: robomimic HDF5; default: a scripted expert's
+    dataset: Path | None = None  # HDF5, of --demos, and to clone without --base; default: scripted
     encoder: Literal["frozen", "own"] = "frozen"  # of images; own: it learns, the critic has another
 
     # rollouts and evaluation
@@ -216,7 +216,7 @@ class Policy(FlowPolicy):
 
 
 class Critic(nn.Module):
-    """Q networks on (features, action chunk) as one batched product, and an encoder or none."""
+    """Q networks, one batched product, of action chunks and what `encode` makes of observations."""
 
     def __init__(self, cond_dim, action_size, layer_norm, networks=2, encoder=None, width=256, depth=3):
         super().__init__()
@@ -339,9 +339,8 @@ class Replay(Ring):
         shapes["state"] = T + 1, N, policy.obs_dim
         if policy.cameras:
             shapes["object"] = T + 1, N, TASKS[args.task].object_size
-            pixels = 3 * policy.cameras, IMAGE_SIZE, IMAGE_SIZE
-            seen = {"features": (policy.cond_dim,)} if policy.frozen else {"rgb": pixels}
-            shapes |= {name: (T + 1, N, *shape) for name, shape in seen.items()}
+            pixels = T + 1, N, 3 * policy.cameras, IMAGE_SIZE, IMAGE_SIZE
+            shapes |= {"features": (T + 1, N, policy.cond_dim)} if policy.frozen else {"rgb": pixels}
         super().__init__(args.buffer_iterations, shapes, args.device, {"rgb": torch.uint8})
         if args.demos:
             shown = demonstrations(policy, T, N, args)
@@ -434,8 +433,7 @@ def collect(policy: Policy, critic, envs: RobomimicVectorEnv, rollout: dict, see
                 action[half:] = best_of(policy, critic, take(obs, slice(half, None)), args)
         step = envs.step(policy.to_env(action))
         ended = step.terminated | step.truncated  # a time limit is a failure
-        row = dict(action=action, reward=step.reward, terminated=ended, succeeded=step.score)
-        row["valid"] = np.ones(args.num_envs)
+        row = dict(action=action, reward=step.reward, terminated=ended, succeeded=step.score, valid=1.0)
         for name, value in (obs | row).items():
             rollout[name][t] = torch.as_tensor(value, device=device)
         successes.extend(step.score[ended])
@@ -490,7 +488,7 @@ def update_critic(critic: Critic, target: Critic, optimizer, obs: Obs, action, y
 
 
 # -------------------------------------------------------------------------------------- actor
-def start_noise(shape, args: Args) -> torch.Tensor:
+def start_noise(shape, args: TaskArgs) -> torch.Tensor:
     """x_0 of particles, and of the constraint's paths: N(0, I), zero for a share `zero_fraction`."""
     x0 = torch.randn(shape, device=args.device)
     return x0 * (torch.rand(*shape[:-1], 1, device=args.device) >= args.zero_fraction)
@@ -507,7 +505,7 @@ def actor_losses(velocity, reference, critic, cond, cond_ref, cond_q, trajectory
     k = torch.randint(K, (B, P), device=device) if k is None else k
     x = trajectory.gather(0, k[None, ..., None].expand(1, -1, -1, D))[0]  # x_{t_k}, (B, P, D)
     t = k / K
-    t_c = torch.randint(K, (B, P), device=device) / K
+    t_c = torch.randint(K, (B, P), device=device) / K  # of a fresh point x_c of the path, for eq. (15)
     x_c = interpolate(action, start_noise(action.shape, args), t_c)
     with autocast(args):
         v, v_c = velocity(torch.stack([x, x_c]), torch.stack([t, t_c]), cond[:, None])
@@ -577,7 +575,7 @@ def update_actor(policy: Policy, reference, critic: Critic, optimizer, obs: Obs,
 
 # --------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
-def evaluate(policy: Policy, envs: RobomimicVectorEnv, args: Args, episodes: int, seed: int):
+def evaluate(policy: Policy, envs: RobomimicVectorEnv, args: TaskArgs, episodes: int, seed: int):
     """Success from x_0 = 0 and, as `sampled`, from noise in the same initial states."""
     generator = torch.Generator(args.device).manual_seed(seed)
     success = np.zeros(2 * episodes, bool)  # first those from x_0 = 0
@@ -622,8 +620,7 @@ def main(args: Args) -> dict | None:
     sees = policy.cond_dim if own else TASKS[args.task].state_dim(images=False)
     critic = Critic(sees, policy.action_size, args.critic_layer_norm, args.critics, own).to(args.device)
     target = copy.deepcopy(critic).requires_grad_(False)
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    actor_optimizer = torch.optim.Adam(trained, args.actor_lr, fused=True)
+    actor_optimizer = torch.optim.Adam(policy.parameters(), args.actor_lr, fused=True)
     groups = [{"params": [*critic.weights, *critic.biases]}]
     groups += [{"params": own.parameters(), "lr": ENCODER_LR}] if own else []
     critic_optimizer = torch.optim.Adam(groups, args.critic_lr, fused=True)
@@ -656,7 +653,7 @@ def main(args: Args) -> dict | None:
                 with run.timer(row, "critic_s"):
                     batch = replay.draw(args.segments)
                     y = critic_target(policy, target, batch, args)
-                    valid = batch["valid"] > 0
+                    valid = batch["valid"] > 0  # not behind the last demonstration
                     obs, action, y = take(batch["obs"], valid), batch["action"][valid], y[valid]
                     good = batch["succeeded"][valid].nonzero()[:, 0]
                     for _ in range(args.critic_steps):

@@ -59,6 +59,9 @@ class Family:
     def make_critic(self, policy: FlowPolicy) -> torch.nn.Module:
         return self.script.Critic(*self.critic_sizes(policy)).to(self.args.device)
 
+    def make_replay(self, policy: FlowPolicy):
+        return self.script.Replay(self.args, policy)
+
     def reset(self, run: Run, iteration: int):
         """After an evaluation."""
 
@@ -110,9 +113,6 @@ class Gym(Family):
     def critic_sizes(self, policy) -> tuple:
         return policy.obs_dim, policy.action_size, self.args.critic_layer_norm
 
-    def make_replay(self, policy):
-        return rldt_gym.Replay(self.args, policy.obs_dim, policy.action_size)
-
     def reset(self, run, iteration):
         self.envs.reset(derive_seed(self.args.seed, "rollouts", iteration, run.rank))
 
@@ -156,9 +156,6 @@ class Sparse(Family):
     def critic_sizes(self, policy):
         seen, args = policy.obs_dim + self.extra, self.args
         return seen, policy.action_size, args.critic_layer_norm, args.critics
-
-    def make_replay(self, policy):
-        return self.script.Replay(self.args, policy)
 
     def collect(self, policy, rollout: dict, run: Run, iteration: int):
         self.start(policy)

@@ -1,5 +1,6 @@
 """What a run keeps: files that are whole and its own, and room for rollouts."""
 
+import functools
 import hashlib
 import io
 import json
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from common.settings import script_of
 
 FORMAT = "2"  # of checkpoints: those of another one are refused
-PLACE = "resume", "runs", "device", "threads", "precision"  # settings that may change on a resume
+PLACE = "resume", "runs", "device", "threads", "precision"  # what may change on a resume
 
 
 def write_atomically(path: Path, write):
@@ -78,6 +79,7 @@ def identity(args) -> dict[str, str]:
     return settings | dict(script=script_of(type(args)), processes=processes, format=FORMAT)
 
 
+@functools.cache
 def provenance() -> dict:
     """What a result was made with: commit, date and versions."""
     folder = shlex.quote(str(Path(__file__).parent))

@@ -209,7 +209,7 @@ class Run:
     def finish(self, score: str, measure, **results) -> dict | None:
         """Writes policy, curve.png and result.json, whose contents it returns, in the first process.
 
-        Where an earlier policy had a higher `score`, a column, it is measured again, and kept as well.
+        Where an earlier policy had a higher `score`, a column, it is measured again, and kept if better.
         """
         if self.rank > 0:
             return None
@@ -222,13 +222,15 @@ class Run:
         if self.progress["best"] > final[score]:
             episodes, seed = self.args.final_eval_episodes, derive_seed(self.args.seed, "best")
             again = measure(self.best_policy, episodes=episodes, seed=seed)
-            self.best_policy.save(self.path / "best_policy.safetensors", **info, **again)
-            best = max(final, again, key=lambda scores: scores[score])
+            if again[score] > final[score]:
+                best = again
+                self.best_policy.save(self.path / "best_policy.safetensors", **info, **best)
         for name, scores in ("base", rows[0]), ("final", final), ("best", best):
             results |= {key.replace("eval", name): float(scores[key]) for key in final}
         results |= provenance() | dict(wall_s=self.progress["wall_s"])
         results["args"] = json.loads((self.path / "args.json").read_text())
         write_json(self.path / "result.json", results)
+        plt.figure()
         for key in [key for key in final if not key.endswith(("_std", "_low", "_high"))]:
             points = [(row["env_steps"], row[key]) for row in rows if key in row]
             plt.plot(*zip(*points, strict=True), "o-", label=key)

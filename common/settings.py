@@ -35,8 +35,8 @@ def parse_args(cls, presets: dict[str, dict], doc: str, argv: list[str] | None =
     """Command line -> `cls`: flags win over the presets; --resume and --evaluate take the run's own.
 
     A preset has the name of a choice, as of --preset or of a task; that of a later setting wins.
-    Raises SystemExit on a value out of bounds, on a directory that holds no run, and where --resume has
-    another flag than --device and --threads.
+    Raises SystemExit on a value out of bounds, where there is no run or no base policy, and where
+    --resume has another flag than --device and --threads.
     """
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & {*argv}:
@@ -55,6 +55,8 @@ def parse_args(cls, presets: dict[str, dict], doc: str, argv: list[str] | None =
         for name, value in vars(kept).items():
             if getattr(args, name) != value:
                 raise SystemExit(f"--{name.replace('_', '-')}: a run goes on with {value}")
+    elif (base := vars(args).get("base")) and not run and not base.is_file():
+        raise SystemExit(f"--base {base}: no such file")
     check_bounds(args)
     return args
 
@@ -142,12 +144,12 @@ def set_up(args):
         (args.precision,) = chosen
 
 
-def launch(main: Callable, cls, presets: dict[str, dict], doc: str, parse=parse_args):
+def launch(main: Callable, cls, presets, doc: str, parse=parse_args, go_on="--resume DIRECTORY"):
     """A script's command line. What may fail for reasons outside the code ends in one line."""
     try:
         main(parse(cls, presets, doc))
     except KeyboardInterrupt:
-        raise SystemExit("Stopped. What was saved is kept: go on with --resume DIRECTORY") from None
+        raise SystemExit(f"Stopped. What was saved is kept: go on with {go_on}") from None
     except (FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
     except RuntimeError as error:

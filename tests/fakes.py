@@ -90,8 +90,7 @@ def new_replay(script, args, policy, rows):
         args.horizon = rows * policy.chunk
     else:
         args.rollout_chunks = rows
-    sizes = (policy.obs_dim, policy.action_size) if script is rldt_gym else (policy,)
-    return script.Replay(args, *sizes)
+    return script.Replay(args, policy)
 
 
 # -------------------------------------------------------------------------------------- episodes

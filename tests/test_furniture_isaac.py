@@ -1,5 +1,6 @@
 import importlib.machinery
 import os
+import runpy
 import subprocess
 import sys
 import types
@@ -241,14 +242,20 @@ def python(statement, path):
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("script", ["rldt_furniture", "pretrain_fm"])
-def test_isaac_gym_is_imported_before_torch(tmp_path, script):
-    (tmp_path / "isaacgym.py").write_text(FAKE)
-    result = python(f"import sys, {script}; print('isaacgym' in sys.modules)", tmp_path)
+def test_isaac_gym_is_imported_before_torch(tmp_path):
+    (tmp_path / "isaacgym.py").write_text(FAKE)  # pretrain_fm.py imports rldt_furniture first
+    result = python("import sys, pretrain_fm; print('isaacgym' in sys.modules)", tmp_path)
     assert (result.returncode, result.stdout) == (0, "True\n"), result.stderr
 
 
-def test_isaac_gym_of_another_python_is_no_obstacle(tmp_path):
+def test_isaac_gym_of_another_python_is_no_obstacle(tmp_path, monkeypatch):
     (tmp_path / "isaacgym.py").write_text("raise RuntimeError('no gym module for this Python')")
-    result = python("import rldt_furniture; print(rldt_furniture.isaac_missing())", tmp_path)
-    assert result.stdout == f"{NOT_IMPORTED}\n", result.stderr
+    monkeypatch.syspath_prepend(tmp_path)
+    assert runpy.run_path(str(ROOT / "rldt_furniture.py"))["isaac_missing"]() == NOT_IMPORTED
+
+
+def test_isaac_gym_is_not_filmed(simulator, tmp_path):
+    args = rldt_furniture.Args(backend="isaac", capture_video=True, runs=tmp_path / "runs", device="cpu")
+    with pytest.raises(SystemExit, match="--capture-video films in MuJoCo"):
+        rldt_furniture.main(args)
+    assert not (tmp_path / "runs").exists()

@@ -38,7 +38,6 @@ def test_run_keeps_arguments_policies_and_results(finished_run, tiny_base):
         assert torch.equal(policy[key], value.cpu())
         assert torch.equal(base[key], given[key])
         assert torch.equal(policy[key], base[key]) == (not key.startswith("velocity"))
-    assert result["best_return"] >= result["final_return"]
     assert result["task"] == "Hopper-v4"
 
 
@@ -180,7 +179,7 @@ def test_a_rollout_explores_and_stores_what_was_executed(tiny_args, tiny_base):
     args = tiny_args(precision="float32", rollout_chunks=60, zero_fraction=1.0)
     envs, policy = VectorEnv("Hopper-v4", 4), FlowPolicy.load(tiny_base).to(DEVICE)
     envs.reset(5)
-    slot = rldt_gym.Replay(args, 11, 6).next()
+    slot = rldt_gym.Replay(args, policy).next()
     steps, returns = rldt_gym.collect(policy, envs, slot, args)
     zeros = policy.sample(slot["obs"], torch.zeros(60, 4, 6, device=DEVICE))
     assert (slot["action"] != zeros).any(-1).float().mean() > 0.3  # half of the noise has length 0

@@ -6,6 +6,7 @@ import json
 import signal
 from collections import Counter
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import fakes
 import numpy as np
@@ -281,7 +282,7 @@ def test_evaluating_a_run_gives_its_final_numbers(short_run, monkeypatch, capsys
 
 MOMENTS = {  # what crashes at which call, after which iterations were saved
     "copying the base": (FlowPolicy, "save", 1, []), "the third rollout": (None, "collect", 3, [3]),
-    "a critic step": (None, "update_critic", 10, [3]), "an actor step": (None, "update_actor", 1, [2]),
+    "an actor step": (None, "update_actor", 1, [2]),
 }  # fmt: skip
 
 
@@ -344,7 +345,7 @@ def test_run_with_other_choices_moves_its_policy(monkeypatch, bases, tmp_path, t
 
 
 @pytest.mark.parametrize("task, every, follows", [
-    ("hopper", 0, False), ("hopper", 1, True), ("hopper", 2, True), ("hopper", 3, False),
+    ("hopper", 0, False), ("hopper", 2, True), ("hopper", 3, False),
     ("state", 2, True), ("state", 3, False), ("lamp", 0, False), ("lamp", 2, True),
 ])  # fmt: skip
 def test_reference_follows_every_nth_iteration(monkeypatch, bases, tmp_path, task, every, follows):
@@ -444,6 +445,7 @@ FURNITURE = "horizon", "transport_scale", "iterations"
     (rldt_robomimic, ROBOMIMIC, "--task=can --wall-budget-s=9", (300, 0, 400, 2)),
     (rldt_robomimic, ROBOMIMIC, "--task=lift --horizon=8 --iterations=3 --rollout-chunks=50 "
      "--exploration-steps=1", (8, 3, 50, 1)),
+    (rldt_furniture, FURNITURE, "--randomness=med --preset=paper", (700, 1, 500)),
     (rldt_furniture, FURNITURE, "--furniture=one_leg", (700, 30, 60)),
     (rldt_furniture, FURNITURE, "--furniture=lamp --wall-budget-s=9", (1000, 2, 0)),
     (rldt_furniture, FURNITURE, "--horizon=48 --transport-scale=3", (48, 3, 60)),
@@ -458,7 +460,7 @@ def test_the_task_decides_what_is_not_given(monkeypatch, script, names, flags, e
 def test_gradient_of_the_particles_needs_two_of_them_and_their_kernel(script):
     for flag in "--n-particles=1", "--kernel=delta":
         with pytest.raises(SystemExit, match="--q-gradient particles: needs"):
-            main(script, ["--q-gradient=particles", flag, "--base=nothing"])
+            main(script, ["--q-gradient=particles", flag, f"--base={__file__}"])
 
 
 @pytest.mark.parametrize("script, most, flag", [
@@ -500,14 +502,31 @@ def test_policy_that_is_written_knows_its_scores_and_is_the_base_of_a_run(tmp_pa
     assert rldt_gym.main(parse(rldt_gym, flags))["base_return"] == policy.info["eval_return"]
 
 
+@each_sparse
+def test_policy_is_kept_without_simulators_and_with_them_knows_its_scores(monkeypatch, tmp_path, script):
+    out, family = tmp_path / "mine.safetensors", script.__name__.removeprefix("rldt_")
+    task = "--task=lift --obs=state" if family == "robomimic" else "--furniture=one_leg"
+    flags = f"--episodes=2 --num-envs=2 --depth=3 --device={DEVICE} {task} {CLONE}"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="no simulator"):
+        patch.setattr(script, "make_envs", Mock(side_effect=SystemExit("no simulator")))
+        clone(family, f"--out={out}", *flags.split())
+    policy = getattr(script, "Policy", FlowPolicy)
+    assert policy.load(out).config["width"] == 16 and "eval_success" not in policy.load(out).info
+    use_fakes(monkeypatch, script)
+    clone(family, f"--out={out}", *flags.split())
+    assert 0 <= policy.load(out).info["eval_success"] <= 1
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
 @pytest.mark.parametrize("family, flag", [
     ("gym", "--head-steps"), ("robomimic", "--spread"), ("furniture", "--head-steps"),
+    ("gym", "--wall-budget-s"), ("furniture", "--capture-video"),
 ])  # fmt: skip
 def test_flag_of_another_family_is_refused(monkeypatch, family, flag):
     for module in pretrain_fm.dataset, pretrain_fm.robomimic, pretrain_fm.furniture:
         monkeypatch.setattr(module, "get", lambda *_: None)
-    with pytest.raises(SystemExit, match=f"{flag} is not a setting of this family"):
-        clone(family, f"{flag}=1", "--device=cpu")
+    with pytest.raises(SystemExit, match=f"{flag} is not a setting of this pretraining"):
+        clone(family, flag, *["1"] * (flag != "--capture-video"), "--device=cpu")
 
 
 @pytest.mark.parametrize("flag, message", [
