@@ -7,7 +7,6 @@ is the reference without a flow: one action per decision, cloned from the flow's
 maximum likelihood. Networks and update are Stable-Baselines3's; rollouts, replay and evaluation RLDT's.
 """
 
-import copy
 from collections import namedtuple
 from dataclasses import dataclass
 from typing import ClassVar
@@ -181,13 +180,12 @@ class Transitions:
 # --------------------------------------------------------------------------- actor and critic
 def update(model, steps: int, batch: int, critic_only: bool) -> dict[str, float]:
     """Steps of Stable-Baselines3's SAC; `critic_only` leaves actor and entropy coefficient alone."""
-    coefficient = model.log_ent_coef.detach().clone()
-    optimizer = copy.deepcopy(model.ent_coef_optimizer.state_dict())
+    optimizer = model.ent_coef_optimizer
+    if critic_only:  # Stable-Baselines3 then takes the coefficient as it is
+        model.ent_coef_optimizer, model.ent_coef_tensor = None, model.log_ent_coef.detach().exp()
     model.actor.requires_grad_(not critic_only)  # without gradients its optimizer does nothing
     model.train(steps, batch)
-    if critic_only:
-        model.log_ent_coef.data.copy_(coefficient)
-        model.ent_coef_optimizer.load_state_dict(optimizer)
+    model.ent_coef_optimizer = optimizer
     logged = model.logger.name_to_value
     return {
         "losses/critic": logged["train/critic_loss"], "losses/actor": logged["train/actor_loss"],

@@ -337,9 +337,9 @@ def main(args: Args):
         plot_scores(plt, rows, curves, table, args.images / f"{name}.png", **shown)
         updates = read_csv(args.results / "throughput.csv")
         print(success_table(rows) if table == "sparse" else returns_table(rows, mean_range, updates))
-        several = all(len(runs) > 1 for runs in group(rows, "method").values())
+        scores = final_scores(rows), final_scores(rows, "_sampled")
+        several = all(len(seeds) > 1 for seeds in scores[0].values())
         if importlib.util.find_spec("rliable") and several:
-            scores = final_scores(rows), final_scores(rows, "_sampled")
             plot_reliability(plt, *scores, args.images / f"{name}_reliability.png")
 
 

@@ -63,7 +63,7 @@ class Args:
 
 
 def rate(envs, chunks: np.ndarray, seconds: float) -> float:
-    """Environment steps per second of chunks (T, N, chunk, action_dim), resets left out."""
+    """Environment steps per second of chunks (T, N, chunk, action_dim), the first reset left out."""
     steps, spent = 0, 0.0
     while spent < seconds:
         envs.reset(0)

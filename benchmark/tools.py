@@ -55,8 +55,11 @@ def pyplot():
 
 
 def save_figure(figure, path: Path):
+    from matplotlib import pyplot
+
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+    pyplot.close(figure)
     print(f"wrote {path}")
 
 

@@ -64,14 +64,15 @@ def test_run_killed_before_its_first_checkpoint_clones_as_it_would_have(finished
 def test_actor_and_entropy_coefficient_stand_still_while_the_critics_are_trained_alone(make_args):
     args, during = make_args("runs"), []
     model = sac.make_sac(args, 11, 3)
-    replay = families.rldt_gym.Replay(args, 11, 3)
+    replay = families.rldt_gym.Replay(args, sac.GaussianPolicy(11, 3))
     for value in replay.next().values():
         value.normal_()
     model.replay_buffer = sac.Transitions(families.Gym, replay, 11)
     before, step = copy.deepcopy(model.policy.state_dict()), model.critic.optimizer.step
     model.critic.optimizer.step = lambda: (during.append(model.actor.mu.weight.clone()), step())
     for critic_only in True, False:
-        sac.update(model, 3, 8, critic_only)
+        logged = sac.update(model, 3, 8, critic_only)["diagnostics/entropy_coefficient"]
+        assert (logged == pytest.approx(0.1, abs=1e-7)) == critic_only  # the mean over the steps
         after = model.policy.state_dict()
         moved = [key for key, value in after.items() if not torch.equal(value, before[key])]
         assert "critic.qf0.0.weight" in moved
@@ -110,7 +111,8 @@ def test_replay_draws_from_all_that_it_holds_and_a_time_limit_is_no_end(make_arg
             return Step(self.obs, np.ones(2), *ends, np.ones(2, int), np.ones(2))
 
     args = make_args("runs", rollout_chunks=1, num_envs=2)
-    policy, replay = sac.GaussianPolicy(11, 3), families.rldt_gym.Replay(args, 11, 3)
+    policy = sac.GaussianPolicy(11, 3)
+    replay = families.rldt_gym.Replay(args, policy)
     steps, returns = families.rldt_gym.collect(policy, Envs(), replay.next(), args)
     assert (steps, returns) == (2, [1, 1])
     transitions = sac.Transitions(families.Gym, replay, 11)
