@@ -7,6 +7,7 @@ from pathlib import Path
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,8 @@ from common.settings import parse_args
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = os.environ.get("TEST_DEVICE", "cpu")  # of small runs
 WALL_COLUMNS = ("wall_s", "rollout_s", "critic_s", "actor_s", "update_s")
+
+SAVE_FIGURE, plt.savefig = plt.savefig, lambda path: None  # takes longer than most runs
 
 settings.register_profile("rldt", deadline=None, derandomize=True, database=None, max_examples=40)
 settings.load_profile("rldt")

@@ -66,10 +66,13 @@ def phase(folder: Path) -> str:
     return "final evaluation" if max(iterations) >= 9 else "iterations"
 
 
-def wait(process: subprocess.Popen, folder: Path, seconds: float, saving: bool) -> bool:
-    """Whether the process ended by itself within so many seconds; `saving` then waits for a write."""
+def wait(process: subprocess.Popen, folder: Path, seconds: float, saving: bool, file=None) -> bool:
+    """Whether the process ended by itself within so many seconds, or before it wrote such a `file`.
+
+    `saving` then waits for a write.
+    """
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    while not any(folder.glob(file)) if file else time.monotonic() < end:
         if process.poll() is not None:
             return True
         time.sleep(0.01)
@@ -97,8 +100,11 @@ def outcome(folder: Path) -> tuple[list, dict[str, bytes]]:
     return kept, {name: value.tobytes() for name, value in weights.items()}
 
 
-def kill_and_resume(kind: str, moments: int, parent: Path, data: Path, rng: random.Random) -> Counter:
-    """Kills runs of a kind at so many random moments; returns the phases that they were in."""
+def kill_and_resume(kind, moments: int, parent: Path, data, rng: random.Random, file=None) -> Counter:
+    """Kills runs of a kind at so many random moments; returns the phases that they were in.
+
+    With `file`, a pattern below the runs' folder, the moment is when it is there.
+    """
     environment = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", MPLBACKEND="Agg")
     start = lambda folder: subprocess.Popen(
         command(kind, folder, data), cwd=ROOT, env=environment, text=True,
@@ -118,7 +124,8 @@ def kill_and_resume(kind: str, moments: int, parent: Path, data: Path, rng: rand
             process, began, tries = start(folder), time.monotonic(), tries + 1
             last = phases.total() == moments or tries == 8  # resumes may fall at one place for long
             seconds = 600 if last else rng.uniform(0.2, 1) * duration
-            ended = wait(process, folder, seconds, saving=not last and rng.random() < 0.3)
+            saving = not last and rng.random() < 0.3
+            ended = wait(process, folder, seconds, saving, None if last else file)
             if ended:
                 text = process.stderr.read()
                 if process.returncode:

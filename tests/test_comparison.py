@@ -49,18 +49,12 @@ def test_every_method_gets_the_same_time_on_a_task(tmp_path):
 
 @pytest.mark.parametrize("experiment", run.EXPERIMENTS)
 def test_scripts_understand_what_every_run_is_given(experiment, tmp_path):
-    for cell in run.cells(run.Args(experiment, seeds=(7,), out=tmp_path / "none.csv")):
+    tasks = run.EXPERIMENTS[experiment].tasks
+    tasks = tasks[:1] if tasks[0] in run.GYM else tasks  # Gym's flags are the same
+    for cell in run.cells(run.Args(experiment, seeds=(7,), tasks=tasks, out=tmp_path / "none.csv")):
         _, _, module, *flags = cell.command(tmp_path)
         args = parse(importlib.import_module(module), flags)
         assert (args.seed, args.exp_name, args.threads, args.runs) == (7, cell.method, 1, tmp_path)
-
-
-def test_run_that_fails_is_reported_and_not_kept(tmp_path):
-    args = run.Args("gym", tasks=("Nothing-v0",), seeds=(1,), out=tmp_path / "b.csv")
-    (cell,) = run.cells(args)
-    files = run.execute(cell, tmp_path / "runs")
-    assert "Cannot make the environment 'Nothing-v0'" in run.keep(cell, files, args)
-    assert not args.out.exists()
 
 
 def row(task, method, seed, final):
@@ -185,27 +179,29 @@ def test_gradient_norms_of_rldt_and_qam(finished_run, tiny_flags, tmp_path):
 
 
 # -------------------------------------------------------------- with Ray and rliable
-def test_comparison_through_ray_runs_each_cell_once_and_keeps_rows_and_curves(tiny_base, tmp_path):
+def test_comparison_through_ray_runs_each_cell_once_and_keeps_what_does_not_fail(tiny_base, tmp_path):
     extra, out = f"{TINY} --base {tiny_base}", tmp_path / "b.csv"
     out.write_text("task,method,seed\nOld-v0,qam,1\n")  # of a time with fewer columns
-    command = [sys.executable, "-m", "benchmark.run", "baselines", "--methods", "rldt", "qam"]
-    command += ["--tasks", "Hopper-v4", "--seeds", "1", "--parallel", "1", f"--extra={extra}"]
+    command = [sys.executable, "-m", "benchmark.run", "baselines", "--methods", "qam"]
+    command += ["--tasks", "Hopper-v4", "Nothing-v0", "--seeds", "1", f"--extra={extra}"]
     command += ["--out", out, "--runs", tmp_path / "runs"]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert process.returncode == 0, process.stdout + process.stderr
-    old, *rows = read_csv(out)
-    assert old["task"] == "Old-v0" and sorted(row["method"] for row in rows) == ["qam", "rldt"]
+    assert process.returncode == 1, process.stdout + process.stderr
+    assert "Cannot make the environment 'Nothing-v0'" in process.stdout
+    assert "1 runs failed" in process.stdout + process.stderr
+    old, row = read_csv(out)
+    assert (old["task"], row["task"], row["method"]) == ("Old-v0", "Hopper-v4", "qam")
     known = dict(task="Hopper-v4", backend="", seed="1", threads="1")  # "": no choice
-    for row in rows:
-        (result,) = tmp_path.glob(f"runs/*/*{row['method']}*/result.json")
-        final = json.loads(result.read_text())["final_return"]
-        assert float(row["final_return"]) == pytest.approx(final, rel=1e-4)
-        assert (known | {"args": f"--wall-budget-s 300 {extra}"}).items() <= row.items()
-        curve = [p for p in read_csv(tmp_path / "curves.csv") if p["method"] == row["method"]]
-        assert {(p["table"], p["task"], p["seed"]) for p in curve} == {("baselines", "Hopper-v4", "1")}
-        assert curve[-1]["iteration"] == "4" and float(curve[-1]["eval_return"]) > 0
+    (result,) = tmp_path.glob("runs/*/*qam*/result.json")
+    final = json.loads(result.read_text())["final_return"]
+    assert float(row["final_return"]) == pytest.approx(final, rel=1e-4)
+    assert (known | {"args": f"--wall-budget-s 300 {extra}"}).items() <= row.items()
+    curve = read_csv(tmp_path / "curves.csv")
+    known = {("baselines", "Hopper-v4", "qam", "1")}
+    assert {(p["table"], p["task"], p["method"], p["seed"]) for p in curve} == known
+    assert curve[-1]["iteration"] == "4" and float(curve[-1]["eval_return"]) > 0
     args = tyro.cli(run.Args, args=[str(word) for word in command[3:]])
-    assert run.cells(args) == []
+    assert [cell.task for cell in run.cells(args)] == ["Nothing-v0"]
 
 
 def test_figures_and_table_of_the_comparison_are_made_from_the_csvs(tmp_path, capsys, monkeypatch):

@@ -47,15 +47,11 @@ def test_run_on_mujoco_pretrains_and_keeps_its_policy_results_and_episodes(monke
     assert slot["obs"].abs().max() <= 5
 
 
-def test_video_shows_the_policy_or_says_why_not(bases, tmp_path, capsys, monkeypatch):
+def test_video_shows_the_policy(bases, tmp_path, capsys, monkeypatch):
     for name in "MUJOCO_GL", "PYOPENGL_PLATFORM":  # as before, afterwards
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     film, policy = tmp_path / "episode.mp4", FlowPolicy.load(bases["one_leg"])
     rldt_furniture.record_video(policy, "one_leg", "low", 3, tmp_path)
-    printed = capsys.readouterr().out
-    assert film.exists() == (printed == "")
-    if printed:
-        assert "libosmesa6" in printed
-    else:
-        assert len(imageio.mimread(film)) == 3  # as long as the run's episodes
+    assert capsys.readouterr().out == ""
+    assert len(imageio.mimread(film)) == 3  # as long as the run's episodes

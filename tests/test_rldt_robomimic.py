@@ -357,16 +357,14 @@ def test_run_on_robosuite_is_evaluated_again_to_the_same_numbers(bases, tmp_path
     assert scores == {name: result[name.replace("eval", "final")] for name in scores}
 
 
-def test_run_on_robosuite_with_images_and_a_video(bases, tmp_path):
+def test_run_on_robosuite_with_images(bases, tmp_path):
     changes = dict(
         encoder="own", iterations=2, horizon=8, rollout_chunks=3, final_eval_episodes=1, rounds=1,
-        warmup_iterations=0, segments=2, critic_batch=2, actor_batch=2, capture_video=True,
+        warmup_iterations=0, segments=2, critic_batch=2, actor_batch=2,
     )  # fmt: skip
     result = main(rldt_robomimic, flags("image", bases["image"], tmp_path, **changes))
-    run = only_run(tmp_path)
-    slot = kept_rollout(run, 0)
+    slot = kept_rollout(only_run(tmp_path), 0)
     assert slot["terminated"].tolist() == [[0, 0], [1, 1], [0, 0]]
     assert (result["task"], result["env_steps"]) == ("lift-image", 2 * 3 * 4)
     assert slot["rgb"].shape == (4, 2, 3, 96, 96)
     assert slot["rgb"].float().std((2, 3, 4)).min() > 10  # a picture in every row
-    assert (run / "videos" / "episode.mp4").stat().st_size > 1000

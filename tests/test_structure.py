@@ -9,10 +9,10 @@ import kills
 import pytest
 from conftest import ROOT
 
-from demos import dataset
 from envs.rendering import SYSTEM_PACKAGES
 
-SCRIPTS = [*ROOT.glob("*.py"), *ROOT.glob("common/*.py"), *ROOT.glob("baselines/*.py")]
+FOLDERS = "", "common/", "envs/", "demos/", "baselines/", "benchmark/"
+SCRIPTS = [path for folder in FOLDERS for path in ROOT.glob(f"{folder}*.py")]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -63,9 +63,9 @@ def test_ci_installs_the_system_packages_that_the_readme_and_the_error_message_n
     assert f"apt-get install {SYSTEM_PACKAGES}" in (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("kind", ["gym", "torchrun"])
-def test_a_run_that_was_killed_somewhere_ends_as_one_that_was_not(tmp_path, kind):
-    data = tmp_path / "demonstrations.hdf5"
-    dataset.make(dataset.Args(steps=1000, num_envs=4, out=data))
-    phases = kills.kill_and_resume(kind, 1, tmp_path, data, random.Random(1))
-    assert phases.total() == 1
+def test_run_of_which_a_process_was_killed_goes_on_from_its_checkpoint(tmp_path, tiny_base, monkeypatch):
+    script, flags = kills.RUNS["torchrun"]
+    monkeypatch.setitem(kills.RUNS, "torchrun", (script, f"{flags} --base {tiny_base}"))
+    saved = "*/checkpoint1.[5-8].pt"
+    phases = kills.kill_and_resume("torchrun", 1, tmp_path, None, random.Random(1), file=saved)
+    assert {*phases} <= {"iterations", "saving"}
