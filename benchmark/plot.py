@@ -338,7 +338,7 @@ def main(args: Args):
         updates = read_csv(args.results / "throughput.csv")
         print(success_table(rows) if table == "sparse" else returns_table(rows, mean_range, updates))
         scores = final_scores(rows), final_scores(rows, "_sampled")
-        several = all(len(seeds) > 1 for seeds in scores[0].values())
+        several = len(scores[0]) > 1 and all(len(seeds) > 1 for seeds in scores[0].values())
         if importlib.util.find_spec("rliable") and several:
             plot_reliability(plt, *scores, args.images / f"{name}_reliability.png")
 
