@@ -63,22 +63,19 @@ def torques(M, J, q, v, bias, pose, goal, gains, rest):
     cholesky_solve(A[:3, :3].copy(), force[:3])  # position and orientation each with their own inertia
     cholesky_solve(A[3:, 3:].copy(), force[3:])
     cholesky_solve(A, drift)
-    result = bias.copy()
-    for j in range(n):
-        for i in range(6):
-            result[j] += J[i, j] * (force[i, 0] - drift[i, 0])
-        for k in range(n):
-            result[j] += M[j, k] * u[k]
-    return result
+    return bias + (M * u).sum(1) + (J * (force - drift)).sum(0)
 
 
 @numba.njit(cache=True)
-def write_control(ctrl, mass, jacobian, qpos, qvel, bias, first, pose, goal, gains, rest, limits):
+def write_control(ctrl, mass, jacobian, qpos, qvel, bias, first, pose, goal, gains, rest, limits, hand):
     """Clipped torques of the arm whose n = len(rest) joints begin at `first` in qpos, qvel and ctrl."""
     n, (p, v, c) = len(rest), first
     M, J = mass[v : v + n, v : v + n].copy(), jacobian[:, v : v + n]
     tau = torques(M, J, qpos[p : p + n], qvel[v : v + n], bias[v : v + n], pose, goal, gains, rest)
     ctrl[c : c + n] = np.minimum(np.maximum(tau, limits[0]), limits[1])
+    fingers, at, step, middle, half = hand  # `at`: where they are, in [-1, 1]
+    at[:] = np.minimum(np.maximum(at + step, -1.0), 1.0)
+    ctrl[fingers] = middle + half * at
 
 
 class ArmControl:
@@ -96,14 +93,15 @@ class ArmControl:
         goal = np.array(controller.goal_pos), np.array(controller.goal_ori)
         gains, rest = (controller.kp, controller.kd), controller.initial_joint
         state = self.mass, jacobian, data.qpos, data.qvel, data.qfrc_bias
-        self.arm = data.ctrl, *state, first, pose, goal, gains, rest, tuple(robot.torque_limits)
-        self.gripper = robot.gripper
-        self.fingers = np.array([model.actuator(name).id for name in robot.gripper.actuators])
-        low, high = model.actuator_ctrlrange[self.fingers].T
-        self.bias, self.weight, self.grip = 0.5 * (high + low), 0.5 * (high - low), action[6:]
+        gripper, limits = robot.gripper, tuple(robot.torque_limits)
+        fingers = np.array([model.actuator(name).id for name in gripper.actuators])
+        low, high = model.actuator_ctrlrange[fingers].T
+        gripper.current_action = at = np.array(gripper.current_action)
+        step = np.array([-1.0, 1.0]) * gripper.speed * np.sign(action[6])  # of robosuite's PandaGripper
+        hand = fingers, at, step, 0.5 * (high + low), 0.5 * (high - low)
+        self.control = data.ctrl, *state, first, pose, goal, gains, rest, limits, hand
 
     def __call__(self):
         mujoco.mj_jacSite(self.model, self.data, *self.jacobian, self.site)
         mujoco.mj_fullM(self.model, self.mass, self.data.qM)
-        write_control(*self.arm)
-        self.data.ctrl[self.fingers] = self.bias + self.weight * self.gripper.format_action(self.grip)
+        write_control(*self.control)
