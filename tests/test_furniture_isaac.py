@@ -254,7 +254,8 @@ def test_isaac_gym_of_another_python_is_no_obstacle(tmp_path, monkeypatch):
     assert runpy.run_path(str(ROOT / "rldt_furniture.py"))["isaac_missing"]() == NOT_IMPORTED
 
 
-def test_isaac_gym_is_not_filmed(simulator, tmp_path):
+def test_isaac_gym_is_not_filmed(simulator, tmp_path, monkeypatch):
+    monkeypatch.setattr(rldt_furniture, "make_envs", lambda *_: 1 / 0)  # nothing is made before
     args = rldt_furniture.Args(backend="isaac", capture_video=True, runs=tmp_path / "runs", device="cpu")
     with pytest.raises(SystemExit, match="--capture-video films in MuJoCo"):
         rldt_furniture.main(args)
